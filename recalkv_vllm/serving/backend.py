@@ -1,0 +1,125 @@
+"""The attention backend ``RECALKV``: what vLLM asks about it, and its per-batch metadata."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from recalkv_vllm.serving.registration import BACKEND_NAME
+
+SUPPORTED_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SUPPORTED_KV_CACHE_DTYPES = ["auto", "float32", "bfloat16", "float16"]
+
+
+class RecalkvBackend(AttentionBackend):
+    """Attention over a paged cache of latents."""
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = SUPPORTED_DTYPES
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = SUPPORTED_KV_CACHE_DTYPES
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        from recalkv_vllm.serving.attention import LatentAttentionImpl
+
+        return LatentAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[LatentMetadataBuilder]:
+        return LatentMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Kernels index by stride; with one latent "head", both mean a token's latent is contiguous.
+        return (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Reasons against serving a stock attention layer: our own layers never ask.
+
+        vLLM asks this for layers of models without factors, on platforms whose selector checks.
+        """
+        return [
+            "this model has no low-rank factors; compress it first: "
+            "recalkv compress MODEL -o OUT --compression 0.5"
+        ]
+
+
+@dataclass(slots=True)
+class LatentMetadata(AttentionMetadata):
+    """One batch, the same for all layers.
+
+    Args:
+        query_start_loc: ``[num_reqs + 1]`` int32.
+        seq_lens: ``[num_reqs]`` int32, cached tokens including this step's.
+        block_table: ``[num_reqs, max_blocks]`` int32.
+        num_actual_tokens: tokens of the batch without padding.
+        max_query_len: longest query, known on the host.
+        max_seq_len: longest sequence (or a bound), known on the host.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+
+
+class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
+    """Builds :class:`LatentMetadata`, once per batch for all builders.
+
+    vLLM makes a builder per distinct cache spec, which with a rank of its own is one per layer;
+    what they build differs by the block table of their cache group only.
+    """
+
+    # No kernel that runs under CUDA graphs is in place yet.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Decodes first in the batch: kernels treat single-token queries apart from longer ones.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> LatentMetadata:
+        common = common_attn_metadata
+        built = getattr(common, "_recalkv_metadata", None)
+        if built is None or built.block_table is not common.block_table_tensor:
+            built = LatentMetadata(
+                query_start_loc=common.query_start_loc,
+                seq_lens=common.seq_lens,
+                block_table=common.block_table_tensor,
+                num_actual_tokens=common.num_actual_tokens,
+                max_query_len=common.max_query_len,
+                max_seq_len=common.max_seq_len,
+            )
+            common._recalkv_metadata = built
+        return built

@@ -1,0 +1,51 @@
+"""What vLLM learns from us when it loads its plugins; imports nothing heavy."""
+
+from __future__ import annotations
+
+import sys
+
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+BACKEND_NAME = "RECALKV"
+BACKEND_CLASS = "recalkv_vllm.serving.backend.RecalkvBackend"
+#: Served architecture -> vLLM's own class that it derives from.
+ARCHITECTURES = {
+    "RecalkvLlamaForCausalLM": "LlamaForCausalLM",
+    "RecalkvMistralForCausalLM": "MistralForCausalLM",
+    "RecalkvQwen2ForCausalLM": "Qwen2ForCausalLM",
+}
+
+
+def _registered_backend_path() -> str:
+    register_plugin()
+    return BackendPath(BACKEND_CLASS)
+
+
+class BackendPath(str):
+    """The backend's class path, which registers the backend when it is unpickled.
+
+    vLLM pickles its configuration to the processes that it spawns, and an enum member unpickles by
+    value before plugins are loaded there. Can go when vLLM loads plugins before it unpickles, or
+    when it pickles enum members by name.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self):
+        return _registered_backend_path, ()
+
+
+def register_plugin() -> None:
+    """Register backend, model classes and start-up checks; calling it again does nothing."""
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND_NAME, BackendPath(BACKEND_CLASS))
+        for architecture in ARCHITECTURES:
+            ModelRegistry.register_model(
+                architecture, f"recalkv_vllm.serving.models:{architecture}"
+            )
+    # Only a process that parses arguments has this module, and only it can still refuse them.
+    if arguments := sys.modules.get("vllm.engine.arg_utils"):
+        from recalkv_vllm.serving.startup import check_engine_config
+
+        check_engine_config(arguments.EngineArgs)

@@ -1,0 +1,117 @@
+"""A decoder layer's self-attention with low-rank keys and values, in place of vLLM's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
+
+from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, LatentLayout
+from recalkv_vllm.serving.attention import LatentAttention
+from recalkv_vllm.serving.sharding import shard_latent
+
+FACTORS = ("down", "k_up", "v_up")
+
+
+class LatentSelfAttention(nn.Module):
+    """Replaces a stock self-attention module: same call, same output projection and RoPE.
+
+    Queries come from ``q_proj`` as ever; keys and values come from one latent ``down · x``, cached
+    before RoPE. It takes the stock module's parts and drops its fused ``qkv_proj``.
+    """
+
+    def __init__(
+        self,
+        stock: nn.Module,
+        layout: LatentLayout,
+        geometry: AttentionGeometry,
+        vllm_config: VllmConfig,
+    ):
+        super().__init__()
+        name = stock.attn.layer_name
+        prefix = name.removesuffix(".attn")
+        shard = shard_latent(
+            layout,
+            geometry,
+            get_tensor_model_parallel_rank(),
+            get_tensor_model_parallel_world_size(),
+        )
+        head_dim, hidden_size = geometry.head_dim, geometry.hidden_size
+        qkv_bias = stock.qkv_proj.bias is not None
+        self.shard = shard
+        self.head_dim = head_dim
+        self.rotary_emb = stock.rotary_emb
+        self.o_proj = stock.o_proj
+        self.q_proj = ColumnParallelLinear(
+            hidden_size,
+            geometry.num_heads * head_dim,
+            bias=qkv_bias,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.q_proj",
+        )
+        # The rows differ from rank to rank, but no rank holds a slice that vLLM could cut.
+        self.down = ReplicatedLinear(
+            hidden_size, shard.rank, bias=False, quant_config=None, prefix=f"{prefix}.down"
+        )
+        shapes = layout.factor_shapes(geometry)
+        self.k_up = _parameter(len(shard.k_groups), *shapes["k_up"][1:])
+        self.v_up = _parameter(len(shard.kv_heads), *shapes["v_up"][1:])
+        bias_shape = (len(shard.kv_heads), head_dim)
+        self.k_bias = _parameter(*bias_shape, loader=self._load_bias) if qkv_bias else None
+        self.v_bias = _parameter(*bias_shape, loader=self._load_bias) if qkv_bias else None
+        del vllm_config.compilation_config.static_forward_context[name]
+        self.attn = LatentAttention(
+            stock.num_heads,
+            head_dim,
+            stock.scaling,
+            shard,
+            stock.attn.sliding_window,
+            prefix=name,
+        )
+        self.attn.process_weights_after_loading = self.bind_factors
+
+    def _load_bias(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+        heads = self.shard.kv_heads
+        loaded = loaded.unflatten(0, (-1, self.head_dim))
+        parameter.data.copy_(loaded[heads.start : heads.stop])
+
+    def load_factors(self, reader: FactorReader, layer: int) -> set[str]:
+        """Copy this rank's part of a layer's factors; returns the parameters' names."""
+        shard = self.shard
+        self.down.weight.data.copy_(reader.read(layer, "down")[list(shard.columns)])
+        groups, heads = shard.k_groups, shard.kv_heads
+        self.k_up.data.copy_(reader.read(layer, "k_up")[groups.start : groups.stop])
+        self.v_up.data.copy_(reader.read(layer, "v_up")[heads.start : heads.stop])
+        return {"down.weight", "k_up", "v_up"}
+
+    def bind_factors(self, act_dtype: torch.dtype) -> None:
+        """Hand factors and biases to the kernels; vLLM calls it once weights are loaded."""
+        self.attn.bind(
+            self.k_up.data,
+            self.v_up.data,
+            k_bias=None if self.k_bias is None else self.k_bias.data,
+            v_bias=None if self.v_bias is None else self.v_bias.data,
+            cos_sin_cache=self.rotary_emb.cos_sin_cache,
+            is_neox=self.rotary_emb.is_neox_style,
+        )
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        q, _ = self.q_proj(hidden_states)
+        latent, _ = self.down(hidden_states)
+        q, _ = self.rotary_emb(positions, q, None)
+        output, _ = self.o_proj(self.attn(q, latent))
+        return output
+
+
+def _parameter(*shape: int, loader: Callable | None = None) -> nn.Parameter:
+    parameter = nn.Parameter(torch.empty(*shape), requires_grad=False)
+    if loader is not None:
+        parameter.weight_loader = loader
+    return parameter
