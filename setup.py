@@ -9,9 +9,13 @@ ROOT = Path(__file__).parent
 CPU_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
 
 setup(
-    packages=[*find_packages(include=["recalkv_vllm*"]), "recalkv_vllm.kernels"],
-    # A top-level module called "kernels" would shadow another project's.
-    package_dir={"recalkv_vllm.kernels": "kernels"},
+    packages=[
+        *find_packages(include=["recalkv_vllm*"]),
+        "recalkv_vllm.kernels",
+        "recalkv_vllm.benchmarks",
+    ],
+    # Top-level modules called "kernels" or "benchmarks" would shadow another project's.
+    package_dir={"recalkv_vllm.kernels": "kernels", "recalkv_vllm.benchmarks": "benchmarks"},
     ext_modules=[
         CppExtension(
             "recalkv_vllm._cpu",

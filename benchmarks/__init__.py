@@ -1,0 +1,1 @@
+"""Measurements and demonstrations; installed as ``recalkv_vllm.benchmarks``."""

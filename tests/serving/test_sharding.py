@@ -1,0 +1,80 @@
+"""Tensor-parallel shards: together they hold every head, and each reads what the whole would."""
+
+import pytest
+import torch
+
+from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
+from recalkv_vllm.serving.sharding import shard_latent
+
+GEOMETRY = AttentionGeometry(1, 64, 8, 4, 16)
+DISJOINT = LatentLayout(
+    128, 1, tuple((16 * g, 16 * g + 16) for g in range(4)), ((64, 96), (96, 128)), (0, 1, 2, 3)
+)
+PER_HEAD_JOINT = LatentLayout(
+    64,
+    1,
+    tuple((16 * g, 16 * g + 16) for g in range(4)),
+    tuple((16 * g, 16 * g + 16) for g in range(4)),
+    (0, 1, 2, 3),
+)
+SHARED_VALUES = LatentLayout(96, 2, ((0, 32), (32, 64)), ((64, 96),), (0, 1, 2, 3))
+OVERLAPPING = LatentLayout(64, 2, ((0, 32), (32, 64)), ((0, 64),), (0, 1, 2, 3))
+
+
+def keys_and_values(latent, layout_k, layout_v, k_up, v_up):
+    keys = [latent[a:b] @ up.T for up, (a, b) in zip(k_up, layout_k, strict=True)]
+    per_group = len(v_up) // len(layout_v)
+    values = [latent[slice(*layout_v[head // per_group])] @ up.T for head, up in enumerate(v_up)]
+    return torch.cat(keys), torch.cat(values)
+
+
+@pytest.mark.parametrize(
+    ("layout", "tp_size"),
+    [
+        (layout, tp_size)
+        for layout in (DISJOINT, PER_HEAD_JOINT, SHARED_VALUES, OVERLAPPING)
+        for tp_size in (1, 2, 4)
+        if len(layout.k_spans) % tp_size == 0
+    ],
+)
+def test_shards_rebuild_the_whole(layout, tp_size):
+    torch.manual_seed(0)
+    shapes = layout.factor_shapes(GEOMETRY)
+    latent = torch.randn(layout.rank)
+    k_up, v_up = torch.randn(shapes["k_up"]), torch.randn(shapes["v_up"])
+    keys, values = keys_and_values(latent, layout.k_spans, layout.v_spans, k_up, v_up)
+
+    parts = []
+    for tp_rank in range(tp_size):
+        shard = shard_latent(layout, GEOMETRY, tp_rank, tp_size)
+        parts.append(
+            keys_and_values(
+                latent[list(shard.columns)],
+                shard.k_spans,
+                shard.v_spans,
+                k_up[shard.k_groups.start : shard.k_groups.stop],
+                v_up[shard.kv_heads.start : shard.kv_heads.stop],
+            )
+        )
+    torch.testing.assert_close(torch.cat([k for k, _ in parts]), keys)
+    torch.testing.assert_close(torch.cat([v for _, v in parts]), values)
+
+
+def test_shared_value_latents_are_replicated_and_keys_are_not():
+    assert [shard_latent(SHARED_VALUES, GEOMETRY, r, 2).rank for r in range(2)] == [64, 64]
+    assert [shard_latent(PER_HEAD_JOINT, GEOMETRY, r, 4).rank for r in range(4)] == [16] * 4
+
+
+def test_what_does_not_divide_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match=r"a divisor of the 2 K groups .*, found 4"):
+        shard_latent(SHARED_VALUES, GEOMETRY, 0, 4)
+    three = AttentionGeometry(1, 64, 6, 6, 16)
+    layout = LatentLayout(
+        128,
+        2,
+        tuple((16 * g, 16 * g + 16) for g in range(3)),
+        ((48, 80), (80, 112)),
+        tuple(range(6)),
+    )
+    with pytest.raises(ValueError, match="3 ranks of 2 KV heads cut a V group"):
+        shard_latent(layout, three, 0, 3)
