@@ -1,0 +1,88 @@
+"""``recalkv compress``: make a compressed checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the sub-command's parser."""
+    parser = commands.add_parser(
+        "compress",
+        help="compress a model's KV cache",
+        description="Factor a model's key and value projections and write a checkpoint.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="model directory, or a hub name owner/name")
+    add("-o", "--out", metavar="OUT", type=Path, required=True, help="directory to create")
+    add(
+        "--compression",
+        metavar="C",
+        type=float,
+        required=True,
+        help="fraction of the KV cache to remove, in [0, 1); 0 is full rank and exact",
+    )
+    add("--method", default="recalkv", help="recalkv, palu or svd")
+    add(
+        "--k-group-size",
+        metavar="N",
+        type=group_size,
+        default="auto",
+        help="KV heads per K group; auto: the largest divisor of the KV heads up to 4",
+    )
+    add("--v-groups", metavar="N", type=int, help="V groups (default: the method's)")
+    add(
+        "--rank-allocation",
+        choices=("fisher", "uniform"),
+        help="how ranks are split over layers (default: the method's)",
+    )
+    add(
+        "--dataset",
+        metavar="NAME|PATH",
+        default="builtin",
+        help="calibration text: a .txt, .jsonl or .parquet file, a datasets name "
+        "NAME[:CONFIG[:SPLIT]], or builtin (needs no network)",
+    )
+    add("--text-column", metavar="C", default="text", help="column of a table that holds the text")
+    add("--num-samples", metavar="N", type=int, default=256, help="calibration samples")
+    add("--seq-len", metavar="N", type=int, default=2048, help="tokens per sample")
+    add("--seed", metavar="N", type=int, default=42, help="seed of the choice of samples")
+    add("--device", default="auto", help="where to calibrate; auto: a GPU if there is one")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype of the written weights and factors; auto: the model's own",
+    )
+    return parser
+
+
+def group_size(text: str) -> int | None:
+    """``N``, or None for ``auto``."""
+    return None if text == "auto" else int(text)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the sub-command; the JSON object."""
+    from recalkv_vllm.cli.libraries import quiet_libraries
+    from recalkv_vllm.compression.pipeline import CompressOptions, compress
+
+    quiet_libraries()
+    names = CompressOptions.__dataclass_fields__
+    return {
+        "out": str(options.out),
+        **compress(CompressOptions(**{name: getattr(options, name) for name in names})),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    size = result["kv_bytes_per_token"]
+    print(
+        f"{result['out']}: {size['compressed']} KV-cache bytes per token instead of "
+        f"{size['dense']} ({result['compression']:.1%} removed), in {result['seconds']:.0f} s"
+    )
+    print(f"serve it: vllm serve {result['out']} --attention-backend recalkv")

@@ -1,0 +1,90 @@
+"""``recalkv inspect``: what a compressed checkpoint holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the sub-command's parser."""
+    parser = commands.add_parser(
+        "inspect",
+        help="show ranks, sizes, errors and provenance of a checkpoint",
+        description="Validate a compressed checkpoint and show what it holds.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="directory")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", type=Path, help="draw ranks and errors of all layers"
+    )
+    return parser
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the sub-command; the JSON object."""
+    import time
+
+    from recalkv_vllm.cli.plot import plot_layers
+    from recalkv_vllm.compression.reader import check_factors
+    from recalkv_vllm.compression.summary import summarize
+
+    began = time.monotonic()
+    recalkv, geometry, itemsize = check_factors(options.checkpoint)
+    summary = summarize(recalkv, geometry, itemsize)
+    if options.plot is not None:
+        plot_layers(summary, options.plot)
+    settings = {k: v for k, v in recalkv.settings.items() if k != "relative_error"}
+    return {
+        "checkpoint": str(options.checkpoint),
+        **summary,
+        "settings": settings,
+        "calibration": recalkv.calibration,
+        "tool_versions": recalkv.tool_versions,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    size = result["kv_bytes_per_token"]
+    table = Table(title=f"{result['checkpoint']}: {result['method']}")
+    for heading in ("layer", "rank", "K spans", "V spans", "K error", "V error"):
+        table.add_column(heading, justify="right")
+    for layer in result["layers"]:
+        table.add_row(
+            str(layer["layer"]),
+            str(layer["rank"]),
+            _spans(layer["k_spans"]),
+            _spans(layer["v_spans"]),
+            _number(layer["k_error"]),
+            _number(layer["v_error"]),
+        )
+    console = Console()
+    console.print(table)
+    lines = {
+        "KV cache": f"{size['compressed']} bytes per token, {size['dense']} dense "
+        f"({result['compression']:.1%} removed, {result['compression_requested']:.1%} asked for)",
+        "reconstruction": f"{result['reconstruct_flop_per_token']} FLOP per cached token",
+        "errors": f"relative, of the {result['error_of']}, as recorded when compressed",
+        **{key.replace("_", " "): value for key, value in result["settings"].items()},
+        "calibration": _pairs(result["calibration"]) or "none",
+        "made with": _pairs(result["tool_versions"]),
+    }
+    for key, value in lines.items():
+        console.print(f"{key}: {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _spans(spans: list[list[int]]) -> str:
+    return " ".join(f"{start}:{end}" for start, end in spans)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())

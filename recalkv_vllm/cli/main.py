@@ -1,0 +1,71 @@
+"""Parsing, output and errors that all sub-commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from recalkv_vllm.cli import compress, evaluate, inspect
+from recalkv_vllm.version import __version__
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad command line in one line, as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(report(message))
+
+
+def report(message: str) -> int:
+    """Print an error as one line on stderr; the exit status for bad input."""
+    print(f"recalkv: error: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all sub-commands; each sets ``run`` to its function."""
+    parser = Parser(prog="recalkv", description="Low-rank KV-cache compression for vLLM.")
+    parser.add_argument("--version", action="version", version=f"recalkv {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (compress, evaluate, inspect):
+        command = module.add_parser(commands)
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout, and nothing else"
+        )
+        command.set_defaults(run=module.run, show=module.show)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = build_parser().parse_args(argv)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("recalkv: %(message)s"))
+    logger = logging.getLogger("recalkv_vllm")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # Imported here: torch takes seconds, which --help does not need.
+    from recalkv_vllm.checkpoint import CheckpointError
+    from recalkv_vllm.compression.errors import InputError
+
+    try:
+        result = options.run(options)
+    except (CheckpointError, InputError) as error:
+        return report(str(error))
+    except KeyboardInterrupt:
+        print("recalkv: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        logger.removeHandler(handler)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        options.show(result)
+    return 0

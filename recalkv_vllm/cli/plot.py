@@ -1,0 +1,53 @@
+"""The picture that ``recalkv inspect --plot`` draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from recalkv_vllm.compression.errors import InputError
+
+
+def plot_layers(summary: dict[str, Any], path: Path) -> None:
+    """Draw cached numbers per token and relative errors of every layer.
+
+    Args:
+        summary: as :func:`recalkv_vllm.compression.summary.summarize` gives it.
+        path: of the picture; its ending chooses the format.
+
+    Raises:
+        InputError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise InputError("--plot: matplotlib is not installed; pip install matplotlib") from error
+
+    layers = summary["layers"]
+    index = [layer["layer"] for layer in layers]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    ranks, errors = figure.subplots(2, 1, sharex=True)
+    # What keys alone, values alone and both read; together the rank, whatever the spans.
+    keys, values = ([_covered(layer[name]) for layer in layers] for name in ("k_spans", "v_spans"))
+    ranks.step(index, [layer["rank"] for layer in layers], "k-", where="mid", label="rank")
+    ranks.plot(index, keys, "o", label="read by keys")
+    ranks.plot(index, values, "s", label="read by values")
+    ranks.set_ylabel("numbers per token")
+    ranks.set_ylim(bottom=0)
+    ranks.legend()
+    if summary["error_of"] is not None:
+        errors.plot(index, [layer["k_error"] for layer in layers], "o-", label="keys")
+        errors.plot(index, [layer["v_error"] for layer in layers], "s-", label="values")
+        errors.legend()
+    errors.set_ylabel(f"relative error of {summary['error_of']}")
+    errors.set_xlabel("layer")
+    figure.suptitle(f"{summary['method']}, {summary['compression']:.1%} of the KV cache removed")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--plot {path}: cannot be written ({error})") from error
+
+
+def _covered(spans: list[list[int]]) -> int:
+    """Numbers inside at least one span."""
+    return len({n for start, end in spans for n in range(start, end)})

@@ -1,0 +1,23 @@
+"""Plain truncated SVD of the weights: the baseline that needs no calibration."""
+
+from __future__ import annotations
+
+import torch
+
+from recalkv_vllm.compression.linalg import truncated_factors
+from recalkv_vllm.compression.methods.base import SplitMethod
+from recalkv_vllm.compression.statistics import InputStatistics
+
+
+class Svd(SplitMethod):
+    """Grouped SVD for keys in natural head order, joint SVD for values, uniform ranks."""
+
+    name = "svd"
+    default_allocation = "uniform"
+
+    def key_factors(
+        self, weight: torch.Tensor, rank: int, statistics: InputStatistics | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return truncated_factors(weight, rank)
+
+    value_factors = key_factors

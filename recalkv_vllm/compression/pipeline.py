@@ -1,0 +1,183 @@
+"""``compress``: from a model directory to a compressed checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+
+from recalkv_vllm.checkpoint import AttentionGeometry, RecalkvConfig, read_hf_config
+from recalkv_vllm.compression import source
+from recalkv_vllm.compression.architectures import compressed_architecture
+from recalkv_vllm.compression.card import model_card
+from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.factoring import factor_layers
+from recalkv_vllm.compression.methods import METHODS, Method
+from recalkv_vllm.compression.samples import draw_samples
+from recalkv_vllm.compression.statistics import (
+    Statistics,
+    collect,
+    model_digest,
+    samples_digest,
+)
+from recalkv_vllm.compression.summary import summarize
+from recalkv_vllm.compression.text import describe, documents
+from recalkv_vllm.compression.writer import (
+    appearing,
+    check_absent,
+    write_checkpoint,
+)
+from recalkv_vllm.version import __version__
+
+log = logging.getLogger(__name__)
+
+#: ``--k-group-size auto``: the paper's group size, or the largest divisor of h_kv below it.
+LARGEST_AUTO_GROUP = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CompressOptions:
+    """Options of ``recalkv compress``; the command line documents each."""
+
+    model: str
+    out: Path
+    compression: float
+    method: str = "recalkv"
+    k_group_size: int | None = None
+    v_groups: int | None = None
+    rank_allocation: str | None = None
+    dataset: str = "builtin"
+    text_column: str = "text"
+    num_samples: int = 256
+    seq_len: int = 2048
+    seed: int = 42
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def compress(options: CompressOptions) -> dict[str, Any]:
+    """Compress a model; the summary of the checkpoint, with ``seconds``.
+
+    Raises:
+        InputError: bad input; nothing is left at ``options.out``.
+        CheckpointError: an unusable ``config.json``.
+    """
+    began = time.monotonic()
+    if not 0 <= options.compression < 1:
+        raise InputError(
+            f"compression {options.compression}: expected a fraction in [0, 1); "
+            "it is the part of the KV cache that is removed"
+        )
+    for name, least in (("num_samples", 1), ("seq_len", 2)):
+        if getattr(options, name) < least:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {getattr(options, name)}: expected at least {least}")
+    check_absent(options.out)
+    directory = source.find_model(options.model)
+    config = read_hf_config(directory)
+    compressed_architecture(config)  # refuses what is not supported
+    geometry = AttentionGeometry.from_hf_config(config)
+    method = choose_method(options, geometry)
+    if not method.observers(options.compression):
+        method.ranks(options.compression, None)  # a budget that is too small fails before loading
+    device = source.choose_device(options.device)
+
+    statistics, calibration = _calibrate(options, directory, geometry, method, device)
+    ranks = method.ranks(options.compression, statistics)
+    model = source.load_model(directory, "auto", "cpu")
+    dtype = model.dtype if options.dtype == "auto" else source.DTYPES[options.dtype]
+    factors, errors = factor_layers(model, geometry, method, ranks, statistics, dtype)
+    recalkv = RecalkvConfig(
+        method=method.name,
+        compression=options.compression,
+        layers=tuple(part.layout for part in factors),
+        settings={
+            "base_model": directory.resolve().name
+            if Path(options.model).exists()
+            else options.model,
+            "k_group_size": method.k_group_size,
+            "v_groups": method.v_groups,
+            "rank_allocation": method.rank_allocation if options.compression else "full",
+            "relative_error": errors,
+        },
+        calibration=calibration,
+        tool_versions={
+            "recalkv_vllm": __version__,
+            "safetensors": safetensors.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+    summary = summarize(recalkv, geometry, dtype.itemsize)
+    with appearing(options.out) as partial:
+        model.to(dtype)
+        write_checkpoint(partial, directory, model, config, recalkv, factors)
+        card = model_card(options.out.name, recalkv.settings["base_model"], recalkv, summary)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return {**summary, "seconds": time.monotonic() - began}
+
+
+def choose_method(options: CompressOptions, geometry: AttentionGeometry) -> Method:
+    """The method that the options name, its settings checked against the model.
+
+    Raises:
+        InputError: an unknown method, or groups that do not divide the KV heads.
+    """
+    if options.method not in METHODS:
+        raise InputError(
+            f"method {options.method!r}: unknown; expected one of {', '.join(sorted(METHODS))}"
+        )
+    heads = geometry.num_kv_heads
+    group_size = options.k_group_size
+    if group_size is None:
+        group_size = max(n for n in range(1, LARGEST_AUTO_GROUP + 1) if heads % n == 0)
+    for name, value in (("--k-group-size", group_size), ("--v-groups", options.v_groups)):
+        if value is not None and (value < 1 or heads % value):
+            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise InputError(
+                f"{name} {value}: does not divide the model's {heads} KV heads; "
+                f"expected one of {divisors}"
+            )
+    return METHODS[options.method](geometry, group_size, options.v_groups, options.rank_allocation)
+
+
+def _calibrate(
+    options: CompressOptions,
+    directory: Path,
+    geometry: AttentionGeometry,
+    method: Method,
+    device: str,
+) -> tuple[Statistics | None, dict[str, Any]]:
+    """Statistics that the method needs, and their provenance."""
+    observers = method.observers(options.compression)
+    if not observers:
+        return None, {}
+    tokenizer = source.load_tokenizer(directory)
+    text = documents(options.dataset, options.text_column)
+    samples = draw_samples(text, tokenizer, options.num_samples, options.seq_len, options.seed)
+    own = source.own_dtype(directory)
+    arithmetic = source.calibration_dtype(own, device)
+    digest = samples_digest(samples)
+    identity = f"{model_digest(directory)} {digest} {arithmetic} {device.split(':')[0]}"
+    statistics = collect(
+        observers,
+        samples,
+        geometry,
+        key=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+        load_model=lambda: source.load_model(directory, arithmetic, device),
+    )
+    return statistics, {
+        "dataset": describe(options.dataset),
+        "samples": len(samples),
+        "seq_len": options.seq_len,
+        "seed": options.seed,
+        "samples_digest": digest,
+        "dtype": str(arithmetic).removeprefix("torch."),
+    }

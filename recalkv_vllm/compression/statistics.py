@@ -1,0 +1,128 @@
+"""Calibration statistics of a model: cached on disk by content, read one layer at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from recalkv_vllm.checkpoint import AttentionGeometry
+from recalkv_vllm.compression.architectures import CausalLM
+from recalkv_vllm.compression.calibration import run_pass, sum_shapes
+from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.observers import OBSERVERS
+from recalkv_vllm.compression.store import SumStore, is_complete, read_complete
+
+log = logging.getLogger(__name__)
+
+#: Part of every cache key: raise it when an observer sums something else under the same name.
+STATISTICS_VERSION = 3
+
+
+@dataclass(frozen=True, slots=True)
+class InputStatistics:
+    """Moments of the input ``x`` of one layer's key and value projections, float64.
+
+    Args:
+        second_moment: ``[H, H]``, mean of ``x xᵀ`` over tokens (not centred).
+        mean: ``[H]``.
+    """
+
+    second_moment: torch.Tensor
+    mean: torch.Tensor
+
+
+class Statistics:
+    """Finished statistics; a layer is read from disk when asked for."""
+
+    def __init__(self, directory: Path):
+        self._sums, self._counts = read_complete(directory)
+        for name, array in self._sums.items():
+            for layer, part in enumerate(array):
+                if not np.isfinite(part).all():
+                    raise InputError(
+                        f"calibration statistics: {name} of layer {layer} is not finite; the model "
+                        "overflows in this precision (try --device cpu or another --dtype)"
+                    )
+
+    def inputs(self, layer: int) -> InputStatistics:
+        """Input moments of a layer (observer ``moments``)."""
+        tokens = self._counts["tokens"]
+        outer = torch.from_numpy(self._sums["input_outer"][layer].astype(np.float64))
+        total = torch.from_numpy(self._sums["input"][layer].astype(np.float64))
+        return InputStatistics(second_moment=outer / tokens, mean=total / tokens)
+
+    def fisher(self, layer: int) -> np.ndarray:
+        """Diagonal Fisher information ``[2, h_kv · d, H]`` of a layer's key and value projection
+        (observer ``fisher``)."""
+        return self._sums["fisher"][layer].astype(np.float64) / self._counts["samples"]
+
+
+def cache_directory() -> Path:
+    """Where statistics are kept: ``$RECALKV_CACHE``, or ``recalkv`` in the user's cache."""
+    if root := os.environ.get("RECALKV_CACHE"):
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recalkv"
+
+
+def model_digest(directory: Path) -> str:
+    """Digest of a model's weights and configuration (hex)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def samples_digest(samples: torch.Tensor) -> str:
+    """Digest of calibration samples (hex)."""
+    shaped = f"{tuple(samples.shape)}".encode() + samples.numpy().tobytes()
+    return hashlib.blake2b(shaped, digest_size=16).hexdigest()
+
+
+def collect(
+    names: Iterable[str],
+    samples: torch.Tensor,
+    geometry: AttentionGeometry,
+    key: str,
+    load_model: Callable[[], CausalLM],
+) -> Statistics:
+    """Statistics of the named observers, from the cache or by a pass over ``samples``.
+
+    Args:
+        names: keys of :data:`OBSERVERS`.
+        samples: ``[samples, seq_len]`` token ids.
+        geometry: of the model.
+        key: identifies model, samples and arithmetic.
+        load_model: called only if a pass is needed.
+
+    Raises:
+        InputError: the statistics are not finite.
+    """
+    wanted = set(names)
+    root = cache_directory() / f"statistics-{STATISTICS_VERSION}" / key
+    for directory in sorted(root.glob("*")):
+        if wanted <= set(directory.name.split("+")) and is_complete(directory):
+            log.info("calibration statistics: reusing %s", directory)
+            return Statistics(directory)
+    directory = root / "+".join(sorted(wanted))
+    observers = [OBSERVERS[name]() for name in sorted(wanted)]
+    with SumStore(directory, sum_shapes(observers, geometry)) as store:
+        # Another process may have finished the pass while this one waited for the store.
+        if not is_complete(directory):
+            if store.samples_done:
+                log.info(
+                    "calibration statistics: resuming after %d of %d samples",
+                    store.samples_done,
+                    len(samples),
+                )
+            run_pass(load_model(), samples, observers, store)
+    return Statistics(directory)

@@ -1,0 +1,322 @@
+"""Bad input: one clear line on stderr, exit status 2, nothing on stdout, nothing written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from recalkv_vllm.cli import main
+
+FEW = ["--num-samples", "2", "--seq-len", "32"]
+
+
+@pytest.fixture
+def fails(capsys, caplog):
+    """``fails(*args)``: the one line that a command ends with."""
+
+    def run(*args) -> str:
+        try:
+            status = main([*map(str, args)])
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        assert status == 2
+        assert captured.out == ""
+        lines = [line for line in captured.err.splitlines() if line.startswith("recalkv: error: ")]
+        assert len(lines) == 1
+        assert captured.err.rstrip().splitlines()[-1] == lines[0]
+        assert "Traceback" not in captured.err
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def compress_fails(fails, tmp_path):
+    """The same for ``compress MODEL -o OUT``, which must leave nothing at or beside OUT."""
+
+    def run(model, *args) -> str:
+        out = tmp_path / "results" / "out"
+        error = fails("compress", model, "-o", out, *args)
+        assert not out.parent.exists() or not any(out.parent.iterdir())
+        return error
+
+    return run
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A copy of the tiny model to break, and a function that edits its ``config.json``."""
+    directory = tmp_path / "copy"
+    shutil.copytree(tiny, directory)
+
+    def edit(**changes):
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        return directory
+
+    return edit
+
+
+@pytest.mark.parametrize("value", ["1", "1.5", "-0.1", "nan", "inf"])
+def test_compression_outside_its_range(tiny, compress_fails, value):
+    assert "expected a fraction in [0, 1)" in compress_fails(tiny, f"--compression={value}")
+
+
+def test_compression_is_required(tiny, compress_fails):
+    assert "--compression" in compress_fails(tiny)
+
+
+def test_compression_not_a_number(tiny, compress_fails):
+    assert "--compression" in compress_fails(tiny, "--compression", "half")
+
+
+def test_ranks_that_round_to_nothing(tiny, compress_fails):
+    error = compress_fails(tiny, "--compression", 0.9, "--k-group-size", 1, "--method", "svd")
+    assert "largest possible compression with these groups is 0.375" in error
+
+
+@pytest.mark.parametrize("option", ["--k-group-size", "--v-groups"])
+@pytest.mark.parametrize("value", ["3", "0", "-1", "8"])
+def test_groups_that_do_not_divide(tiny, compress_fails, option, value):
+    error = compress_fails(tiny, "--compression", 0.5, f"{option}={value}")
+    assert f"{option} {value}: does not divide the model's 4 KV heads" in error
+    assert "1, 2, 4" in error
+
+
+def test_unknown_method(tiny, compress_fails):
+    error = compress_fails(tiny, "--compression", 0.5, "--method", "magic")
+    assert "'magic'" in error
+    assert "palu, recalkv, svd" in error
+
+
+def test_missing_model(compress_fails):
+    assert "no such directory" in compress_fails("/nowhere/model", "--compression", 0.5)
+
+
+def test_hub_model_out_of_reach(compress_fails, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    error = compress_fails("owner/name", "--compression", 0.5)
+    assert (
+        "no such directory, and the hub gave no such model (ConnectionError: no network)" in error
+    )
+
+
+def test_model_that_is_a_file(compress_fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in compress_fails(tmp_path / "file", "--compression", 0.5)
+
+
+def test_directory_without_a_model(compress_fails, tmp_path):
+    assert "no config.json" in compress_fails(tmp_path, "--compression", 0.5)
+
+
+def test_broken_configuration(compress_fails, copy):
+    directory = copy()
+    (directory / "config.json").write_text("{")
+    assert "not valid JSON" in compress_fails(directory, "--compression", 0.5)
+
+
+def test_model_without_weights(compress_fails, copy):
+    directory = copy()
+    (directory / "model.safetensors").unlink()
+    error = compress_fails(directory, "--compression", 0.5, "--method", "svd")
+    assert "cannot be loaded" in error
+
+
+def test_truncated_weights(compress_fails, copy):
+    path = copy() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    error = compress_fails(path.parent, "--compression", 0.5, "--method", "svd")
+    assert "cannot be loaded" in error
+
+
+def test_unsupported_architecture(compress_fails, copy):
+    error = compress_fails(copy(model_type="gpt2"), "--compression", 0.5)
+    assert "'gpt2' is not supported; expected one of llama, mistral, qwen2" in error
+
+
+def test_quantised_base(compress_fails, copy):
+    directory = copy(quantization_config={"quant_method": "awq"})
+    assert "quantised" in compress_fails(directory, "--compression", 0.5)
+
+
+def test_model_without_tokenizer(compress_fails, copy):
+    directory = copy()
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+    assert "tokenizer" in compress_fails(directory, "--compression", 0.5)
+
+
+def test_compressed_twice(compress_fails, tiny, tmp_path, capsys):
+    once = tmp_path / "once"
+    assert main(["compress", str(tiny), "-o", str(once), "--compression", "0", "--json"]) == 0
+    capsys.readouterr()
+    assert "already compressed" in compress_fails(once, "--compression", 0.5)
+
+
+def test_output_exists(fails, tiny, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("kept")
+    assert "exists already" in fails("compress", tiny, "-o", out, "--compression", 0.5)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_output_cannot_be_made(fails, tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    error = fails("compress", tiny, "-o", tmp_path / "file" / "out", "--compression", 0.5)
+    assert "cannot be created" in error
+
+
+@pytest.mark.parametrize("command", ["compress", "eval"])
+def test_text_shorter_than_one_sample(fails, tiny, tmp_path, command):
+    path = tmp_path / "short.txt"
+    path.write_text("short")
+    extra = ["-o", tmp_path / "out", "--compression", 0.5] if command == "compress" else []
+    error = fails(command, tiny, *extra, "--dataset", path, "--seq-len", 64)
+    assert "tokens are less than one" in error
+    assert "of 64" in error
+
+
+def test_missing_dataset(fails, tiny, compress_fails):
+    error = compress_fails(tiny, "--compression", 0.5, "--dataset", "/nowhere/text.txt")
+    assert "/nowhere/text.txt: no such file" in error
+    assert "no such file" in fails("eval", tiny, "--dataset", "/nowhere/text.txt")
+
+
+def test_missing_column(fails, tiny, compress_fails, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"body": "text"}\n')
+    arguments = ["--dataset", path, "--text-column", "text"]
+    for error in (
+        compress_fails(tiny, "--compression", 0.5, *arguments),
+        fails("eval", tiny, *arguments),
+    ):
+        assert "no column 'text'; found body" in error
+
+
+@pytest.mark.parametrize("option", ["--num-samples", "--seq-len"])
+def test_sizes_below_the_least(tiny, compress_fails, option):
+    error = compress_fails(tiny, "--compression", 0.5, option, 0)
+    assert f"{option} 0: expected at least" in error
+
+
+def test_device_not_there(tiny, compress_fails):
+    error = compress_fails(tiny, "--compression", 0.5, "--device", "cuda:99", *FEW)
+    assert "cuda:99: not available" in error
+
+
+def test_model_that_overflows(copy, compress_fails):
+    path = copy() / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.input_layernorm.weight"].fill_(float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    error = compress_fails(path.parent, "--compression", 0.5, *FEW)
+    assert "of layer 0 is not finite" in error
+
+
+def test_overflow_of_the_written_dtype(copy, compress_fails):
+    path = copy() / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.self_attn.k_proj.weight"].mul_(1e6)
+    save_file(tensors, path, metadata={"format": "pt"})
+    error = compress_fails(path.parent, "--compression", 0, "--dtype", "float16")
+    assert "layer 1: factors overflow torch.float16" in error
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    out = tmp_path / "checkpoint"
+    assert main(["compress", str(tiny), "-o", str(out), "--compression", "0"]) == 0
+    return out
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def rename(path):
+    tensors = load_file(path)
+    tensors["layers.0.up"] = tensors.pop("layers.0.k_up")
+    save_file(tensors, path)
+
+
+def poison(path):
+    tensors = load_file(path)
+    tensors["layers.1.down"][3, 3] = torch.nan
+    save_file(tensors, path)
+
+
+def mismatch(path):
+    tensors = load_file(path)
+    tensors["layers.1.down"] = tensors["layers.1.down"][:16].contiguous()
+    save_file(tensors, path)
+
+
+FAULTS = {
+    truncate: "not a readable safetensors file",
+    rename: "layers.0.k_up missing",
+    poison: "layers.1.down: expected finite values, found 1 of",
+    mismatch: "layers.1.down: expected shape [128, 96], found [16, 96]",
+    lambda path: path.unlink(): "no such file; expected the factors",
+}
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["eval", "--dataset", "builtin"]])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_factors(fails, checkpoint, capsys, command, fault):
+    capsys.readouterr()
+    fault(checkpoint / "recalkv.safetensors")
+    error = fails(*command, checkpoint)
+    assert "recalkv.safetensors" in error
+    assert FAULTS[fault] in error
+
+
+def test_broken_record_of_errors(fails, checkpoint, capsys):
+    capsys.readouterr()
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["recalkv"]["settings"]["relative_error"]["k"] = ["small"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert "settings.relative_error" in fails("inspect", checkpoint)
+
+
+def test_inspect_of_what_is_no_checkpoint(fails, tiny, tmp_path):
+    assert "no recalkv object" in fails("inspect", tiny)
+    assert "no such file" in fails("inspect", tmp_path / "nothing")
+
+
+def test_eval_of_what_is_no_model(fails, tmp_path):
+    assert "no config.json" in fails("eval", tmp_path, "--dataset", "builtin")
+
+
+def test_eval_of_a_model_that_overflows(fails, copy):
+    path = copy() / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    error = fails("eval", path.parent, "--dataset", "builtin", "--max-tokens", 64, "--seq-len", 32)
+    assert "not finite" in error
+
+
+@pytest.mark.parametrize("option", ["--seq-len", "--max-tokens"])
+def test_eval_sizes(fails, tiny, option):
+    assert "expected at least 2" in fails("eval", tiny, "--dataset", "builtin", option, 1)
+
+
+def test_unknown_command(fails):
+    assert "frobnicate" in fails("frobnicate")
+
+
+def test_plot_that_cannot_be_written(fails, checkpoint, capsys):
+    pytest.importorskip("matplotlib")
+    capsys.readouterr()
+    for name in ("missing/plot.png", "plot.nothing"):
+        assert "cannot be written" in fails("inspect", checkpoint, "--plot", checkpoint / name)

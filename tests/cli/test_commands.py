@@ -1,0 +1,135 @@
+"""The commands as a script uses them: one JSON object on stdout, everything else on stderr."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recalkv_vllm.cli import main
+from recalkv_vllm.evaluation.perplexity import cut_windows
+from recalkv_vllm.version import __version__
+
+FEW = ["--num-samples", "4", "--seq-len", "32"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("It was a bright cold day in April. " * 200)
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """``run(*args)``: the JSON object that a command prints."""
+
+    def run(*args):
+        assert main([*map(str, args), "--json"]) == 0
+        captured = capsys.readouterr()
+        assert captured.out.count("\n") == 1
+        return json.loads(captured.out)
+
+    return run
+
+
+def test_compress_inspect_eval(tiny, tmp_path, run, text):
+    out = tmp_path / "out"
+    made = run("compress", tiny, "-o", out, "--compression", 0.5, "--dataset", text, *FEW)
+    assert made["kv_bytes_per_token"] == {"dense": 512, "compressed": 256}
+    assert made["compression"] == 0.5
+    assert made["reconstruct_flop_per_token"] == sum(
+        2 * layer["k_width"] * 64 for layer in made["layers"]
+    )
+    assert made["seconds"] > 0
+
+    seen = run("inspect", out)
+    for key in ("kv_bytes_per_token", "compression", "reconstruct_flop_per_token", "layers"):
+        assert seen[key] == made[key]
+    assert seen["calibration"]["dataset"] == "text.txt"
+    assert seen["calibration"]["samples"] == 4
+    assert seen["settings"]["k_group_size"] == 4
+
+    base = run("eval", tiny, "--dataset", text, "--seq-len", 64, "--max-tokens", 500)
+    compressed = run("eval", out, "--dataset", text, "--seq-len", 64, "--max-tokens", 500)
+    assert base["tokens"] == compressed["tokens"] == 7 * 63
+    assert base["perplexity"] == pytest.approx(math.exp(base["nll"]))
+    assert base["nll"] != compressed["nll"]
+
+
+def test_eval_is_the_mean_loss_of_consecutive_windows(tiny, run, text):
+    found = run("eval", tiny, "--dataset", text, "--seq-len", 50, "--max-tokens", 220)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    windows = cut_windows([text.read_text()], tokenizer, 50, 220)
+    assert len(windows) == 4
+    ids = tokenizer(text.read_text())["input_ids"]
+    assert [token for window in windows for token in window] == ids[:200]
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    rows = torch.tensor(windows)
+    with torch.no_grad():
+        loss = model(rows, labels=rows).loss  # all windows are equally long
+    assert found["nll"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_a_second_run_reuses_the_statistics(tiny, tmp_path, capsys):
+    for name, method in (("a", "recalkv"), ("b", "palu")):
+        args = ["compress", tiny, "-o", tmp_path / name, "--compression", 0.5, "--method", method]
+        assert main([*map(str, args), *FEW]) == 0
+    assert "reusing" in capsys.readouterr().err
+
+
+def test_text_output(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["compress", str(tiny), "-o", str(out), "--compression", "0"]) == 0
+    assert f"vllm serve {out} --attention-backend recalkv" in capsys.readouterr().out
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "512 bytes per token, 512 dense" in shown
+    assert "calibration: none" in shown
+
+
+def test_plot(tiny, tmp_path, run):
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "out", tmp_path / "plot.png"
+    run("compress", tiny, "-o", out, "--compression", 0)
+    run("inspect", out, "--plot", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib(tiny, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert main(["compress", str(tiny), "-o", str(out), "--compression", "0"]) == 0
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["inspect", str(out), "--plot", str(tmp_path / "plot.png")]) == 2
+    assert "matplotlib is not installed" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch():
+    """It would take seconds; and the offline tool never loads vLLM."""
+    code = (
+        "import sys; from recalkv_vllm.cli.main import build_parser; build_parser().format_help();"
+        "import recalkv_vllm.cli.compress;"
+        "print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_offline_tool_never_loads_vllm():
+    code = (
+        "import sys; import recalkv_vllm.compression.pipeline, recalkv_vllm.evaluation.perplexity;"
+        "import recalkv_vllm.evaluation.transformers_engine; print('vllm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert __version__ in capsys.readouterr().out

@@ -1,0 +1,81 @@
+"""Budgets are met to the number, whatever the weights."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recalkv_vllm.checkpoint import AttentionGeometry, rank_budget
+from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.ranks import Share, allocate, allocate_layers
+
+SHARES = st.builds(
+    Share,
+    weight=st.floats(0, 1e6),
+    groups=st.integers(1, 8),
+    cap=st.integers(16, 512),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(shares=st.lists(SHARES, min_size=1, max_size=20), part=st.floats(0, 1))
+def test_budget_is_used_up_and_never_exceeded(shares, part):
+    if not any(share.weight for share in shares):
+        shares.append(Share(1.0, 1, 64))
+    least = sum(share.step for share in shares)
+    most = sum(share.largest for share in shares)
+    budget = int(least + part * (most - least))
+    numbers = allocate(shares, budget)
+    assert sum(numbers) <= budget
+    for number, share in zip(numbers, shares, strict=True):
+        assert number % share.step == 0
+        assert share.step <= number <= share.largest
+    left = budget - sum(numbers)
+    assert all(
+        share.step > left or number == share.largest
+        for number, share in zip(numbers, shares, strict=True)
+    )
+
+
+def test_proportional_to_weight():
+    shares = [Share(w, 1, 10_000) for w in (1.0, 2.0, 5.0)]
+    assert allocate(shares, 16 * 80) == [160, 320, 800]
+
+
+def test_what_a_full_share_leaves_goes_to_the_others():
+    shares = [Share(100.0, 1, 64), Share(1.0, 1, 640), Share(1.0, 1, 640)]
+    assert allocate(shares, 64 + 320) == [64, 160, 160]
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 4])
+@pytest.mark.parametrize("compression", [0.1, 0.3, 0.5, 0.7, 0.8])
+def test_compression_is_never_less_than_asked_for(group_size, compression):
+    """Ranks in steps of 16, not 32, and rounded down: half of every head is kept, not 0.567."""
+    geometry = AttentionGeometry(30, 576, 12, 4, 64)
+    weights = np.random.default_rng(0).random((30, 2))
+    layers = allocate_layers(weights, geometry, group_size, 1, compression)
+    groups = 4 // group_size
+    kept = sum(layer.k_width * groups + layer.v_width for layer in layers)
+    budget = rank_budget(compression, geometry)
+    assert kept <= budget
+    assert budget - kept < 16 * groups
+
+
+def test_caps_by_hidden_size():
+    geometry = AttentionGeometry(2, 64, 8, 8, 16)
+    layers = allocate_layers(np.ones((2, 2)), geometry, 8, 1, 0.1)
+    assert {layer.k_width for layer in layers} == {64}
+
+
+def test_too_high_a_compression_names_the_largest_possible():
+    geometry = AttentionGeometry(30, 576, 9, 3, 64)
+    with pytest.raises(InputError, match=r"largest possible compression .* is 0\.8333") as caught:
+        allocate_layers(np.ones((30, 2)), geometry, 1, 1, 0.95)
+    possible = float(str(caught.value).rsplit(" ", 1)[1])
+    allocate_layers(np.ones((30, 2)), geometry, 1, 1, possible)
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, float("nan")], [1.0, -1.0]])
+def test_unusable_weights_are_refused(weights):
+    with pytest.raises(InputError, match="sensitivities"):
+        allocate([Share(w, 1, 64) for w in weights], 96)
