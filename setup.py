@@ -1,12 +1,44 @@
-"""Packages and the C++ extension; everything else is in pyproject.toml."""
+"""Packages, the C++ and the CUDA extension; everything else is in pyproject.toml."""
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+import torch
+from setuptools import Extension, find_packages, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
+CPU_HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.h"))
 CPU_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+CUDA_ROOT = ROOT / "csrc" / "cuda"
+
+
+def cuda_extensions() -> list[Extension]:
+    """The CUDA kernels, where nvcc and a CUDA build of torch are there to build them."""
+    if torch.version.cuda is None or CUDA_HOME is None or not Path(CUDA_HOME, "bin/nvcc").is_file():
+        return []
+
+    def files(*patterns: str) -> list[str]:
+        return sorted(str(p.relative_to(ROOT)) for name in patterns for p in CUDA_ROOT.glob(name))
+
+    return [
+        CUDAExtension(
+            "recalkv_vllm._cuda",
+            files("*.cu", "*.cpp"),
+            depends=files("*.h", "*.cuh"),
+            # Neither Python's nor torch's ABI: one build serves several releases of both.
+            py_limited_api=True,
+            extra_compile_args={
+                "cxx": ["-O3", "-std=c++17", "-DUSE_CUDA"],
+                "nvcc": [
+                    "-O3",
+                    "-std=c++17",
+                    "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+                    "-gencode=arch=compute_90a,code=sm_90a",
+                ],
+            },
+        )
+    ]
+
 
 setup(
     packages=[
@@ -17,14 +49,16 @@ setup(
     # Top-level modules called "kernels" or "benchmarks" would shadow another project's.
     package_dir={"recalkv_vllm.kernels": "kernels", "recalkv_vllm.benchmarks": "benchmarks"},
     ext_modules=[
+        *cuda_extensions(),
         CppExtension(
             "recalkv_vllm._cpu",
             CPU_SOURCES,
-            extra_compile_args=["-O3", "-fopenmp", "-std=c++17"],
-            extra_link_args=["-fopenmp"],
-        )
-    ]
-    if CPU_SOURCES
-    else [],
+            depends=CPU_HEADERS,
+            # -fopenmp only compiles; linking with it would load a second OpenMP runtime, and with
+            # it a second pool of threads, beside the one that torch brings. Instruction sets are
+            # chosen per file by #pragma, so no -m flag here.
+            extra_compile_args=["-O3", "-fopenmp", "-std=c++20", "-Wno-maybe-uninitialized"],
+        ),
+    ],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -6,7 +6,9 @@ low precision the "plain torch" that fast versions are measured against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -209,3 +211,29 @@ def latent_value_up(
     if v_bias is not None:
         out = out + v_bias.to(compute_dtype).repeat_interleave(per_kv, dim=0)
     return out.to(out_dtype or v_up.dtype)
+
+
+def unsupported_reason(
+    device: torch.device, dtype: torch.dtype, head_dim: int | None
+) -> str | None:
+    """The reference runs everywhere."""
+    return None
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """What runs, for the log."""
+    return "plain torch in float32, slow"
+
+
+def bind_paged_latent_attention(
+    k_up: torch.Tensor,
+    k_spans: Sequence[Span],
+    v_spans: Sequence[Span],
+    *,
+    head_dim: int,
+    **constants: Any,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """:func:`paged_latent_attention` with its constants given; packs nothing."""
+    return functools.partial(
+        paged_latent_attention, k_up=k_up, k_spans=k_spans, v_spans=v_spans, **constants
+    )

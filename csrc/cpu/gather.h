@@ -1,0 +1,89 @@
+// Where a tile's latents lie, fetching the next tile ahead of time, and this tile's latents as
+// dot-product operands.
+#pragma once
+
+#include "tile.h"
+
+namespace recalkv::RECALKV_ISA {
+
+// Where the latents of tokens [first, first + valid) lie; null past them.
+template <class Format>
+void Attention<Format>::locate(int64_t first, int valid, const Raw** latents) const {
+  const Raw* cache = static_cast<const Raw*>(batch.cache);
+  int64_t block = first / batch.block_size;
+  int offset = static_cast<int>(first % batch.block_size);
+  for (int t = 0; t < valid; ++t) {
+    latents[t] = cache + task.blocks[block] * batch.block_stride + offset * batch.token_stride;
+    if (++offset == batch.block_size) {
+      offset = 0;
+      ++block;
+    }
+  }
+  for (int t = valid; t < kTile; ++t) latents[t] = nullptr;
+}
+
+// The parts of a latent that this task reads, merged where they touch.
+template <class Format>
+void Attention<Format>::plan_prefetch() {
+  num_parts = 0;
+  for (int group = task.group_begin; group < task.group_end; ++group)
+    add_part(layer.k_starts[group], layer.k_width);
+  const int heads_per_v_group = layer.num_kv_heads / layer.v_groups;
+  for (int group = first_head / heads_per_v_group;
+       group <= (first_head + num_heads - 1) / heads_per_v_group; ++group)
+    add_part(layer.v_starts[group], layer.v_width);
+}
+
+template <class Format>
+void Attention<Format>::add_part(int64_t begin, int width) {
+  for (int i = 0; i < num_parts; ++i) {
+    if (begin > parts[i].end || begin + width < parts[i].begin) continue;
+    if (begin < parts[i].begin) parts[i].begin = begin;
+    if (begin + width > parts[i].end) parts[i].end = begin + width;
+    return;
+  }
+  parts[num_parts++] = {begin, begin + width};
+}
+
+// Starts fetching the next few tokens of the next tile. Called between blocks of arithmetic: all
+// at once would fill the core's miss buffers and stall it.
+template <class Format>
+RECALKV_INLINE void Attention<Format>::prefetch_some() {
+  constexpr int kLine = 64 / sizeof(Raw);
+  const int until = prefetched + prefetch_step < kTile ? prefetched + prefetch_step : kTile;
+  for (; prefetched < until && next[prefetched]; ++prefetched)
+    for (int part = 0; part < num_parts; ++part)
+      for (int64_t i = parts[part].begin; i < parts[part].end; i += kLine)
+        __builtin_prefetch(next[prefetched] + i, 0, 2);
+}
+
+template <class Format>
+void Attention<Format>::gather_columns(const Raw* const* latents, int64_t start) {
+  for (int t = 0; t < kTile; t += kLanes) {
+    const Unit* sources[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const Raw* row = span(latents[t + i], start);
+      if constexpr (Format::kRawIsUnits) {
+        sources[i] = reinterpret_cast<const Unit*>(row);
+      } else {
+        Format::widen(row, widened + i * layer.k_width, layer.k_width);
+        sources[i] = widened + i * layer.k_width;
+      }
+    }
+    for (int k = 0; k < k_units; k += kLanes) {
+      transpose(sources, z_columns + k * kTile + t, kTile,
+                k_units - k < kLanes ? k_units - k : kLanes);
+      for (int i = 0; i < kLanes; ++i) sources[i] += kLanes;
+    }
+  }
+}
+
+template <class Format>
+void Attention<Format>::gather_values(const Raw* const* latents, int64_t start) {
+  for (int t = 0; t < kTile; t += 2) {
+    Format::interleave(span(latents[t], start), span(latents[t + 1], start),
+                       values + t / Format::kPerUnit * layer.v_width, layer.v_width);
+  }
+}
+
+}  // namespace recalkv::RECALKV_ISA

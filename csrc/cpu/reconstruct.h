@@ -1,0 +1,66 @@
+// Keys of one head from a tile's latents.
+#pragma once
+
+#include "tile.h"
+
+namespace recalkv::RECALKV_ISA {
+
+// keys = RoPE(weight · (L z + b)) without the norm's 1/RMS, which goes into key_scale.
+template <class Format>
+void Attention<Format>::reconstruct(int head, int64_t tile) {
+  const Unit* factors = layer.k_factors + int64_t{head} * layer.head_dim * k_units;
+  const float* bias = layer.k_bias ? layer.k_bias + int64_t{head} * layer.head_dim : nullptr;
+  const float* norm = layer.k_norm_weight;
+  const float* cosines =
+      layer.rot_pairs ? layer.rope + tile * 2 * layer.rot_pairs * kTile : nullptr;
+  const float* sines = cosines + int64_t{layer.rot_pairs} * kTile;
+  if (norm) {
+    for (int t = 0; t < kTile; t += kLanes) store(key_scale + t, splat(0.0f));
+  }
+  for_blocks(exact_rows, kTile, [&](auto r, auto v, int row, int column)
+                                        __attribute__((always_inline)) {
+    constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
+    if constexpr (kR % 2 == 0 && kV == kVecs) {
+      prefetch_some();
+      Vec acc[kR][kV];
+      for (int i = 0; i < kR; ++i)
+        for (int j = 0; j < kV; ++j) acc[i][j] = splat(bias ? bias[row + i] : 0.0f);
+      product<Format>(acc, factors + int64_t{row} * k_units, k_units, z_columns + column, kTile,
+                      k_units);
+      if (norm) {
+        for (int j = 0; j < kV; ++j) {
+          Vec square = load(key_scale + column + j * kLanes);
+          for (int i = 0; i < kR; ++i) {
+            square = fma(acc[i][j], acc[i][j], square);
+            acc[i][j] = mul(acc[i][j], splat(norm[row + i]));
+          }
+          store(key_scale + column + j * kLanes, square);
+        }
+      }
+      for (int i = 0; i < kR; i += 2) {
+        const int pair = (row + i) / 2;
+        Unit* out = keys + int64_t{row + i} / Format::kPerUnit * kTile + column;
+        for (int j = 0; j < kV; ++j) {
+          Vec a = acc[i][j], b = acc[i + 1][j];
+          if (pair < layer.rot_pairs) {
+            const Vec cosine = load(cosines + pair * kTile + column + j * kLanes);
+            const Vec sine = load(sines + pair * kTile + column + j * kLanes);
+            const Vec turned = fnma(b, sine, mul(a, cosine));
+            b = fma(b, cosine, mul(a, sine));
+            a = turned;
+          }
+          Format::store_pair(out + j * kLanes, kTile, a, b);
+        }
+      }
+    }
+  });
+  if (norm) {
+    const Vec mean = splat(1.0f / layer.head_dim), eps = splat(layer.k_norm_eps);
+    for (int t = 0; t < kTile; t += kLanes) {
+      const Vec square = fma(load(key_scale + t), mean, eps);
+      store(key_scale + t, div(splat(1.0f), sqrt(square)));
+    }
+  }
+}
+
+}  // namespace recalkv::RECALKV_ISA

@@ -1,0 +1,76 @@
+// Query rows in, result rows out.
+#pragma once
+
+#include "tile.h"
+
+namespace recalkv::RECALKV_ISA {
+
+template <class Format>
+void Attention<Format>::load_queries() {
+  const Raw* q = static_cast<const Raw*>(batch.q);
+  const int pairs = layer.is_neox ? layer.rot_pairs : 0;
+  for (int head = 0; head < num_heads; ++head) {
+    for (int row = 0; row < rows; ++row) {
+      const int query = row / layer.queries_per_kv;
+      const Raw* raw = q + (task.first_token + query) * batch.q_stride +
+                       int64_t{(first_head + head) * layer.queries_per_kv +
+                               row % layer.queries_per_kv} *
+                           layer.head_dim;
+      Unit* out = queries + (int64_t{head} * rows + row) * depth;
+      if constexpr (Format::kRawIsUnits) {
+        reorder(raw, reinterpret_cast<uint16_t*>(out), pairs);
+      } else {
+        Format::widen(raw, widened, layer.head_dim);
+        reorder(widened, out, pairs);
+      }
+    }
+  }
+}
+
+template <class Format>
+template <class T>
+void Attention<Format>::reorder(const T* in, T* out, int pairs) const {
+  for (int i = 0; i < pairs; ++i) {
+    out[2 * i] = in[i];
+    out[2 * i + 1] = in[i + pairs];
+  }
+  for (int i = 2 * pairs; i < layer.head_dim; ++i) out[i] = in[i];
+}
+
+template <class Format>
+void Attention<Format>::start() {
+  load_queries();
+  plan_prefetch();
+  const int widest = layer.k_width > layer.v_width ? layer.k_width : layer.v_width;
+  for (int i = 0; i < widest; ++i) zeros[i] = 0;
+  for (int head = 0; head < num_heads; ++head) {
+    for (int row = 0; row < rows; ++row) {
+      running_max[int64_t{head} * rows + row] = -__builtin_inff();
+      running_sum[int64_t{head} * rows + row] = 0.0f;
+      float* out = task.out + out_row(head, row) * layer.v_width;
+      for (int i = 0; i < layer.v_width; i += kLanes) store(out + i, splat(0.0f));
+    }
+  }
+}
+
+template <class Format>
+void Attention<Format>::finish() {
+  for (int head = 0; head < num_heads; ++head) {
+    for (int row = 0; row < rows; ++row) {
+      const float m = running_max[int64_t{head} * rows + row];
+      const float l = running_sum[int64_t{head} * rows + row];
+      const int64_t index = out_row(head, row);
+      if (task.weight) {
+        task.lse[index] = m;
+        task.weight[index] = l;
+        continue;
+      }
+      float* out = task.out + index * layer.v_width;
+      const Vec inverse = splat(l == 0.0f ? 0.0f : 1.0f / l);
+      for (int i = 0; i < layer.v_width; i += kLanes) store(out + i, mul(load(out + i), inverse));
+      task.lse[index] = m + __builtin_logf(l);
+    }
+  }
+}
+
+}  // namespace recalkv::RECALKV_ISA

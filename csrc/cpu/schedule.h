@@ -1,0 +1,36 @@
+// Cuts one attention call into tasks of about equal cost.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+
+namespace recalkv {
+
+// Queries of one sequence that tasks handle together. With splits > 1 its tasks write partial
+// results, `splits` times [num_queries][num_heads], from row `partial_row` of the workspace on.
+struct QueryBlock {
+  int sequence;
+  int64_t length;
+  int64_t first_token;
+  int64_t first_position;
+  int num_queries;
+  int64_t kv_begin, kv_end;
+  int splits;
+  int64_t tiles_per_split;
+  int group_parts;
+  int64_t partial_row;
+};
+
+struct Schedule {
+  std::vector<QueryBlock> blocks;
+  int64_t partial_rows = 0;
+  int num_tasks = 0;
+};
+
+// Fills `schedule`, reusing its memory.
+void make_schedule(const Layer& layer, const int32_t* seq_lens, const int32_t* query_start_loc,
+                   int num_seqs, int threads, Schedule& schedule);
+
+}  // namespace recalkv

@@ -1,0 +1,185 @@
+// One task of the attention: tile after tile, gather latents, rebuild a head's keys, score, softmax
+// and accumulate value latents. The steps are defined in a header each.
+#pragma once
+
+#include "product.h"
+#include "scratch.h"
+
+namespace recalkv::RECALKV_ISA {
+
+RECALKV_INLINE int round_up(int count) { return (count + 15) / 16 * 16; }
+
+// Whether expanding is cheaper than rebuilding whole keys, for `rows` queries per KV head.
+RECALKV_INLINE bool use_expansion(const Layer& layer, int rows) {
+  if (!layer.basis || rows > kRowBlock) return false;
+  const int absorb = rows * kTerms * 2 * layer.expanded_pairs / kSpan;
+  return 2 * layer.exact_pairs + rows * kTerms + absorb < layer.head_dim * 7 / 8;
+}
+
+template <class Format>
+struct Attention {
+  using Raw = typename Format::Raw;
+  static constexpr int kTokenUnits = kTile / Format::kPerUnit;
+
+  const Layer& layer;
+  const Batch& batch;
+  const Task& task;
+  const int first_head, num_heads;  // KV heads of the task
+  const int rows;                   // query rows per KV head, query-major
+  const int depth;                  // units of a head
+  const int k_units;                // units of a K span
+  const bool expanded;              // low-frequency pairs are expanded
+  const int exact_rows;             // rows of a head's factors that are rebuilt
+
+  Unit* queries;        // [num_heads][rows][depth], pair order
+  Unit* z_columns;      // [k_units][kTile]
+  Unit* keys;           // [depth][kTile]
+  Unit* values;         // [kTokenUnits][v_width]
+  float* scores;        // [kRowBlock][kTile]
+  Unit* weights;        // [kRowBlock][kTokenUnits]
+  float* running_max;   // [num_heads][rows]
+  float* running_sum;   // [num_heads][rows]
+  float* key_scale;     // [kTile], 1 / RMS of each key
+  float* rescale;       // [kRowBlock]
+  Raw* zeros;           // a latent for tokens past the end
+  Unit* widened;        // [kLanes][widest row], where the source is not made of units
+  Unit* turned;         // [rows][kTerms][expanded_pairs], see absorb()
+  Unit* absorbed;       // [num_heads][rows][kTerms][k_units]
+  float* offsets;       // [num_heads][rows][kTerms], the key bias' share
+  struct Part {
+    int64_t begin, end;
+  };
+  Part* parts;             // [num_parts], see plan_prefetch()
+  int num_parts = 0;
+  const Raw* const* next;  // the next tile's latents
+  int prefetched = 0;      // of its tokens
+  int prefetch_step;
+
+  Attention(const Layer& l, const Batch& b, const Task& t, Scratch& scratch)
+      : layer(l),
+        batch(b),
+        task(t),
+        first_head(t.group_begin * l.group_heads),
+        num_heads((t.group_end - t.group_begin) * l.group_heads),
+        rows(t.num_queries * l.queries_per_kv),
+        depth(l.head_dim / Format::kPerUnit),
+        k_units(l.k_width / Format::kPerUnit),
+        expanded(Format::kRawIsUnits && use_expansion(l, rows)),
+        exact_rows(expanded ? 2 * l.exact_pairs : l.head_dim) {
+    queries = scratch.take<Unit>(int64_t{num_heads} * rows * depth);
+    z_columns = scratch.take<Unit>(k_units * kTile);
+    keys = scratch.take<Unit>(depth * kTile);
+    values = scratch.take<Unit>(kTokenUnits * layer.v_width);
+    scores = scratch.take<float>(kRowBlock * kTile);
+    weights = scratch.take<Unit>(kRowBlock * kTokenUnits);
+    running_max = scratch.take<float>(int64_t{num_heads} * rows);
+    running_sum = scratch.take<float>(int64_t{num_heads} * rows);
+    key_scale = scratch.take<float>(kTile);
+    rescale = scratch.take<float>(kRowBlock);
+    const int widest = layer.k_width > layer.v_width ? layer.k_width : layer.v_width;
+    zeros = scratch.take<Raw>(widest);
+    parts = scratch.take<Part>(layer.k_groups + layer.v_groups);
+    prefetch_step = kTile / (num_heads * (exact_rows / kRows + 1)) + 1;
+    if (expanded) {
+      turned = scratch.take<Unit>(rows * kTerms * round_up(layer.expanded_pairs));
+      absorbed = scratch.take<Unit>(int64_t{num_heads} * rows * kTerms * k_units);
+      offsets = scratch.take<float>(int64_t{num_heads} * rows * kTerms);
+    }
+    widened = scratch.take<Unit>(kLanes * (widest > layer.head_dim ? widest : layer.head_dim));
+  }
+
+  // Row (query, head) of the results that a KV head's row is.
+  RECALKV_INLINE int64_t out_row(int head, int row) const {
+    const int query = row / layer.queries_per_kv;
+    return int64_t{query} * layer.num_heads + (first_head + head) * layer.queries_per_kv +
+           row % layer.queries_per_kv;
+  }
+
+  RECALKV_INLINE const Raw* span(const Raw* latent, int64_t start) const {
+    return latent == nullptr ? zeros : latent + start;
+  }
+
+  // rows.h
+  void load_queries();
+  template <class T>
+  void reorder(const T* in, T* out, int pairs) const;
+  void start();
+  void finish();
+
+  // gather.h
+  void locate(int64_t first, int valid, const Raw** latents) const;
+  void plan_prefetch();
+  void add_part(int64_t begin, int width);
+  RECALKV_INLINE void prefetch_some();
+  void gather_columns(const Raw* const* latents, int64_t start);
+  void gather_values(const Raw* const* latents, int64_t start);
+
+  // reconstruct.h
+  void reconstruct(int head, int64_t tile);
+
+  // expansion.h
+  void absorb(int head, int64_t first);
+  void score_expanded(int head, int64_t first);
+
+  // attend.h
+  RECALKV_INLINE float softmax(float* row_scores, Unit* row_weights, int low, int high, float& m,
+                               float& l);
+  RECALKV_INLINE Vec cap(Vec x) const;
+  void attend(int head, int64_t first, int valid);
+
+  // Tokens of the tile at `first` that this task covers, 0 past its end.
+  RECALKV_INLINE int tile_tokens(int64_t first) const {
+    const int64_t left = task.kv_end - first;
+    return static_cast<int>(left < 0 ? 0 : left < kTile ? left : kTile);
+  }
+
+  void run() {
+    start();
+    const Raw* buffers[2][kTile];
+    const Raw** latents = buffers[0];
+    const Raw** following = buffers[1];
+    const int heads_per_v_group = layer.num_kv_heads / layer.v_groups;
+    locate(task.kv_begin, tile_tokens(task.kv_begin), latents);
+    for (int64_t first = task.kv_begin; first < task.kv_end; first += kTile) {
+      locate(first + kTile, tile_tokens(first + kTile), following);
+      next = following;
+      prefetched = 0;
+      int gathered = -1;
+      for (int head = 0; head < num_heads; ++head) {
+        const int global = first_head + head;
+        if (global % layer.group_heads == 0)
+          gather_columns(latents, layer.k_starts[global / layer.group_heads]);
+        if (const int group = global / heads_per_v_group; group != gathered) {
+          gather_values(latents, layer.v_starts[group]);
+          gathered = group;
+        }
+        if (expanded) {
+          if (first % kSpan == 0 || first == task.kv_begin) absorb(head, first);
+          score_expanded(head, first);
+        }
+        reconstruct(global, first / kTile);
+        attend(head, first, tile_tokens(first));
+      }
+      const Raw** done = latents;
+      latents = following;
+      following = done;
+    }
+    finish();
+  }
+};
+
+template <class Format>
+void run_task(const Layer& layer, const Batch& batch, const Task& task, void* scratch) {
+  Scratch memory{static_cast<char*>(scratch)};
+  Attention<Format>(layer, batch, task, memory).run();
+}
+
+template <class Format>
+int64_t scratch_bytes(const Layer& layer, const Task& task) {
+  Scratch memory{nullptr};
+  const Batch batch{};
+  Attention<Format> unused(layer, batch, task, memory);
+  return memory.used;
+}
+
+}  // namespace recalkv::RECALKV_ISA

@@ -1,0 +1,59 @@
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+#include "elements.h"
+#include "isa.h"
+#include "ops.h"
+#include "workspace.h"
+
+namespace recalkv {
+namespace {
+
+// Multiply-adds that are worth waking a thread.
+constexpr int64_t kWorkPerThread = 1 << 20;
+
+}  // namespace
+
+at::Tensor latent_value_up(const at::Tensor& o_lat, const at::Tensor& v_up,
+                           const std::optional<at::Tensor>& v_bias, at::ScalarType out_dtype,
+                           std::string_view isa) {
+  const Element from = element_of(v_up.scalar_type(), "v_up");
+  const Element to = element_of(out_dtype, "out_dtype");
+  const Kernels* kernels = find_isa(std::string(isa));
+  TORCH_CHECK_VALUE(kernels && kernels->value_up[from][to],
+                    "isa: expected one that this processor and ", v_up.scalar_type(),
+                    " support, found ", isa);
+  at::Tensor out =
+      at::empty({o_lat.size(0), o_lat.size(1), v_up.size(1)}, v_up.options().dtype(out_dtype));
+  ValueUp job{};
+  job.o_lat = o_lat.const_data_ptr<float>();
+  job.factors = v_up.const_data_ptr();
+  job.bias = v_bias ? v_bias->const_data_ptr<float>() : nullptr;
+  job.out = out.mutable_data_ptr();
+  job.num_heads = static_cast<int>(o_lat.size(1));
+  job.queries_per_kv = static_cast<int>(o_lat.size(1) / v_up.size(0));
+  job.head_dim = static_cast<int>(v_up.size(1));
+  job.v_width = static_cast<int>(v_up.size(2));
+  const int64_t rows = o_lat.size(0) * job.queries_per_kv;
+  const int64_t blocks = (rows + kTile - 1) / kTile;
+  const int64_t work = std::max<int64_t>(1, std::min<int64_t>(rows, kTile) * job.head_dim *
+                                                job.v_width);
+  at::parallel_for(0, blocks * v_up.size(0), std::max<int64_t>(1, kWorkPerThread / work),
+                   [&](int64_t begin, int64_t end) {
+                     static thread_local Workspace scratch;
+                     void* memory = scratch.reserve(kernels->value_up_scratch_bytes(job));
+                     for (int64_t i = begin; i < end; ++i) {
+                       ValueUp block = job;
+                       block.head = static_cast<int>(i / blocks);
+                       block.first_row = i % blocks * kTile;
+                       block.rows =
+                           static_cast<int>(std::min<int64_t>(kTile, rows - block.first_row));
+                       kernels->value_up[from][to](block, memory);
+                     }
+                   });
+  return out;
+}
+
+}  // namespace recalkv

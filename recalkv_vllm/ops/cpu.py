@@ -1,0 +1,195 @@
+"""The ops in C++ (``csrc/cpu``), bound for torch tensors on the CPU.
+
+``RECALKV_CPU_ISA=avx2|avx512|avx512_bf16`` forces an instruction set below the best one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+
+import torch
+
+from recalkv_vllm.ops import cpu_tables
+from recalkv_vllm.ops.dispatch import BoundAttention
+
+Span = tuple[int, int]
+
+try:
+    importlib.import_module("recalkv_vllm._cpu")
+    _import_error = None
+except ImportError as error:
+    _import_error = error
+
+LARGEST_HEAD_DIM = 256
+
+
+def instruction_set(dtype: torch.dtype) -> str:
+    """Name of the instruction set that kernels for ``dtype`` use; empty if there is none."""
+    forced = os.environ.get("RECALKV_CPU_ISA")
+    best = torch.ops.recalkv_cpu.best_isa(dtype)
+    if not forced:
+        return best
+    # The bf16 dot product is for bf16 alone; other dtypes then use what comes next.
+    return best if forced == "avx512_bf16" and dtype != torch.bfloat16 else forced
+
+
+def unsupported_reason(
+    device: torch.device, dtype: torch.dtype, head_dim: int | None
+) -> str | None:
+    """Why these kernels cannot run, or None."""
+    if _import_error is not None:
+        return (
+            f"the C++ extension cannot be loaded ({_import_error}); build it with "
+            "'pip install --no-build-isolation -e .', or set RECALKV_KERNEL=reference"
+        )
+    if device.type != "cpu":
+        return f"expected a tensor on the CPU, found {device}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"expected float32, bfloat16 or float16, found {dtype}"
+    isa = instruction_set(dtype)
+    if not isa:
+        return "expected a processor with AVX2, FMA and F16C"
+    if not torch.ops.recalkv_cpu.isa_supported(isa):
+        return f"RECALKV_CPU_ISA: expected an instruction set of this processor, found {isa!r}"
+    if head_dim is not None and (head_dim % 16 or not 0 < head_dim <= LARGEST_HEAD_DIM):
+        return f"expected a head size in multiples of 16 up to {LARGEST_HEAD_DIM}, found {head_dim}"
+    return None
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """Instruction set and threads, for the log."""
+    return f"C++ {instruction_set(dtype)}, {torch.get_num_threads()} threads"
+
+
+def latent_cache_update(
+    z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """See :func:`recalkv_vllm.ops.reference.latent_cache_update`."""
+    torch.ops.recalkv_cpu.latent_cache_update(z, kv_cache, slot_mapping)
+
+
+def pair_order(head_dim: int, rot_dim: int, is_neox: bool) -> torch.Tensor:
+    """Columns of a head with the two members of every rotation pair side by side."""
+    order = torch.arange(head_dim)
+    if is_neox:
+        order[:rot_dim] = order[:rot_dim].view(2, -1).T.flatten()
+    return order
+
+
+def bind_paged_latent_attention(
+    k_up: torch.Tensor,
+    k_spans: Sequence[Span],
+    v_spans: Sequence[Span],
+    *,
+    head_dim: int,
+    scale: float,
+    cos_sin_cache: torch.Tensor | None,
+    is_neox: bool,
+    k_bias: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    k_norm_eps: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> BoundAttention:
+    """Pack a layer's factors; see :func:`recalkv_vllm.ops.reference.paged_latent_attention`."""
+    isa = instruction_set(k_up.dtype)
+    compute_dtype = torch.bfloat16 if isa == "avx512_bf16" else torch.float32
+    rope = None if cos_sin_cache is None else cpu_tables.rope_tiles(cos_sin_cache)
+    rot_dim = 0 if cos_sin_cache is None else cos_sin_cache.shape[1]
+    order = pair_order(head_dim, rot_dim, is_neox)
+    k_factors = k_up.reshape(-1, head_dim, k_up.shape[2])[:, order].to(compute_dtype).contiguous()
+    basis = coefficients = pair_factors = None
+    # A key norm needs the whole key.
+    if isa == "avx512_bf16" and cos_sin_cache is not None and k_norm_weight is None:
+        expansion = cpu_tables.expansion(cos_sin_cache, head_dim)
+        if expansion is not None:
+            basis, coefficients = expansion.basis, expansion.coefficients
+            slow = k_factors[:, 2 * expansion.exact_pairs :]
+            pair_factors = slow.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+    bias = None if k_bias is None else k_bias[:, order].float().contiguous()
+    norm = None if k_norm_weight is None else k_norm_weight[order].float().contiguous()
+    k_starts = [start for start, _ in k_spans]
+    v_starts = [start for start, _ in v_spans]
+    v_width = v_spans[0][1] - v_spans[0][0]
+    max_position = 2**31 - 1 if cos_sin_cache is None else cos_sin_cache.shape[0]
+    op = torch.ops.recalkv_cpu.paged_latent_attention.default
+
+    def attend(
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return op(
+            q,
+            kv_cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            k_factors,
+            bias,
+            norm,
+            rope,
+            basis,
+            coefficients,
+            pair_factors,
+            k_starts,
+            v_starts,
+            v_width,
+            max_position,
+            is_neox,
+            scale,
+            k_norm_eps,
+            soft_cap or 0.0,
+            sliding_window or 0,
+            isa,
+        )
+
+    return attend
+
+
+def latent_value_up(
+    o_lat: torch.Tensor,
+    v_up: torch.Tensor,
+    v_bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See :func:`recalkv_vllm.ops.reference.latent_value_up`."""
+    bias = None if v_bias is None else v_bias.float().contiguous()
+    return torch.ops.recalkv_cpu.latent_value_up(
+        o_lat.float().contiguous(),
+        v_up.contiguous(),
+        bias,
+        out_dtype or v_up.dtype,
+        instruction_set(v_up.dtype),
+    )
+
+
+if _import_error is None:
+
+    @torch.library.register_fake("recalkv_cpu::latent_cache_update")
+    def _(z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        return None
+
+    @torch.library.register_fake("recalkv_cpu::latent_value_up")
+    def _(
+        o_lat: torch.Tensor,
+        v_up: torch.Tensor,
+        v_bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+        isa: str,
+    ) -> torch.Tensor:
+        return v_up.new_empty((*o_lat.shape[:2], v_up.shape[1]), dtype=out_dtype)
+
+    @torch.library.register_fake("recalkv_cpu::paged_latent_attention")
+    def _(q, kv_cache, block_table, seq_lens, query_start_loc, k_factors, k_bias, k_norm_weight,
+          rope, basis, coefficients, pair_factors, k_starts, v_starts, v_width, *_):  # fmt: skip
+        tokens, heads, _ = q.shape
+        return (
+            q.new_empty((tokens, heads, v_width), dtype=torch.float32),
+            q.new_empty((tokens, heads), dtype=torch.float32),
+        )

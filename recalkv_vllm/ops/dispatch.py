@@ -1,0 +1,141 @@
+"""Picks the implementation of the ops by device, dtype and head size.
+
+``RECALKV_KERNEL=reference|cpu|triton|cuda`` forces one; a forced one that cannot run is an error
+that says why, never a fallback.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+logger = logging.getLogger("recalkv_vllm.ops")
+
+Span = tuple[int, int]
+
+
+class BoundAttention(Protocol):
+    """``paged_latent_attention`` with its constants checked and packed."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class Implementation(Protocol):
+    """What a module of this package offers; contracts are those of ``reference.py``."""
+
+    @staticmethod
+    def unsupported_reason(
+        device: torch.device, dtype: torch.dtype, head_dim: int | None
+    ) -> str | None:
+        """Why it cannot run here, or None."""
+
+    @staticmethod
+    def describe(device: torch.device, dtype: torch.dtype) -> str:
+        """The version that runs here, for the log."""
+
+    @staticmethod
+    def latent_cache_update(
+        z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None: ...
+
+    @staticmethod
+    def bind_paged_latent_attention(
+        k_up: torch.Tensor,
+        k_spans: Sequence[Span],
+        v_spans: Sequence[Span],
+        *,
+        head_dim: int,
+        scale: float,
+        cos_sin_cache: torch.Tensor | None,
+        is_neox: bool,
+        k_bias: torch.Tensor | None,
+        k_norm_weight: torch.Tensor | None,
+        k_norm_eps: float,
+        sliding_window: int | None,
+        soft_cap: float | None,
+    ) -> BoundAttention: ...
+
+    @staticmethod
+    def latent_value_up(
+        o_lat: torch.Tensor,
+        v_up: torch.Tensor,
+        v_bias: torch.Tensor | None = None,
+        *,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor: ...
+
+
+class KernelUnavailableError(RuntimeError):
+    """No implementation, or not the forced one, can run the op."""
+
+
+MODULES = {name: f"{__package__}.{name}" for name in ("reference", "cpu", "triton", "cuda")}
+#: Tried in order when nothing is forced. The reference is never picked silently: it is slow.
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
+def implementation(
+    device: torch.device, dtype: torch.dtype, head_dim: int | None = None
+) -> Implementation:
+    """The implementation that runs on ``device`` with ``dtype`` (and heads of ``head_dim``).
+
+    Raises:
+        KernelUnavailableError: naming every implementation tried and why it cannot run.
+    """
+    return _choose(os.environ.get("RECALKV_KERNEL"), device, dtype, head_dim)
+
+
+@functools.cache
+def _choose(
+    forced: str | None, device: torch.device, dtype: torch.dtype, head_dim: int | None
+) -> Implementation:
+    if forced is not None and forced not in MODULES:
+        raise KernelUnavailableError(
+            f"RECALKV_KERNEL: expected one of {', '.join(MODULES)}, found {forced!r}"
+        )
+    reasons = {}
+    for name in (forced,) if forced else PREFERENCE.get(device.type, ()):
+        try:
+            module = importlib.import_module(MODULES[name])
+        except ImportError as error:
+            reasons[name] = f"cannot be imported ({error})"
+            continue
+        reason = module.unsupported_reason(device, dtype, head_dim)
+        if reason is None:
+            why = f"RECALKV_KERNEL={forced}" if forced else "first that runs here"
+            if reasons:
+                why += "; " + "; ".join(f"not {n}: {r}" for n, r in reasons.items())
+            _log_once(name, module.describe(device, dtype), str(device), str(dtype), why)
+            return module
+        reasons[name] = reason
+    what = f"{str(dtype).removeprefix('torch.')} on {device}"
+    if head_dim is not None:
+        what += f" with head size {head_dim}"
+    found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    prefix = f"RECALKV_KERNEL={forced}: " if forced else ""
+    raise KernelUnavailableError(f"{prefix}no kernel for {what}: {found or 'unknown device'}")
+
+
+@functools.cache
+def _log_once(name: str, description: str, device: str, dtype: str, why: str) -> None:
+    logger.info(
+        "recalkv kernels for %s on %s: %s, %s (%s)",
+        dtype.removeprefix("torch."),
+        device,
+        name,
+        description,
+        why,
+    )

@@ -1,0 +1,240 @@
+"""The C++ attention against the float64 oracle, on every instruction set of this processor."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recalkv_vllm.ops import bind_paged_latent_attention, cpu, cpu_tables, paged_latent_attention
+from tests.ops.cases import CASES, MIXED, AttentionCase, build, joint, spanned
+from tests.ops.checks import assert_matches_oracle, difference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = [
+    isa for isa in ("avx2", "avx512", "avx512_bf16") if torch.ops.recalkv_cpu.isa_supported(isa)
+]
+
+
+# The bf16 dot product is for bfloat16 alone.
+VERSIONS = [
+    (isa, dtype)
+    for isa in ISAS
+    for dtype in DTYPES
+    if isa != "avx512_bf16" or dtype == torch.bfloat16
+]
+
+
+def poison_free_memory(case: AttentionCase) -> None:
+    """Leave NaN in what the allocator is likely to hand out next."""
+    rows = sum(queries for queries, _ in case.batch) + case.padding_rows
+    for width in (case.v_spans[0][1] - case.v_spans[0][0], 1):
+        torch.full((rows * case.num_heads * width,), torch.nan)
+
+
+@pytest.mark.parametrize(("isa", "dtype"), VERSIONS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matrix(
+    case: AttentionCase, isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALKV_CPU_ISA", isa)
+    inputs = build(case, dtype)
+    poison_free_memory(case)
+    assert_matches_oracle(paged_latent_attention(**inputs.arguments), case, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("name", ["decode-long", "mixed", "one-v-group-many-k", "prefill"])
+def test_splits_between_threads(name: str, threads: int) -> None:
+    case = next(case for case in CASES if case.name == name)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            result = paged_latent_attention(**build(case, dtype).arguments)
+            assert_matches_oracle(result, case, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> AttentionCase:
+    def pick(*values: int) -> int:
+        return draw(st.sampled_from(values))
+
+    group = pick(1, 2, 3)
+    kv_heads = group * pick(1, 2)
+    heads = (kv_heads * pick(1, 3, 4), kv_heads, pick(32, 64, 80))
+    batch = draw(
+        st.lists(
+            st.tuples(st.integers(0, 20), st.integers(0, 90)).map(lambda x: (x[0], sum(x))),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    rest = {
+        "batch": tuple(batch),
+        "block_size": pick(16, 32, 64),
+        "is_neox": draw(st.booleans()),
+        "rot_dim": pick(0, 16, heads[2]),
+        "key_bias": draw(st.booleans()),
+        "key_norm": draw(st.booleans()),
+        "sliding_window": draw(st.sampled_from((None, 5, 64, 65))),
+        "cache": draw(st.sampled_from(("dense", "blocks", "tokens"))),
+    }
+    if draw(st.booleans()):
+        return joint("random", heads, group, pick(16, 80), **rest)
+    v_groups = draw(st.sampled_from([n for n in (1, 2, 3) if kv_heads % n == 0]))
+    return spanned("random", heads, group, pick(16, 48), v_groups, pick(16, 112), **rest)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=random_cases(), dtype=st.sampled_from((torch.float32, torch.bfloat16)))
+def test_random_cases(case: AttentionCase, dtype: torch.dtype) -> None:
+    assert_matches_oracle(paged_latent_attention(**build(case, dtype).arguments), case, dtype)
+
+
+def test_result_depends_on_each_argument() -> None:
+    """A case where everything matters: leaving anything out must show."""
+    case = next(case for case in CASES if case.name == "everything")
+    inputs = build(case, torch.float32)
+    rows = sum(queries for queries, _ in case.batch)
+    base = paged_latent_attention(**inputs.arguments)
+    changes = {
+        "is_neox": True,
+        "k_bias": None,
+        "k_norm_weight": None,
+        "k_norm_eps": 0.5,
+        "cos_sin_cache": None,
+        "sliding_window": None,
+        "soft_cap": None,
+        "scale": 0.2,
+        "v_spans": [(0, 48)],
+        "k_spans": [(16, 80)],
+    }
+    for name, value in changes.items():
+        changed = paged_latent_attention(**inputs.arguments | {name: value})
+        assert difference(changed[0], base[0], rows) > 1e-2, name
+
+
+def test_query_that_is_a_view_of_a_wider_tensor() -> None:
+    case = spanned("view", (4, 2, 64), 1, 32, 2, 32, batch=MIXED)
+    inputs = build(case, torch.float32)
+    wide = torch.full((inputs.q.shape[0], 4 * 64 + 40), torch.nan)
+    view = wide[:, 8 : 8 + 4 * 64].view(-1, 4, 64)
+    view.copy_(inputs.q)
+    result = paged_latent_attention(**inputs.arguments | {"q": view})
+    assert_matches_oracle(result, case, torch.float32)
+
+
+def test_nan_in_the_cache_reaches_the_output() -> None:
+    """A model's own NaN must not be turned into a plausible number."""
+    case = spanned("nan", (4, 2, 64), 1, 32, 2, 32, batch=((1, 20),))
+    inputs = build(case, torch.bfloat16)
+    inputs.kv_cache[inputs.block_table[0, 0], 3] = torch.nan
+    o_lat, lse = paged_latent_attention(**inputs.arguments)
+    assert o_lat.isnan().all()
+    assert lse.isnan().all()
+
+
+@pytest.mark.parametrize("length", [20, 900])
+def test_nan_in_a_query_reaches_its_output_alone(length: int) -> None:
+    case = spanned("nan", (4, 2, 64), 1, 32, 2, 32, batch=((1, length), (1, length)))
+    inputs = build(case, torch.bfloat16)
+    inputs.q[0, 1] = torch.nan
+    o_lat, lse = paged_latent_attention(**inputs.arguments)
+    assert o_lat[0, 1].isnan().all()
+    assert lse[0, 1].isnan()
+    assert int(lse.isnan().sum()) == 1
+
+
+def test_no_sequences() -> None:
+    case = spanned("empty", (4, 2, 64), 1, 32, 2, 32, batch=((1, 20),))
+    inputs = build(case, torch.float32)
+    attend = bind_paged_latent_attention(**inputs.bind, head_dim=64)
+    o_lat, lse = attend(
+        inputs.q[:0],
+        inputs.kv_cache,
+        inputs.block_table[:0],
+        inputs.seq_lens[:0],
+        torch.zeros(1, dtype=torch.int32),
+    )
+    assert o_lat.shape == (0, 4, 32)
+    assert lse.shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bound_call_from_several_threads(dtype: torch.dtype) -> None:
+    case = spanned("threads", (4, 2, 64), 1, 32, 2, 32, batch=MIXED)
+    inputs = build(case, dtype)
+    attend = bind_paged_latent_attention(**inputs.bind, head_dim=64)
+    results: list[tuple[torch.Tensor, torch.Tensor]] = []
+    workers = [
+        threading.Thread(target=lambda: results.append(attend(**inputs.call))) for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 4
+    for result in results:
+        assert_matches_oracle(result, case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seq_lens": [38]}, r"kv_cache|seq_lens\[0\]: expected"),
+        ({"seq_lens": [2000]}, r"seq_lens\[0\]: expected 1 .* to \d+ .*, found 2000"),
+        ({"query_start_loc": [0, 2]}, r"query_start_loc\[1\]: expected 0 to 1 .*, found 2"),
+        ({"block_table": [[99, 0, 0, 0, 0]]}, r"block_table\[0, 0\]: .* found 99"),
+        ({"block_table": [[0, -1, 0, 0, 0]]}, r"block_table\[0, 1\]: .* found -1"),
+    ],
+)
+def test_values_that_would_read_foreign_memory(change: dict, message: str) -> None:
+    case = spanned("bad", (4, 2, 64), 1, 32, 2, 32, batch=((1, 37),))
+    inputs = build(case, torch.float32)
+    name, value = next(iter(change.items()))
+    arguments = inputs.arguments | {name: torch.tensor(value, dtype=torch.int32)}
+    if name == "seq_lens" and value == [38]:
+        arguments["cos_sin_cache"] = inputs.cos_sin_cache[:37]
+    with pytest.raises(ValueError, match=message):
+        paged_latent_attention(**arguments)
+
+
+def test_window_longer_than_any_sequence_is_no_window() -> None:
+    case = spanned("wide", (4, 2, 64), 1, 32, 2, 32, batch=MIXED)
+    inputs = build(case, torch.float32)
+    result = paged_latent_attention(**inputs.arguments | {"sliding_window": 10_000})
+    assert_matches_oracle(result, replace(case, sliding_window=None), torch.float32)
+
+
+def test_opcheck() -> None:
+    case = spanned("opcheck", (4, 2, 64), 1, 32, 2, 32, batch=MIXED)
+    inputs = build(case, torch.float32)
+    table = cpu_tables.rope_tiles(inputs.cos_sin_cache)
+    arguments = (
+        *inputs.call.values(),
+        inputs.k_up,
+        None,
+        None,
+        table,
+        None,
+        None,
+        None,
+        [0, 32],
+        [64, 96],
+        32,
+        1024,
+        True,
+        0.125,
+        1e-6,
+        0.0,
+        0,
+        cpu.instruction_set(torch.float32),
+    )
+    torch.library.opcheck(torch.ops.recalkv_cpu.paged_latent_attention.default, arguments)

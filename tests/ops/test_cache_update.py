@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recalkv_vllm.ops import latent_cache_update, reference
+from tests.ops.cases import AttentionCase, paged_cache
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("slot_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("layout", ["dense", "blocks", "tokens"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_writes_its_slots_and_nothing_else(
+    dtype: torch.dtype, layout: str, slot_dtype: torch.dtype
+) -> None:
+    case = AttentionCase("update", rank=48, block_size=16, cache=layout)
+    caches = [paged_cache(case, 40, dtype, "cpu") for _ in range(2)]
+    tokens = 300
+    z = torch.randn(tokens + 2, 48 + 16).to(dtype)[:, :48]
+    slots = torch.randperm(40 * 16)[:tokens].to(slot_dtype)
+    slots[::7] = -1
+    latent_cache_update(z, caches[0], slots)
+    reference.latent_cache_update(z, caches[1], slots)
+    torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
+    assert int((~caches[0].isnan()).all(-1).sum()) == int((slots >= 0).sum())
+
+
+def test_no_tokens() -> None:
+    cache = torch.zeros(2, 16, 32)
+    latent_cache_update(torch.ones(0, 32), cache, torch.zeros(0, dtype=torch.int64))
+    assert not cache.any()
+
+
+def test_slot_outside_the_cache() -> None:
+    cache = torch.zeros(2, 16, 32)
+    with pytest.raises(ValueError, match=r"slot_mapping\[1\]: expected .*32.* found 32"):
+        latent_cache_update(torch.ones(2, 32), cache, torch.tensor([0, 32]))
+    assert not cache.any()
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(
+        torch.ops.recalkv_cpu.latent_cache_update.default,
+        (torch.ones(2, 32), torch.zeros(2, 16, 32), torch.tensor([3, -1])),
+    )

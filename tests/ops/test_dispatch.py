@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from recalkv_vllm.ops import KernelUnavailableError, cpu, dispatch, reference
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RECALKV_KERNEL", raising=False)
+    monkeypatch.delenv("RECALKV_CPU_ISA", raising=False)
+    dispatch._choose.cache_clear()
+    dispatch._log_once.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
+
+
+def test_cpu_tensors_run_in_cpp() -> None:
+    assert dispatch.implementation(CPU, torch.bfloat16, 128) is cpu
+
+
+def test_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECALKV_KERNEL", "reference")
+    assert dispatch.implementation(CPU, torch.bfloat16, 128) is reference
+
+
+def test_forced_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECALKV_KERNEL", "fast")
+    with pytest.raises(KernelUnavailableError, match=r"expected one of reference, .*found 'fast'"):
+        dispatch.implementation(CPU, torch.float32, 64)
+
+
+def test_forced_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECALKV_KERNEL", "cuda")
+    with pytest.raises(KernelUnavailableError, match="RECALKV_KERNEL=cuda: no kernel for float32"):
+        dispatch.implementation(CPU, torch.float32, 64)
+
+
+def test_forced_isa_of_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECALKV_CPU_ISA", "neon")
+    with pytest.raises(KernelUnavailableError, match=r"RECALKV_CPU_ISA: .* found 'neon'"):
+        dispatch.implementation(CPU, torch.float32, 64)
+
+
+def test_missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_import_error", ImportError("no _cpu"))
+    with pytest.raises(KernelUnavailableError, match=r"pip install .*RECALKV_KERNEL=reference"):
+        dispatch.implementation(CPU, torch.float32, 64)
+
+
+def test_unknown_device() -> None:
+    with pytest.raises(KernelUnavailableError, match="float32 on meta: unknown device"):
+        dispatch.implementation(torch.device("meta"), torch.float32)
+
+
+def test_logs_the_choice_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="recalkv_vllm"):
+        for head_dim in (64, 128, 64):
+            dispatch.implementation(CPU, torch.bfloat16, head_dim)
+    assert [record.message for record in caplog.records] == [
+        f"recalkv kernels for bfloat16 on cpu: cpu, {cpu.describe(CPU, torch.bfloat16)} "
+        "(first that runs here)"
+    ]
+
+
+def test_imports_neither_vllm_nor_triton() -> None:
+    code = (
+        "import sys, recalkv_vllm.ops; "
+        "recalkv_vllm.ops.latent_value_up(*map(__import__('torch').ones, [(1,1,16),(1,32,16)])); "
+        "print([m for m in ('vllm', 'triton', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr

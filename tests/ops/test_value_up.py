@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recalkv_vllm.ops import cpu, latent_value_up, reference
+from tests.ops.checks import ERROR_FLOOR, ERROR_RATIO
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+ISAS = [
+    isa for isa in ("avx2", "avx512", "avx512_bf16") if torch.ops.recalkv_cpu.isa_supported(isa)
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(
+    "shape", [(1, 9, 3, 64, 96), (7, 8, 8, 80, 16), (33, 4, 1, 128, 48), (40, 4, 2, 112, 512)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_oracle(
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    bias: bool,
+    isa: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RECALKV_CPU_ISA", isa)
+    tokens, heads, kv_heads, head_dim, width = shape
+    o_lat = torch.randn(tokens, heads, width)
+    v_up = (torch.randn(kv_heads, head_dim, width) / width**0.5).to(dtype)
+    v_bias = torch.randn(kv_heads, head_dim).to(dtype) if bias else None
+    oracle = reference.latent_value_up(
+        o_lat, v_up, v_bias, out_dtype=torch.float64, compute_dtype=torch.float64
+    )
+    plain = reference.latent_value_up(o_lat, v_up, v_bias, compute_dtype=dtype)
+    result = latent_value_up(o_lat, v_up, v_bias)
+    assert result.dtype == dtype
+    assert result.shape == (tokens, heads, head_dim)
+    floor = ERROR_FLOOR[dtype] * oracle.abs().max()
+    allowed = ERROR_RATIO * (plain.double() - oracle).abs().max() + floor
+    assert (result.double() - oracle).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_out_dtype(
+    dtype: torch.dtype, out_dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALKV_CPU_ISA", isa)
+    o_lat, v_up = torch.randn(3, 4, 16), torch.randn(2, 32, 16).to(dtype)
+    o_lat[1, 2] = torch.nan
+    out = latent_value_up(o_lat, v_up, out_dtype=out_dtype)
+    assert out.dtype == out_dtype
+    assert torch.equal(out.isnan().all(-1), o_lat.isnan().all(-1))
+    wide = latent_value_up(o_lat, v_up, out_dtype=torch.float32)
+    torch.testing.assert_close(out, wide.to(out_dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_opcheck() -> None:
+    isa = cpu.instruction_set(torch.float32)
+    arguments = (torch.randn(3, 4, 16), torch.randn(2, 32, 16), None, torch.float32, isa)
+    torch.library.opcheck(torch.ops.recalkv_cpu.latent_value_up.default, arguments)
+
+
+def test_no_tokens() -> None:
+    assert latent_value_up(torch.randn(0, 4, 16), torch.randn(2, 32, 16)).shape == (0, 4, 32)
