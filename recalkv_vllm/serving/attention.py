@@ -131,6 +131,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             k_up,
             self.shard.k_spans,
             self.shard.v_spans,
+            head_dim=self.head_dim,
             scale=self.scale,
             cos_sin_cache=cos_sin_cache,
             is_neox=is_neox,

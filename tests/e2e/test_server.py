@@ -1,0 +1,100 @@
+"""A compressed model behind real HTTP: capacity, concurrency, abort, and the same perplexity."""
+
+import json
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from recalkv_vllm.benchmarks.vllm_server import VllmServer
+from recalkv_vllm.checkpoint import AttentionGeometry, read_hf_config
+from tests.e2e.conftest import run_recalkv
+from tests.e2e.prompts import LONG_TEXT, QUESTIONS
+
+KV_CACHE_BYTES = 256 << 20
+ARGS = [
+    "--enforce-eager",
+    *("--dtype", "float32"),
+    *("--max-model-len", "1024"),
+    *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
+    *("--attention-backend", "recalkv"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(half, tmp_path_factory):
+    with VllmServer(half, ARGS, tmp_path_factory.mktemp("server") / "log") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+
+def ask(client, server, question, **options):
+    options = {"max_completion_tokens": 16, "temperature": 0, **options}
+    return client.chat.completions.create(
+        model=server.model, messages=[{"role": "user", "content": question}], **options
+    )
+
+
+def metric(server, name):
+    found = re.search(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", server.metrics(), re.MULTILINE)
+    return float(found.group(1))
+
+
+def test_half_the_bytes_hold_twice_the_tokens(server, half):
+    dense = AttentionGeometry.from_hf_config(read_hf_config(half))
+    stock_tokens = KV_CACHE_BYTES / (dense.dense_width * dense.num_layers * 4)
+    assert server.kv_cache_tokens() >= 1.95 * stock_tokens
+
+
+def test_concurrent_requests_get_the_answers_they_get_alone(server, client):
+    alone = [ask(client, server, q).choices[0].message.content for q in QUESTIONS[:6]]
+    with ThreadPoolExecutor(6) as pool:
+        together = pool.map(lambda q: ask(client, server, q), QUESTIONS[:6])
+    assert [answer.choices[0].message.content for answer in together] == alone
+    assert all(alone)
+
+
+def test_abort_frees_the_latents(server, client):
+    before = metric(server, "vllm:generation_tokens_total")
+    stream = ask(
+        client,
+        server,
+        "Count to one thousand.",
+        max_completion_tokens=900,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 60
+    while metric(server, "vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert metric(server, "vllm:num_requests_running") == 0
+    assert metric(server, "vllm:kv_cache_usage_perc") == 0
+    assert metric(server, "vllm:generation_tokens_total") - before < 900
+    assert ask(client, server, QUESTIONS[0]).choices[0].message.content
+
+
+def test_perplexity_is_the_same_in_transformers_and_through_the_cache(half, tmp_path):
+    data = Path(os.environ.get("RECALKV_TEST_DATA", "../shared/data")) / "wikitext-2" / "test.txt"
+    if not data.is_file():
+        data = tmp_path / "text.txt"
+        data.write_text(LONG_TEXT)
+    options = ["--dataset", data, "--seq-len", 512, "--max-tokens", 2048]
+    found = {
+        engine: json.loads(run_recalkv("eval", half, *options, "--engine", engine, "--json").stdout)
+        for engine in ("transformers", "vllm")
+    }
+    assert found["vllm"]["tokens"] == found["transformers"]["tokens"] > 1000
+    # Transformers runs the dense products as written, rounded once more than the factors.
+    assert found["vllm"]["perplexity"] == pytest.approx(
+        found["transformers"]["perplexity"], rel=5e-3
+    )
