@@ -278,7 +278,8 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
 def save_factors(path: Path, factors: Mapping[str, torch.Tensor]) -> None:
     """Write ``recalkv.safetensors``; every tensor is made contiguous on the CPU."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in factors.items()}
-    save_file(tensors, path, metadata={"format": "pt", "recalkv": str(FORMAT_VERSION)})
+    # A single entry: several are written in an order that differs from run to run.
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 class FactorReader:

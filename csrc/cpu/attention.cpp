@@ -135,7 +135,6 @@ std::tuple<at::Tensor, at::Tensor> paged_latent_attention(
     const int split = part / block.group_parts, piece = part % block.group_parts;
     Task task{};
     task.blocks = block_table.const_data_ptr<int32_t>() + block.sequence * block_table.stride(0);
-    task.length = block.length;
     task.first_token = block.first_token;
     task.first_position = block.first_position;
     task.num_queries = block.num_queries;

@@ -65,7 +65,6 @@ struct Batch {
 // A piece of work: some queries of one sequence against some of its tiles, for some K groups.
 struct Task {
   const int32_t* blocks;   // the sequence's row of the block table
-  int64_t length;          // cached tokens of the sequence
   int64_t first_token;     // row in q of the first query
   int64_t first_position;  // position of the first query
   int num_queries;

@@ -43,7 +43,6 @@ void make_schedule(const Layer& layer, const int32_t* seq_lens, const int32_t* q
     for (int64_t token = query_start_loc[i]; token < end; token += most_queries) {
       QueryBlock block{};
       block.sequence = i;
-      block.length = length;
       block.first_token = token;
       block.first_position = length - (end - token);
       block.num_queries = static_cast<int>(std::min<int64_t>(most_queries, end - token));

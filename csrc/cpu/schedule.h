@@ -12,7 +12,6 @@ namespace recalkv {
 // results, `splits` times [num_queries][num_heads], from row `partial_row` of the workspace on.
 struct QueryBlock {
   int sequence;
-  int64_t length;
   int64_t first_token;
   int64_t first_position;
   int num_queries;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from vllm.model_executor.models.registry import ModelRegistry
@@ -38,6 +39,8 @@ class BackendPath(str):
 
 def register_plugin() -> None:
     """Register backend, model classes and start-up checks; calling it again does nothing."""
+    # Our records go where vLLM's go, and are shown from the same level on.
+    logging.getLogger("recalkv_vllm").parent = logging.getLogger("vllm")
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
         register_backend(BACKEND_NAME, BackendPath(BACKEND_CLASS))
         for architecture in ARCHITECTURES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 from vllm.config import VllmConfig
 
@@ -11,8 +12,12 @@ from recalkv_vllm.checkpoint import (
     CheckpointError,
     FactorReader,
     RecalkvConfig,
+    compression_reached,
+    kv_bytes_per_token,
 )
 from recalkv_vllm.serving.registration import ARCHITECTURES, BACKEND_NAME
+
+logger = logging.getLogger(__name__)
 
 
 class ServingError(SystemExit, ValueError):
@@ -128,3 +133,11 @@ def _check_checkpoint(config: VllmConfig) -> None:
         for i in range(geometry.num_layers):
             for factor in recalkv.layers[i].factor_shapes(geometry):
                 reader.read(i, factor)
+    sizes = kv_bytes_per_token(recalkv, geometry, config.model_config.dtype.itemsize)
+    logger.info(
+        "recalkv: method %s, %d KV-cache bytes per token instead of %d (%.1f %% removed)",
+        recalkv.method,
+        sizes["compressed"],
+        sizes["dense"],
+        100 * compression_reached(recalkv, geometry),
+    )
