@@ -1,0 +1,86 @@
+"""Attention geometries of known models, and what a layer's latent looks like at a compression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recalkv_vllm.checkpoint import SPAN_MULTIPLE
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A model's attention; ``layers`` is how many caches take turns in a decode step."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: int
+    rope_theta: float
+    key_bias: bool = False
+    key_norm: bool = False
+
+    @property
+    def dense_width(self) -> int:
+        """Numbers that an uncompressed cache holds per token and layer."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+GEOMETRIES = {
+    geometry.name: geometry
+    for geometry in (
+        Geometry("smollm2-135m", 9, 3, 64, 30, 1e5),
+        Geometry("llama-3.1-8b", 32, 8, 128, 32, 5e5),
+        Geometry("llama-2-7b", 32, 32, 128, 32, 1e4),
+        Geometry("qwen2.5-7b", 28, 4, 128, 28, 1e6, key_bias=True),
+        Geometry("qwen3-8b", 32, 8, 128, 36, 1e6, key_norm=True),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Spans of one layer."""
+
+    rank: int
+    k_spans: tuple[Span, ...]
+    v_spans: tuple[Span, ...]
+
+    @property
+    def k_width(self) -> int:
+        return self.k_spans[0][1] - self.k_spans[0][0]
+
+    @property
+    def v_width(self) -> int:
+        return self.v_spans[0][1] - self.v_spans[0][0]
+
+
+def _row(groups: int, width: int, start: int) -> tuple[Span, ...]:
+    return tuple((start + i * width, start + (i + 1) * width) for i in range(groups))
+
+
+def latent_of(
+    geometry: Geometry, compression: float, group_size: int, spans: str, v_groups: int | None
+) -> Latent:
+    """Equal spans for all groups, as wide as the compression leaves, in whole steps of 16.
+
+    Args:
+        spans: ``split`` gives keys and values half of the latent each; with ``joint`` a group's
+            keys and values read the same, twice as wide span.
+        v_groups: V groups of split spans; as many as K groups if None.
+    """
+    groups = geometry.num_kv_heads // group_size
+
+    def width(count: int, share: float) -> int:
+        numbers = (1 - compression) * geometry.dense_width * share / count
+        return max(1, int(numbers / SPAN_MULTIPLE + 1e-9)) * SPAN_MULTIPLE
+
+    if spans == "joint":
+        both = _row(groups, width(groups, 1.0), 0)
+        return Latent(both[-1][1], both, both)
+    k_spans = _row(groups, width(groups, 0.5), 0)
+    v_count = v_groups or groups
+    v_spans = _row(v_count, width(v_count, 0.5), k_spans[-1][1])
+    return Latent(v_spans[-1][1], k_spans, v_spans)

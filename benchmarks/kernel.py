@@ -1,0 +1,177 @@
+"""Attention over latents against the stock kernel of the same machine, measured alternately.
+
+``recalkv bench kernel`` runs it. Ratios are ours / stock, of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from typing import Any
+
+import torch
+
+from recalkv_vllm.compression.errors import InputError
+
+from . import kernel_cpu
+from .geometries import GEOMETRIES, Geometry, Latent, latent_of
+from .kernel_plot import plot
+from .roofline import Roof, alternate, attention_work, measure_cpu
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure all combinations that fit; the JSON object.
+
+    Raises:
+        InputError: an unknown geometry, nothing to measure, or no stock kernel.
+    """
+    dtype = DTYPES[options.dtype]
+    roof = measure_cpu(dtype)
+    rows = []
+    for geometry, compression, group_size, spans, context, batch in itertools.product(
+        _geometries(options.geometry),
+        options.compression,
+        options.group_size,
+        options.spans,
+        options.context,
+        options.batch,
+    ):
+        what = f"{geometry.name} {compression:.0%} s={group_size} {spans} {context}x{batch}"
+        reason = _skip_reason(geometry, compression, group_size, context, batch, options)
+        if reason is not None:
+            print(f"recalkv: {what}: skipped: {reason}", file=sys.stderr)
+            continue
+        print(f"recalkv: {what}", file=sys.stderr)
+        v_groups = options.v_groups if spans == "split" else None
+        latent = latent_of(geometry, compression, group_size, spans, v_groups)
+        rows.append(
+            {
+                "geometry": geometry.name,
+                "compression": compression,
+                "group_size": group_size,
+                "spans": spans,
+                "context": context,
+                "batch": batch,
+                **_measure(geometry, latent, context, batch, dtype, roof, options),
+            }
+        )
+    if not rows:
+        raise InputError("bench kernel: nothing to measure; every combination was skipped")
+    result = {
+        "rows": rows,
+        "roof": {"gb_per_s": roof.bytes_per_s / 1e9, "tflop_per_s": roof.flop_per_s / 1e12},
+        "threads": torch.get_num_threads(),
+        "dtype": options.dtype,
+    }
+    if options.plot is not None:
+        plot(result, options.plot)
+    return result
+
+
+def _geometries(names: list[str]) -> list[Geometry]:
+    if names == ["all"]:
+        return list(GEOMETRIES.values())
+    for name in names:
+        if name not in GEOMETRIES:
+            raise InputError(
+                f"--geometry: expected all or some of {', '.join(GEOMETRIES)}, found {name!r}"
+            )
+    return [GEOMETRIES[name] for name in names]
+
+
+def _skip_reason(
+    geometry: Geometry,
+    compression: float,
+    group_size: int,
+    context: int,
+    batch: int,
+    options: argparse.Namespace,
+) -> str | None:
+    if not 0 <= compression < 1:
+        raise InputError(f"--compression: expected a number in [0, 1), found {compression}")
+    for name, value in (("--group-size", group_size), ("--context", context), ("--batch", batch)):
+        if value < 1:
+            raise InputError(f"{name}: expected a positive number, found {value}")
+    if not 1 <= options.queries <= context:
+        raise InputError(f"--queries: expected 1 to the context, found {options.queries}")
+    heads = geometry.num_kv_heads
+    if heads % group_size:
+        return f"{heads} KV heads do not divide into groups of {group_size}"
+    if options.v_groups is not None and (options.v_groups < 1 or heads % options.v_groups):
+        return f"{heads} KV heads do not divide into {options.v_groups} V groups"
+    size = kernel_cpu.stock_bytes(geometry, context, batch, DTYPES[options.dtype])
+    if size > 4 * kernel_cpu.CACHE_BYTES:
+        return f"one layer's uncompressed cache takes {size / 2**30:.0f} GiB"
+    return None
+
+
+def _measure(
+    geometry: Geometry,
+    latent: Latent,
+    context: int,
+    batch: int,
+    dtype: torch.dtype,
+    roof: Roof,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    runs = kernel_cpu.build(geometry, latent, context, batch, options.queries, dtype)
+    ours, stock = alternate([runs.ours, runs.stock], options.seconds)
+    (value_up,) = alternate([runs.value_up], 0.1)
+    work = attention_work(geometry, latent, context, batch, options.queries, dtype.itemsize)
+    row = {
+        "kernel": runs.kernel,
+        "queries": options.queries,
+        "rank": latent.rank,
+        "v_groups": len(latent.v_spans),
+        "ours_us": ours.median * 1e6,
+        "ours_quartiles_us": [ours.low * 1e6, ours.high * 1e6],
+        "stock_us": stock.median * 1e6,
+        "stock_quartiles_us": [stock.low * 1e6, stock.high * 1e6],
+        "ratio": ours.median / stock.median,
+        "value_up_us": value_up.median * 1e6,
+        "gb_per_s": work.bytes / ours.median / 1e9,
+        "tflop_per_s": work.flop / ours.median / 1e12,
+        "flop_per_byte": work.flop / work.bytes,
+        "roof_fraction": roof.seconds(work) / ours.median,
+    }
+    if options.reference:
+        (slow,) = alternate([runs.reference], 0, least=3)
+        row["reference_us"] = slow.median * 1e6
+    return row
+
+
+COLUMNS = (
+    ("geometry", "{}"),
+    ("compression", "{:.0%}"),
+    ("group_size", "{}"),
+    ("spans", "{}"),
+    ("v_groups", "{}"),
+    ("context", "{}"),
+    ("batch", "{}"),
+    ("ours_us", "{:.0f}"),
+    ("stock_us", "{:.0f}"),
+    ("ratio", "{:.2f}"),
+    ("value_up_us", "{:.0f}"),
+    ("gb_per_s", "{:.1f}"),
+    ("tflop_per_s", "{:.3f}"),
+    ("roof_fraction", "{:.2f}"),
+    ("reference_us", "{:.0f}"),
+)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    columns = [column for column in COLUMNS if column[0] in result["rows"][0]]
+    table = [[name for name, _ in columns]]
+    table += [[form.format(row[name]) for name, form in columns] for row in result["rows"]]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    roof = result["roof"]
+    print(
+        f"{result['rows'][0]['kernel']}, {result['dtype']}, {result['threads']} threads; roofs: "
+        f"{roof['gb_per_s']:.1f} GB/s, {roof['tflop_per_s']:.3f} TFLOP/s"
+    )

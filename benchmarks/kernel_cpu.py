@@ -1,0 +1,163 @@
+"""The CPU side of the kernel benchmark: our C++ attention against vLLM's CPU attention kernel.
+
+Both read a cache of ``layers`` layers in turn, as a decode step does, so that data come from where
+they come from when a model is served.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from recalkv_vllm import ops
+from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.ops import cpu, reference
+
+from .geometries import Geometry, Latent
+
+BLOCK_SIZE = 128
+#: Layers take turns up to this much memory per kernel.
+CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Functions to time; each call moves on to the next layer's cache."""
+
+    kernel: str
+    ours: Callable[[], object]
+    stock: Callable[[], object]
+    value_up: Callable[[], object]
+    reference: Callable[[], object]
+
+
+def stock_bytes(geometry: Geometry, context: int, batch: int, dtype: torch.dtype) -> int:
+    """Bytes of one layer's uncompressed cache."""
+    return context * batch * geometry.dense_width * dtype.itemsize
+
+
+def build(
+    geometry: Geometry,
+    latent: Latent,
+    context: int,
+    batch: int,
+    queries: int,
+    dtype: torch.dtype,
+) -> Runs:
+    """Random inputs of one configuration.
+
+    Raises:
+        InputError: vLLM's CPU kernels cannot be imported.
+    """
+    blocks = -(-context // BLOCK_SIZE)
+    layers = max(1, CACHE_BYTES // stock_bytes(geometry, context, batch, dtype))
+    layers = min(layers, geometry.layers)
+    block_table = torch.randperm(blocks * batch, dtype=torch.int32).view(batch, blocks)
+    seq_lens = torch.full((batch,), context, dtype=torch.int32)
+    query_start_loc = torch.arange(batch + 1, dtype=torch.int32) * queries
+    q = torch.randn(batch * queries, geometry.num_heads, geometry.head_dim).to(dtype)
+    call = (block_table, seq_lens, query_start_loc)
+
+    groups = len(latent.k_spans)
+    rows = geometry.num_kv_heads // groups * geometry.head_dim
+    k_up = (torch.randn(groups, rows, latent.k_width) / latent.k_width**0.5).to(dtype)
+    norm = torch.ones(geometry.head_dim).to(dtype) if geometry.key_norm else None
+    bias = None
+    if geometry.key_bias:
+        bias = torch.randn(geometry.num_kv_heads, geometry.head_dim).to(dtype)
+    constants = {
+        "scale": geometry.head_dim**-0.5,
+        "cos_sin_cache": _rope(geometry, context).to(dtype),
+        "is_neox": True,
+        "k_bias": bias,
+        "k_norm_weight": norm,
+        "k_norm_eps": 1e-6,
+        "sliding_window": None,
+        "soft_cap": None,
+    }
+    factors = (k_up, latent.k_spans, latent.v_spans)
+    attend = ops.bind_paged_latent_attention(*factors, head_dim=geometry.head_dim, **constants)
+    # One random layer, copied: only where the bytes lie matters.
+    one = torch.randn(blocks * batch, BLOCK_SIZE, latent.rank).to(dtype)
+    caches = itertools.cycle([one.clone() for _ in range(layers)])
+    o_lat, _ = attend(q, one, *call)
+    v_up = torch.randn(geometry.num_kv_heads, geometry.head_dim, latent.v_width).to(dtype)
+    return Runs(
+        kernel=f"cpu {cpu.instruction_set(dtype)}",
+        ours=lambda: attend(q, next(caches), *call),
+        stock=_stock(geometry, q, layers, *call),
+        value_up=lambda: ops.latent_value_up(o_lat, v_up),
+        reference=lambda: reference.paged_latent_attention(
+            q, next(caches), *call, *factors, **constants
+        ),
+    )
+
+
+def _rope(geometry: Geometry, positions: int) -> torch.Tensor:
+    half = torch.arange(0, geometry.head_dim, 2, dtype=torch.float64) / geometry.head_dim
+    angle = torch.arange(positions)[:, None] * geometry.rope_theta**-half
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def _stock(
+    geometry: Geometry,
+    q: torch.Tensor,
+    layers: int,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+) -> Callable[[], object]:
+    # vLLM logs to stdout, which belongs to the result.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    try:
+        from vllm import _custom_ops
+    except ImportError as error:
+        raise InputError(
+            f"vllm: expected its CPU build (the extra 'cpu') as the baseline, found {error}"
+        ) from error
+
+    heads, head_dim = geometry.num_kv_heads, geometry.head_dim
+    # As vLLM's own backend chooses for blocks of a multiple of 32 (cpu_attn.py, _get_attn_isa).
+    amx = torch.cpu._is_amx_tile_supported() and q.dtype == torch.bfloat16
+    isa = "amx" if amx else "vec"
+    metadata = _custom_ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(seq_lens),
+        num_heads=geometry.num_heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        seq_lens=seq_lens,
+        dtype=q.dtype,
+        query_start_loc=query_start_loc,
+        causal=True,
+        sliding_window_size=-1,
+        isa=isa,
+        enable_kv_split=True,
+    )
+    one = torch.randn(block_table.numel(), heads, 2 * BLOCK_SIZE, head_dim).to(q.dtype)
+    caches = itertools.cycle([one.clone().chunk(2, dim=2) for _ in range(layers)])
+    output = torch.empty_like(q)
+
+    def run() -> None:
+        keys, values = next(caches)
+        _custom_ops.cpu_attention_with_kv_cache(
+            query=q,
+            key_cache=keys,
+            value_cache=values,
+            output=output,
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            scale=head_dim**-0.5,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=block_table,
+            softcap=0,
+            scheduler_metadata=metadata,
+            s_aux=None,
+        )
+
+    return run

@@ -1,0 +1,46 @@
+"""The picture of ``recalkv bench kernel --plot``: ratio against context, and the roofline."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from recalkv_vllm.compression.errors import InputError
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw a benchmark's result.
+
+    Raises:
+        InputError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise InputError("--plot: matplotlib is not installed; pip install matplotlib") from error
+
+    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in result["rows"]:
+        name = (
+            f"{row['geometry']} {row['compression']:.0%} s={row['group_size']} {row['spans']} "
+            f"x{row['batch']}"
+        )
+        lines[name].append(row)
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    ratios, roofs = figure.subplots(1, 2)
+    for name, rows in lines.items():
+        ratios.plot([r["context"] for r in rows], [r["ratio"] for r in rows], "o-", label=name)
+        roofs.plot([r["flop_per_byte"] for r in rows], [r["tflop_per_s"] for r in rows], "o")
+    ratios.axhline(1, color="black", linewidth=0.8)
+    ratios.set(xscale="log", xlabel="context, tokens", ylabel="time, ours / stock", ylim=(0, None))
+    ratios.legend(fontsize="x-small")
+    roof = result["roof"]
+    ridge = roof["tflop_per_s"] * 1e3 / roof["gb_per_s"]
+    points = [ridge / 16, ridge, ridge * 16]
+    roofs.plot(points, [min(roof["tflop_per_s"], x * roof["gb_per_s"] / 1e3) for x in points], "k-")
+    roofs.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--plot: {path}: cannot be written ({error})") from error

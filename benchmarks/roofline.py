@@ -1,0 +1,93 @@
+"""What the machine can do, measured, and what one attention call asks of it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .geometries import Geometry, Latent
+
+
+@dataclass(frozen=True, slots=True)
+class Roof:
+    """Measured limits: bytes per second from memory, FLOP per second of a matrix product."""
+
+    bytes_per_s: float
+    flop_per_s: float
+
+    def seconds(self, work: Work) -> float:
+        """The least time that ``work`` can take."""
+        return max(work.bytes / self.bytes_per_s, work.flop / self.flop_per_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Bytes of latents read once, and arithmetic as the op is written (keys rebuilt in full)."""
+
+    bytes: int
+    flop: int
+
+
+def attention_work(
+    geometry: Geometry, latent: Latent, context: int, batch: int, queries: int, itemsize: int
+) -> Work:
+    """Work of one call: every query sees the context and its own tokens."""
+    tokens = context * batch
+    dense_keys = geometry.num_kv_heads * geometry.head_dim
+    rebuild = 2 * latent.k_width * dense_keys
+    attend = 2 * queries * geometry.num_heads * (geometry.head_dim + latent.v_width)
+    return Work(bytes=tokens * latent.rank * itemsize, flop=tokens * (rebuild + attend))
+
+
+def measure_cpu(dtype: torch.dtype) -> Roof:
+    """Read bandwidth of a sum over 512 MiB, and torch's product of two 1024 x 1024 matrices."""
+    data = torch.ones(1 << 27)
+    a = torch.randn(1024, 1024).to(dtype)
+    return Roof(
+        bytes_per_s=data.numel() * 4 / _best(data.sum, 5),
+        flop_per_s=2 * 1024**3 / _best(lambda: a @ a, 30),
+    )
+
+
+def _best(run: Callable[[], object], repeats: int) -> float:
+    """The shortest time: a roof is what the machine can do, not what it does on average."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Median and quartiles of repeated runs, in seconds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def alternate(runs: list[Callable[[], object]], seconds: float, least: int = 7) -> list[Timing]:
+    """Time several functions in turn, so that what else the machine does hits all of them.
+
+    Runs until ``seconds`` have passed and each ran ``least`` times, after one untimed round.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run()
+    began = time.perf_counter()
+    while len(times[0]) < least or time.perf_counter() - began < seconds:
+        for run, spent in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            spent.append(time.perf_counter() - start)
+    timings = []
+    for spent in times:
+        low, median, high = statistics.quantiles(spent, n=4)
+        timings.append(Timing(median, low, high))
+    return timings

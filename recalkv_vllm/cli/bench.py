@@ -1,0 +1,48 @@
+"""``recalkv bench``: measurements against stock vLLM on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the sub-command's parser."""
+    bench = commands.add_parser("bench", help="measure against stock vLLM")
+    benchmarks = bench.add_subparsers(metavar="BENCHMARK", required=True)
+    parser = benchmarks.add_parser(
+        "kernel",
+        help="attention kernels",
+        description="Time attention over latents and the stock kernel alternately. "
+        "Options with several values are measured in all combinations.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--geometry", nargs="+", default=["llama-3.1-8b"], metavar="NAME", help="or: all")
+    add("--compression", nargs="+", type=float, default=[0.5, 0.75], metavar="C", help="removed")
+    add("--group-size", nargs="+", type=int, default=[1], metavar="S", help="KV heads per K group")
+    add("--spans", nargs="+", choices=("split", "joint"), default=["split"], help="of K and V")
+    add("--v-groups", type=int, metavar="N", help="V groups of split spans; if not given, as K")
+    add("--context", nargs="+", type=int, default=[1024, 8192], metavar="N", help="cached tokens")
+    add("--batch", nargs="+", type=int, default=[1], metavar="B", help="sequences")
+    add("--queries", type=int, default=1, metavar="N", help="new tokens per sequence")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of all")
+    add("--seconds", type=float, default=2.0, help="time to measure each combination")
+    add("--reference", action="store_true", help="also time the torch reference, which is slow")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the ratio against context")
+    return parser
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the sub-command; the JSON object."""
+    from recalkv_vllm.benchmarks import kernel
+
+    return kernel.run(options)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    from recalkv_vllm.benchmarks import kernel
+
+    kernel.show(result)
