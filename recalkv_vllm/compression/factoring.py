@@ -56,6 +56,7 @@ def factor_layers(
             statistics=statistics.inputs(layer) if statistics else None,
         )
         part = method.factor(inputs, ranks[layer]).to(dtype)
+        part.layout.validate(geometry, f"layer {layer}")
         if not all(t.isfinite().all() for t in (part.down, part.k_up, part.v_up)):
             raise InputError(f"layer {layer}: factors overflow {dtype}; choose another --dtype")
         metric = inputs.statistics.second_moment if inputs.statistics else None

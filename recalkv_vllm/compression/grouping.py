@@ -107,17 +107,19 @@ def _greedy(similarity: np.ndarray, group_size: int) -> Grouping:
 
 
 def _improve(grouping: Grouping, similarity: np.ndarray) -> Grouping:
-    """Swap two heads of different groups while that raises the total similarity."""
-    groups = [list(group) for group in grouping]
-    improved = True
-    while improved:
-        improved = False
-        for a, b in itertools.combinations(groups, 2):
-            for i, j in itertools.product(range(len(a)), range(len(b))):
-                rest_a, rest_b = a[:i] + a[i + 1 :], b[:j] + b[j + 1 :]
-                before = similarity[a[i], rest_a].sum() + similarity[b[j], rest_b].sum()
-                after = similarity[b[j], rest_a].sum() + similarity[a[i], rest_b].sum()
-                if after > before + 1e-12:  # rounding must not swap back and forth for ever
-                    a[i], b[j] = b[j], a[i]
-                    improved = True
-    return groups
+    """Make the best swap of two heads of different groups, as long as one helps."""
+    groups = np.array(grouping)
+    group_of = np.empty(len(similarity), dtype=int)
+    group_of[groups] = np.arange(len(groups))[:, None]
+    own = np.diagonal(similarity)
+    while True:
+        to_group = similarity[:, groups].sum(axis=2)  # of each head to the members of each group
+        to_own = to_group[np.arange(len(similarity)), group_of] - own
+        joined = to_group[:, group_of] - similarity  # of head i to the group of j without j
+        gain = joined + joined.T - to_own[:, None] - to_own
+        gain[group_of[:, None] == group_of] = 0
+        i, j = np.unravel_index(gain.argmax(), gain.shape)
+        if gain[i, j] < 1e-9:  # rounding must not swap back and forth for ever
+            return groups.tolist()
+        group_of[i], group_of[j] = group_of[j], group_of[i]
+        groups = np.argsort(group_of, kind="stable").reshape(groups.shape)

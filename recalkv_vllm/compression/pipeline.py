@@ -85,8 +85,7 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     compressed_architecture(config)  # refuses what is not supported
     geometry = AttentionGeometry.from_hf_config(config)
     method = choose_method(options, geometry)
-    if not method.observers(options.compression):
-        method.ranks(options.compression, None)  # a budget that is too small fails before loading
+    method.check(options.compression)
     device = source.choose_device(options.device)
 
     statistics, calibration = _calibrate(options, directory, geometry, method, device)

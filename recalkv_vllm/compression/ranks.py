@@ -90,6 +90,38 @@ def _water_level(
     return np.clip(low * weights, lowest, largest)
 
 
+def check_compression(
+    compression: float, geometry: AttentionGeometry, k_group_size: int, v_groups: int
+) -> None:
+    """Raise :class:`InputError` unless every head group can get the least rank, or the full one.
+
+    The message names what is possible: the largest compression, or a group size.
+    """
+    k_groups = geometry.num_kv_heads // k_group_size
+    for kind, heads in (
+        ("k-group-size", k_group_size),
+        ("v-groups", geometry.num_kv_heads // v_groups),
+    ):
+        width = heads * geometry.head_dim
+        if width < SPAN_MULTIPLE or (compression == 0 and width % SPAN_MULTIPLE):
+            need = f"a multiple of {SPAN_MULTIPLE}" if compression == 0 else f">= {SPAN_MULTIPLE}"
+            raise InputError(
+                f"compression {compression}: a group of {heads} heads of {geometry.head_dim} is "
+                f"{width} wide, expected {need}; choose another --{kind}"
+            )
+    budget = rank_budget(compression, geometry)
+    least = geometry.num_layers * SPAN_MULTIPLE * (k_groups + v_groups)
+    if budget < least:
+        dense = geometry.dense_width * geometry.num_layers
+        # Rounded down to four digits: the number named must itself be accepted.
+        possible = np.floor((1 - least / dense) * 1e4) / 1e4
+        raise InputError(
+            f"compression {compression}: leaves {budget} cached numbers per token, less than the "
+            f"{least} of rank {SPAN_MULTIPLE} in each of {k_groups} K and {v_groups} V groups per "
+            f"layer; the largest possible compression with these groups is {possible:g}"
+        )
+
+
 def allocate_layers(
     sensitivity: np.ndarray,
     geometry: AttentionGeometry,
@@ -107,21 +139,11 @@ def allocate_layers(
         compression: fraction of cached numbers to remove.
 
     Raises:
-        InputError: too high a compression; names the largest possible.
+        InputError: too high a compression, or unusable sensitivities.
     """
+    check_compression(compression, geometry, k_group_size, v_groups)
     heads, head_dim = geometry.num_kv_heads, geometry.head_dim
     k_groups = heads // k_group_size
-    budget = rank_budget(compression, geometry)
-    least = geometry.num_layers * SPAN_MULTIPLE * (k_groups + v_groups)
-    if budget < least:
-        dense = geometry.dense_width * geometry.num_layers
-        # Rounded down to four digits: the number named must itself be accepted.
-        possible = np.floor((1 - least / dense) * 1e4) / 1e4
-        raise InputError(
-            f"compression {compression}: leaves {budget} cached numbers per token, less than the "
-            f"{least} of rank {SPAN_MULTIPLE} in each of {k_groups} K and {v_groups} V groups per "
-            f"layer; the largest possible compression with these groups is {possible:g}"
-        )
     k_cap = min(k_group_size * head_dim, geometry.hidden_size)
     v_cap = min(heads // v_groups * head_dim, geometry.hidden_size)
     shares = [
@@ -129,7 +151,7 @@ def allocate_layers(
         for k_weight, v_weight in sensitivity
         for share in (Share(k_weight, k_groups, k_cap), Share(v_weight, v_groups, v_cap))
     ]
-    numbers = allocate(shares, budget)
+    numbers = allocate(shares, rank_budget(compression, geometry))
     return [
         LayerRanks(k // k_groups, v // v_groups)
         for k, v in zip(numbers[::2], numbers[1::2], strict=True)

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from recalkv_vllm.checkpoint import AttentionGeometry, rank_budget
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.compression.ranks import Share, allocate, allocate_layers
+from recalkv_vllm.compression.ranks import (
+    Share,
+    allocate,
+    allocate_layers,
+    check_compression,
+)
 
 SHARES = st.builds(
     Share,
@@ -73,6 +78,17 @@ def test_too_high_a_compression_names_the_largest_possible():
         allocate_layers(np.ones((30, 2)), geometry, 1, 1, 0.95)
     possible = float(str(caught.value).rsplit(" ", 1)[1])
     allocate_layers(np.ones((30, 2)), geometry, 1, 1, possible)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "compression", "message"),
+    [(8, 0.5, "is 8 wide, expected >= 16"), (24, 0.0, "is 24 wide, expected a multiple of 16")],
+)
+def test_groups_that_no_span_fits(head_dim, compression, message):
+    geometry = AttentionGeometry(2, 64, 4, 4, head_dim)
+    with pytest.raises(InputError, match=f"{message}; choose another --k-group-size"):
+        check_compression(compression, geometry, 1, 1)
+    check_compression(compression, geometry, 4, 1)
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, float("nan")], [1.0, -1.0]])

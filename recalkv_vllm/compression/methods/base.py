@@ -10,7 +10,7 @@ import torch
 
 from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout, Span
 from recalkv_vllm.compression.factors import LayerFactors, LayerInputs, reorder_rows
-from recalkv_vllm.compression.ranks import LayerRanks, allocate_layers
+from recalkv_vllm.compression.ranks import LayerRanks, allocate_layers, check_compression
 from recalkv_vllm.compression.statistics import InputStatistics, Statistics
 
 ALLOCATIONS = ("fisher", "uniform")
@@ -49,6 +49,10 @@ class Method(ABC):
     def observers(self, compression: float) -> set[str]:
         """Names of the statistics needed (:data:`..observers.OBSERVERS`)."""
         return {"fisher"} if compression > 0 and self.rank_allocation == "fisher" else set()
+
+    def check(self, compression: float) -> None:
+        """Raise :class:`InputError`, before any work, for a compression that cannot be reached."""
+        check_compression(compression, self.geometry, self.k_group_size, self.v_groups)
 
     def ranks(self, compression: float, statistics: Statistics | None) -> list[LayerRanks]:
         """Ranks of all layers; full rank at compression 0."""
