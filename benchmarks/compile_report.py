@@ -1,0 +1,249 @@
+"""Ahead-of-time compile report of the Triton kernels: no GPU needed.
+
+``python -m recalkv_vllm.benchmarks.compile_report`` compiles every kernel, as serving would launch
+it, for sm_80, sm_90 and sm_100 at the geometries of common models, and reads registers, spills,
+shared memory and tensor-core instructions off the result. It prints a table (or ``--json``) and
+exits with 1 if a kernel spills, does not fit, or lacks tensor-core instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.bound import PagedLatentAttention, Part
+from recalkv_vllm.kernels.launch import (
+    Launch,
+    cache_update_launch,
+    merge_launch,
+    value_up_launch,
+)
+
+#: (query heads, KV heads, head size, key norm)
+GEOMETRIES = {
+    "SmolLM2-135M": (9, 3, 64, False),
+    "Llama-3.1-8B": (32, 8, 128, False),
+    "Llama-2-7B": (32, 32, 128, False),
+    "Qwen2.5-7B": (28, 4, 128, False),
+    "Qwen3-8B": (32, 8, 128, True),
+}
+COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
+SPANS = ("split", "shared-v", "joint")
+#: Multiprocessors only decide splits, which do not change the code.
+TARGETS = {80: heuristics.Target(80, 108), 90: heuristics.Target(90, 132),
+           100: heuristics.Target(100, 148)}  # fmt: skip
+MODES = {"decode": 1, "verify": 4, "prefill": 64}
+TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+USES_TENSOR_CORES = ("latent_attention", "project_values")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One layer's layout. ``split``: K and V spans of each group are disjoint; ``shared-v``: the
+    same with one V span for all heads, as in the paper; ``joint``: K and V read the same span."""
+
+    geometry: str
+    compression: float
+    group_size: int
+    spans: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one kernel compiled to; memory in bytes."""
+
+    case: Case
+    mode: str
+    arch: int
+    kernel: str
+    config: str
+    registers: int
+    spills: int
+    shared: int
+    tensor_core: str
+
+    def faults(self) -> list[str]:
+        limit = heuristics.SHARED_BYTES[self.arch]
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} bytes spilled")
+        if self.shared > limit:
+            found.append(f"{self.shared} of {limit} bytes of shared memory")
+        if self.kernel in USES_TENSOR_CORES and not self.tensor_core:
+            found.append("no tensor-core instruction")
+        return found
+
+
+class CompileOnlyDriver:
+    """Stands in for Triton's GPU driver: names a target, launches nothing."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps its compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def cases(geometries: list[str]) -> Iterator[Case]:
+    for name, compression, size, spans in itertools.product(
+        geometries, COMPRESSIONS, (1, 2, 3, 4), SPANS
+    ):
+        heads = GEOMETRIES[name][1]
+        if heads % size == 0 and (size != 3 or heads == 3):
+            yield Case(name, compression, size, spans)
+
+
+def bind(case: Case, target: heuristics.Target) -> PagedLatentAttention:
+    """An attention of the case with zero factors: only shapes matter here."""
+    _, kv_heads, head_dim, key_norm = GEOMETRIES[case.geometry]
+    groups = kv_heads // case.group_size
+    kept = round((1 - case.compression) * 2 * case.group_size * head_dim)
+    k_width = max(16, (kept if case.spans == "joint" else kept // 2) // 16 * 16)
+    k_spans = [(g * k_width, (g + 1) * k_width) for g in range(groups)]
+    start = groups * k_width
+    v_spans = {
+        "joint": k_spans,
+        "split": [(start + a, start + b) for a, b in k_spans],
+        "shared-v": [(start, 2 * start)],
+    }[case.spans]
+    dtype = torch.bfloat16
+    angle = torch.arange(256)[:, None] / 10000 ** (torch.arange(head_dim // 2) / head_dim)
+    return PagedLatentAttention(
+        torch.zeros(groups, case.group_size * head_dim, k_width, dtype=dtype),
+        k_spans,
+        v_spans,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        cos_sin_cache=torch.cat((angle.cos(), angle.sin()), dim=1),
+        is_neox=True,
+        k_bias=None,
+        k_norm_weight=torch.ones(head_dim, dtype=dtype) if key_norm else None,
+        k_norm_eps=1e-6,
+        sliding_window=None,
+        soft_cap=None,
+        target=target,
+    )
+
+
+def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launch]:
+    """Every launch of one layer, attention first."""
+    heads, kv_heads, head_dim, _ = GEOMETRIES[case.geometry]
+    attend = bind(case, target)
+    queries, dtype = MODES[mode], torch.bfloat16
+    rank = max(attend.k_starts[-1] + attend.k_width, attend.v_starts[-1] + attend.v_width)
+    cache = torch.zeros(2, 16, rank, dtype=dtype)
+    q = torch.zeros(queries, heads, head_dim, dtype=dtype)
+    o_lat = torch.zeros(queries, heads, attend.v_width)
+    lse = torch.zeros(queries, heads)
+    index = torch.zeros(16, dtype=torch.int32)
+    part = Part(0, 1, range(queries), queries, bounded=mode != "prefill")
+    table = index[None]
+    yield next(attend.launches(part, q, cache, table, index[:1], index[:2], o_lat, lse, 32))
+    if mode == "prefill":
+        return
+    yield merge_launch(o_lat[None], lse[None], o_lat, lse)
+    yield cache_update_launch(cache[0, :1], cache, torch.zeros(1, dtype=torch.int64))
+    v_up = torch.zeros(kv_heads, head_dim, attend.v_width, dtype=dtype)
+    yield value_up_launch(o_lat, v_up, None, torch.zeros_like(q))
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of stack (Triton's kernels have no stack but for spills)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump: expected registers and stack, found {usage!r}")
+    return int(found[1]), int(found[2])
+
+
+def compile_row(case: Case, mode: str, arch: int, launch: Launch) -> Row:
+    compiled = launch.compile()
+    registers, spills = resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    keys = ("HEADS", "V_BLOCK", "ROWS", "TILE", "LOCAL_ROPE", "STREAM", "COLUMNS", "DEPTH")
+    config = {k.lower(): int(v) for k, v in launch.arguments.items() if k in keys}
+    config |= {"warps": launch.warps, "stages": launch.stages}
+    return Row(
+        case,
+        mode,
+        arch,
+        launch.kernel.__name__,
+        " ".join(f"{k}={v}" for k, v in config.items()),
+        registers,
+        spills,
+        compiled.metadata.shared,
+        ", ".join(name for name in TENSOR_CORE if name in ptx),
+    )
+
+
+def report(wanted: list[Case], arches: list[int], modes: list[str]) -> Iterator[Row]:
+    """Compile everything; a kernel that several cases share is compiled once."""
+    for arch in arches:
+        triton.runtime.driver.set_active(CompileOnlyDriver(arch))
+        for case, mode in itertools.product(wanted, modes):
+            for launch in launches(case, TARGETS[arch], mode):
+                yield compile_row(case, mode, arch, launch)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--geometry", nargs="*", choices=GEOMETRIES, default=list(GEOMETRIES))
+    parser.add_argument("--arch", nargs="*", type=int, choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--mode", nargs="*", choices=MODES, default=list(MODES))
+    parser.add_argument("--compression", nargs="*", type=float, default=COMPRESSIONS)
+    parser.add_argument("--group-size", nargs="*", type=int, default=(1, 2, 3, 4))
+    parser.add_argument("--spans", nargs="*", choices=SPANS, default=SPANS)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    options = parser.parse_args(arguments)
+    wanted = [
+        case
+        for case in cases(options.geometry)
+        if case.compression in options.compression
+        and case.group_size in options.group_size
+        and case.spans in options.spans
+    ]
+    rows = []
+    faulty = 0
+    for row in report(wanted, options.arch, options.mode):
+        rows.append(row)
+        case = row.case
+        faults = row.faults()
+        faulty += bool(faults)
+        line = (
+            f"sm_{row.arch:<3} {case.geometry:12} {case.compression} s={case.group_size} "
+            f"{case.spans:8} {row.mode:7} {row.kernel:16} reg {row.registers:3} "
+            f"smem {row.shared:6} {row.tensor_core:15} {row.config} {'; '.join(faults)}"
+        )
+        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
+    if options.json:
+        json.dump({"rows": [asdict(row) | {"faults": row.faults()} for row in rows]}, sys.stdout)
+    print(f"{len(rows)} kernels, {faulty} with faults", file=sys.stderr)
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Device functions of the attention kernel: which sequence, which columns, which keys.
+
+They work on one tile of cached tokens, with tokens on the M side of every matrix instruction, so
+that a handful of query rows on the N side wastes little. They move no data of their own beyond the
+loads named in ``attention.py``.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_sequence(query_start_loc, block, num_seqs, QUERY_BLOCK: tl.constexpr):
+    """Index of the sequence that query block ``block`` belongs to, by bisection.
+
+    Sequence ``i`` owns the blocks from ``start[i] // QUERY_BLOCK + i`` on: never fewer than its
+    queries need, and ``tokens // QUERY_BLOCK + num_seqs`` in all, whatever the query lengths.
+    """
+    low = 0
+    high = num_seqs
+    while low < high:
+        middle = (low + high) // 2
+        first = tl.load(query_start_loc + middle) // QUERY_BLOCK + middle
+        if first <= block:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def zeros(SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """``[SIZE, ROWS]`` of float32; Triton 3.6 takes no number out of a tuple as a size directly."""
+    return tl.zeros([SIZE, ROWS], tl.float32)
+
+
+@triton.jit
+def load_columns(token_rows, live, first, OFFSET: tl.constexpr, SIZE: tl.constexpr):
+    """``[tile, SIZE]`` latents from column ``16 * first + OFFSET`` on; zero where not live.
+
+    The mask keeps slots that were never written (possibly NaN) out of ``0 * NaN``. Columns come in
+    units of 16 so that the compiler sees the alignment that asynchronous copies need.
+    """
+    columns = first * 16 + OFFSET + tl.arange(0, SIZE)
+    return tl.load(token_rows[:, None] + columns[None, :], mask=live[:, None], other=0.0)
+
+
+@triton.jit
+def load_factor(
+    k_up, OFFSET: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, K_WIDTH: tl.constexpr
+):
+    """``[SIZE, DIM]``: columns ``OFFSET + [0, SIZE)`` of one head's factor, transposed."""
+    columns = OFFSET + tl.arange(0, SIZE)
+    rows = tl.arange(0, DIM)
+    return tl.load(k_up + rows[None, :] * K_WIDTH + columns[:, None])
+
+
+@triton.jit
+def load_rotation(table, rows, live, stride, ROT_HALF: tl.constexpr, HALF: tl.constexpr):
+    """Cosines and sines ``[tile, HALF]`` of table rows; pairs that RoPE leaves alone get 1 and 0.
+
+    A row of ``table`` holds ``ROT_HALF`` cosines, then as many sines.
+    """
+    pair = tl.arange(0, HALF)
+    source = table + rows[:, None] * stride + pair[None, :]
+    mask = live[:, None] & (pair < ROT_HALF)[None, :]
+    cos = tl.load(source, mask=mask, other=1.0)
+    sin = tl.load(source + ROT_HALF, mask=mask, other=0.0)
+    return cos, sin
+
+
+@triton.jit
+def rotate_pairs(x, cos, sin, TILE: tl.constexpr, DIM: tl.constexpr):
+    """Turn neighbours ``(2i, 2i + 1)`` of ``x: [TILE, DIM]`` by the angles ``[TILE, DIM / 2]``."""
+    a, b = tl.split(tl.reshape(x, [TILE, DIM // 2, 2]))
+    return tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), [TILE, DIM])

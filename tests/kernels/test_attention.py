@@ -1,0 +1,207 @@
+"""The attention kernels in Triton's interpreter, against the float64 oracle.
+
+Every case of the matrix runs in float32, where an indexing or masking fault stands out most; what
+depends on the dtype (rounding, the local rotation's table) runs in bfloat16 and float16 on a few.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recalkv_vllm.kernels import bound, heuristics, launch
+from recalkv_vllm.kernels.bound import PagedLatentAttention, Part
+from recalkv_vllm.ops import triton as ops
+from tests.ops.cases import CASES, MIXED, AttentionCase, AttentionInputs, build, spanned
+from tests.ops.checks import assert_matches_oracle
+
+BY_NAME = {case.name: case for case in CASES}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW_PRECISION = ("decode-lengths", "joint-per-head", "low-precision-table", "everything")
+
+
+@cache
+def inputs_of(case: AttentionCase, dtype: torch.dtype) -> AttentionInputs:
+    return build(case, dtype, DEVICE)
+
+
+def bind(inputs: AttentionInputs) -> PagedLatentAttention:
+    head_dim = inputs.q.shape[2]
+    return ops.bind_paged_latent_attention(**inputs.bind, head_dim=head_dim)
+
+
+def check(case: AttentionCase, dtype: torch.dtype = torch.float32, **hints: int) -> None:
+    inputs = inputs_of(case, dtype)
+    assert_matches_oracle(bind(inputs)(**inputs.call, **hints), case, dtype)
+
+
+def change_config(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
+    chosen = heuristics.attention_config
+    monkeypatch.setattr(
+        bound.heuristics,
+        "attention_config",
+        lambda *arguments: replace(chosen(*arguments), **changes),
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matrix(case: AttentionCase) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LOW_PRECISION)
+def test_low_precision(name: str, dtype: torch.dtype) -> None:
+    check(BY_NAME[name], dtype)
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("name", ["mixed", "window", "decode-long"])
+def test_splits(name: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More splits than tiles, windows that leave splits empty, sequences of no tokens."""
+    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+    check(BY_NAME[name])
+
+
+def test_decodes_first() -> None:
+    """A mixed batch whose decodes go through the decode launch, at two query lengths."""
+    batch = ((1, 45), (3, 50), (0, 0), (2, 2), (20, 20), (13, 47))
+    case = spanned("decodes-first", (4, 2, 64), 1, 32, 2, 32, batch=batch, padding_rows=2)
+    check(case, num_decodes=4, num_decode_tokens=6, max_decode_query_len=3, max_seq_len=64)
+
+
+def test_decodes_only() -> None:
+    case = BY_NAME["decode-lengths"]
+    check(case, num_decodes=6, num_decode_tokens=6)
+
+
+def test_more_verified_queries_than_rows() -> None:
+    """Sixteen queries of many heads do not fit one program's rows."""
+    case = spanned("verify-16", (16, 1, 32), 1, 32, 1, 32, batch=((16, 40), (9, 9)))
+    check(case, num_decodes=2, num_decode_tokens=25, max_decode_query_len=16)
+
+
+@pytest.mark.parametrize("name", ["gqa3-smollm2", "overlapping", "d80"])
+def test_streamed_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_config(monkeypatch, stream=16)
+    check(BY_NAME[name])
+
+
+def test_value_columns_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_config(monkeypatch, v_block=32)
+    check(BY_NAME["gqa3-smollm2"])
+
+
+def test_positions_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_config(monkeypatch, local_rope=False)
+    check(BY_NAME["interleaved-partial"])
+
+
+def test_nan_in_the_cache_reaches_the_output() -> None:
+    """A model's own NaN must not be turned into a plausible number."""
+    case = spanned("nan", (4, 2, 64), 1, 32, 2, 32, batch=((1, 200),))
+    inputs = build(case, torch.float32, DEVICE)
+    inputs.kv_cache[inputs.block_table[0, 0], 3] = torch.nan
+    o_lat, lse = bind(inputs)(**inputs.call)
+    assert o_lat.isnan().all()
+    assert lse.isnan().all()
+
+
+def test_no_sequences() -> None:
+    inputs = build(BY_NAME["mixed"], torch.float32, DEVICE)
+    nothing = {"q": inputs.q[:0], "block_table": inputs.block_table[:0]}
+    nothing |= {"seq_lens": inputs.seq_lens[:0], "query_start_loc": inputs.query_start_loc[:1]}
+    o_lat, lse = bind(inputs)(**inputs.call | nothing)
+    assert o_lat.shape == (0, 4, 32)
+    assert lse.shape == (0, 4)
+
+
+class NoDeviceReads(TorchDispatchMode):
+    """Fails on whatever would make the host wait for a value on the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        reads = ("_local_scalar_dense", "nonzero", "_to_copy", "masked_select", "equal")
+        assert not any(read in name for read in reads), f"{name} reads the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("hinted", [False, True])
+def test_launches_read_nothing_from_the_device(
+    hinted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call is what a CUDA graph captures: same launches whatever the tensors hold."""
+    case = spanned("graph", (4, 2, 64), 1, 32, 2, 32, batch=((1, 30), (1, 60), (9, 20)))
+    inputs = build(case, torch.float32, DEVICE)
+    attend = bind(inputs)
+    recorded: list[tuple] = []
+    monkeypatch.setattr(
+        launch.Launch, "run", lambda self: recorded.append((self.kernel.__name__, self.grid))
+    )
+    hints = {"num_decodes": 2, "num_decode_tokens": 2, "max_seq_len": 500} if hinted else {}
+    with NoDeviceReads():
+        attend(**inputs.call, **hints)
+        first = recorded.copy()
+        inputs.seq_lens.fill_(9)
+        attend(**inputs.call, **hints)
+    assert recorded == first * 2
+    assert first
+
+
+def test_workspace_covers_every_decode_batch() -> None:
+    inputs = inputs_of(BY_NAME["decode-lengths"], torch.float32)
+    attend = bind(inputs)
+    reserved = attend.workspace_bytes(4, 40, 2, 700)
+    for count in range(1, 41):
+        needed: list[int] = []
+        part = Part(0, count, range(2 * count), 2, bounded=True)
+        q = torch.zeros(2 * count, 4, 64, device=DEVICE)
+        index = torch.zeros(count + 1, dtype=torch.int32, device=DEVICE)
+        table = torch.zeros(count, 50, dtype=torch.int32, device=DEVICE)
+        out, lse = (
+            torch.zeros(2 * count, 4, 32, device=DEVICE),
+            torch.zeros(2 * count, 4, device=DEVICE),
+        )
+        for item in attend.launches(
+            part, q, inputs.kv_cache, table, index[1:], index, out, lse, 700
+        ):
+            if item.arguments.get("num_splits", 1) > 1 and "partial" in item.arguments:
+                needed.append(4 * item.arguments["num_splits"] * 2 * count * 4 * 33)
+        assert all(n <= reserved for n in needed)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "reason"),
+    [
+        ("cpu", torch.float64, 64, "expected float32, bfloat16 or float16, found torch.float64"),
+        ("cpu", torch.float32, 63, "expected an even head size up to 256, found 63"),
+        ("cpu", torch.float32, 512, "expected an even head size up to 256, found 512"),
+        ("cpu", torch.float32, 64, None),
+        ("cpu", torch.float32, None, None),
+    ],
+)
+def test_unsupported_reason(
+    device: str, dtype: torch.dtype, head_dim: int | None, reason: str | None
+) -> None:
+    assert ops.unsupported_reason(torch.device(device), dtype, head_dim) == reason
+
+
+def test_mixed_matches_itself_row_by_row() -> None:
+    """A sequence's result does not depend on its neighbours in the batch."""
+    inputs = inputs_of(BY_NAME["mixed"], torch.float32)
+    attend = bind(inputs)
+    whole, _ = attend(**inputs.call)
+    start, end = inputs.query_start_loc[4:6].tolist()
+    alone, _ = attend(
+        inputs.q[start:end],
+        inputs.kv_cache,
+        inputs.block_table[4:5],
+        inputs.seq_lens[4:5],
+        torch.tensor([0, end - start], dtype=torch.int32, device=DEVICE),
+    )
+    assert MIXED[4][0] == end - start
+    torch.testing.assert_close(alone, whole[start:end], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,50 @@
+"""Ahead-of-time compilation of what serving would launch; no GPU needed, only Triton's ptxas."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from recalkv_vllm.benchmarks.compile_report import Case, Row
+
+CASE = Case("Llama-3.1-8B", 0.5, 1, "split")
+
+
+def test_kernels_compile_without_spills() -> None:
+    """The two layouts that matter most; the full table is the command itself."""
+    arguments = ["--geometry", CASE.geometry, "--compression", "0.5", "--group-size", "1"]
+    arguments += ["--spans", "split", "joint", "--mode", "decode", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "recalkv_vllm.benchmarks.compile_report", *arguments],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert len(rows) == 3 * 2 * 4
+    assert not any(row["faults"] for row in rows)
+    attention = {row["arch"]: row for row in rows if row["kernel"] == "latent_attention"}
+    assert "mma.sync" in attention[80]["tensor_core"]
+    assert "wgmma" in attention[90]["tensor_core"]
+    assert "tcgen05" in attention[100]["tensor_core"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "spills", "shared", "tensor_core", "faults"),
+    [
+        ("latent_attention", 0, 1000, "mma.sync", []),
+        ("merge_splits", 0, 0, "", []),
+        ("latent_attention", 8, 1000, "mma.sync", ["8 bytes spilled"]),
+        ("latent_attention", 0, 166913, "mma.sync", ["166913 of 166912 bytes of shared memory"]),
+        ("project_values", 0, 1000, "", ["no tensor-core instruction"]),
+    ],
+)
+def test_faults(kernel: str, spills: int, shared: int, tensor_core: str, faults: list[str]) -> None:
+    row = Row(CASE, "decode", 80, kernel, "", 255, spills, shared, tensor_core)
+    assert row.faults() == faults

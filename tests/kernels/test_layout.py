@@ -1,0 +1,149 @@
+"""Properties of the host-side layout and of launch parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recalkv_vllm.kernels import heuristics, layout
+from recalkv_vllm.ops.reference import apply_rope
+from tests.ops.cases import rope_table
+
+units = st.integers(0, 20).map(lambda n: 16 * n)
+
+
+@given(start=units, width=units)
+def test_chunks_tile_their_span(start: int, width: int) -> None:
+    chunks = layout.power_of_2_chunks(start, start + width)
+    covered = [column for offset, size in chunks for column in range(offset, offset + size)]
+    assert covered == list(range(start, start + width))
+    assert all(16 <= size <= 128 and size & (size - 1) == 0 for _, size in chunks)
+
+
+@given(
+    k_width=units.filter(bool),
+    v_width=units.filter(bool),
+    starts=st.lists(st.tuples(units, units), min_size=1, max_size=3),
+    alike=st.booleans(),
+)
+def test_columns_cover_both_spans_and_share_only_what_coincides(
+    k_width: int, v_width: int, starts: list[tuple[int, int]], alike: bool
+) -> None:
+    if alike:
+        shift = starts[0][0] - starts[0][1]
+        starts = [(v + shift, v) for _, v in starts if v + shift >= 0] or starts[:1]
+    k_starts, v_starts = zip(*starts, strict=True)
+    columns = layout.plan_columns(k_starts, v_starts, k_width, v_width, v_width)
+    for chunks, width in ((columns.k, k_width), (columns.v, v_width)):
+        covered = sorted(c for offset, size, *_ in chunks for c in range(offset, offset + size))
+        assert covered == list(range(width))
+    for offset, size, shared in columns.k:
+        if shared >= 0:
+            v_offset, v_size = columns.v[shared]
+            assert v_size == size
+            assert all(k + offset == v + v_offset for k, v in starts)
+    k_low, v_low = starts[0]
+    overlap = min(k_low + k_width, v_low + v_width) - max(k_low, v_low)
+    if alike and overlap > 0:
+        assert sum(size for _, size, shared in columns.k if shared >= 0) == overlap
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize(("head_dim", "rot_dim"), [(64, 64), (80, 20), (96, 0), (112, 112)])
+def test_paired_columns_turn_rope_into_rotations_of_neighbours(
+    head_dim: int, rot_dim: int, is_neox: bool
+) -> None:
+    order = layout.paired_columns(head_dim, rot_dim, is_neox)
+    assert sorted(order.tolist()) == list(range(head_dim))
+    x, table = torch.randn(5, 1, head_dim), rope_table(rot_dim, torch.float32)
+    positions = torch.arange(5)
+    neox = apply_rope(x, positions, table, is_neox)[..., order]
+    neighbours = apply_rope(x[..., order], positions, table, is_neox=False)
+    torch.testing.assert_close(neox, neighbours)
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1.3])
+def test_local_rotation_composes(magnitude: float) -> None:
+    table = magnitude * rope_table(48, torch.float32)
+    local = layout.local_rotation(table, 64, torch.float32)
+    assert local is not None
+    assert local.shape == (layout.LARGEST_TILE, 2, 32)
+    angle = torch.complex(*table.split(24, dim=1))
+    turned = angle[640] * torch.complex(local[:, 0], local[:, 1])[:, :24]
+    torch.testing.assert_close(turned, angle[640:768], rtol=0, atol=1e-6)
+    assert (local[:, 0, 24:] == 1).all()
+    assert (local[:, 1, 24:] == 0).all()
+
+
+def test_local_rotation_is_refused_where_positions_do_not_compose() -> None:
+    table = rope_table(32, torch.float32)
+    assert layout.local_rotation(table[:100], 32, torch.float32) is None
+    assert layout.local_rotation(table.bfloat16(), 32, torch.float32) is None
+    assert layout.local_rotation(table.bfloat16(), 32, torch.bfloat16) is not None
+    stretched = torch.cat((table[:512], table[:512]))
+    assert layout.local_rotation(stretched[100:900], 32, torch.bfloat16) is None
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> heuristics.AttentionShape:
+    group = draw(st.sampled_from((1, 2, 3, 4)))
+    heads_per_v = draw(st.sampled_from((1, group, 2 * group)))
+    k_width, v_width = (draw(st.integers(1, 64)) * 16 for _ in range(2))
+    return heuristics.AttentionShape(
+        queries_per_kv=draw(st.sampled_from((1, 3, 4, 7, 8, 16))),
+        num_kv_heads=4 * group,
+        k_group_size=group,
+        heads_per_v=heads_per_v,
+        dim=draw(st.sampled_from((32, 64, 128, 256))),
+        k_width=k_width,
+        v_width=v_width,
+        itemsize=2,
+        shared_columns=draw(st.sampled_from((0, min(k_width, v_width)))),
+        local_rope=draw(st.booleans()),
+        rope=True,
+    )
+
+
+@settings(deadline=None)
+@given(
+    shape=shapes(),
+    arch=st.sampled_from((80, 86, 89, 90, 100, 120)),
+    queries=st.sampled_from((1, 4, 16, 64)),
+)
+def test_every_shape_has_launch_parameters_that_fit(
+    shape: heuristics.AttentionShape, arch: int, queries: int
+) -> None:
+    target = heuristics.Target(arch, 100)
+    config = heuristics.attention_config(shape, target, queries)
+    assert shape.heads_per_v % config.heads == 0
+    assert config.heads % shape.k_group_size == 0 or shape.k_group_size % config.heads == 0
+    assert shape.v_width % config.v_block == 0
+    assert config.v_block % 16 == 0
+    assert config.rows >= config.query_block * config.heads * shape.queries_per_kv
+    assert config.rows & (config.rows - 1) == 0
+    assert config.stream == 0 or shape.k_width % config.stream == 0
+    assert config.local_rope <= shape.local_rope
+    assert heuristics.shared_memory(shape, config, target) <= target.shared_bytes
+
+
+def test_no_launch_parameters() -> None:
+    shape = heuristics.AttentionShape(128, 1, 1, 1, 64, 64, 64, 2, 0, True, True)
+    with pytest.raises(ValueError, match="no launch parameters for sm_90 fit"):
+        heuristics.attention_config(shape, heuristics.Target(90, 132), 1)
+    few = replace(shape, queries_per_kv=64)
+    assert heuristics.attention_config(few, heuristics.Target(90, 132), 1).rows == 64
+
+
+@given(programs=st.integers(1, 5000), tiles=st.integers(1, 5000))
+def test_splits_are_bounded_and_fill_the_device(programs: int, tiles: int) -> None:
+    target = heuristics.Target(90, 132)
+    splits = heuristics.split_count(programs, tiles, target)
+    assert 1 <= splits <= min(heuristics.MAX_SPLITS, tiles)
+    if programs == 1 and tiles >= 1000:
+        assert splits > heuristics.MAX_SPLITS - 4
+    if programs >= 50 * 2 * target.num_sms:
+        assert splits <= 2
