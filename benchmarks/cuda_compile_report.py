@@ -1,0 +1,250 @@
+"""Compile report of the CUDA C++ kernels: nvcc, no GPU and no CUDA build of torch needed.
+
+``python -m recalkv_vllm.benchmarks.cuda_compile_report`` compiles every instantiation of the decode
+kernel for sm_80 and sm_90a and reads registers, spills and instructions off the result, then plans
+the layers of common models against the shared memory of A100 and H100. It prints tables (or
+``--json``) and exits with 1 if a kernel spills or lacks tensor-core or asynchronous-copy
+instructions, or if a layer has no plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from recalkv_vllm.ops import cuda_plan
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+ARCHES = ("sm_80", "sm_90a")
+ELEMENTS = ("BFloat16", "Float16")
+#: Shared memory of one block and of a multiprocessor, and multiprocessors.
+LIMITS = {
+    "A100": cuda_plan.Limits(108, 163 << 10, 164 << 10),
+    "H100": cuda_plan.Limits(132, 227 << 10, 228 << 10),
+}
+#: (query heads, KV heads, head size, key bias, key norm)
+GEOMETRIES = {
+    "SmolLM2-135M": (9, 3, 64, False, False),
+    "Llama-3.1-8B": (32, 8, 128, False, False),
+    "Llama-2-7B": (32, 32, 128, False, False),
+    "Qwen2.5-7B": (28, 4, 128, True, False),
+    "Qwen3-8B": (32, 8, 128, False, True),
+}
+COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
+SPANS = ("split", "shared-v", "joint")
+#: What a kernel must contain: matrix products, asynchronous copies, matrix loads.
+INSTRUCTIONS = ("HMMA", "LDGSTS", "LDSM")
+
+
+@dataclass(frozen=True, slots=True)
+class Instantiation:
+    """One compiled version of the decode kernel; names as in ``csrc/cuda/shape.cuh``."""
+
+    element: str
+    head_dim: int
+    column_tiles: int
+    v_tiles: int
+    resident: bool
+
+    def source(self) -> str:
+        """An explicit instantiation, in C++."""
+        shape = f"Shape<{self.element}, {self.head_dim}, {self.column_tiles}, {self.v_tiles}>"
+        kernel = f"decode_attention<{shape}, {str(self.resident).lower()}>"
+        return f"template __global__ void {kernel}(const DecodeParams);\n"
+
+    @classmethod
+    def of_symbol(cls, symbol: str) -> Instantiation | None:
+        """Read a mangled name; None if it is another kernel's."""
+        found = re.search(r"ShapeINS_\d+(\w+?)ELi(\d+)ELi(\d+)ELi(\d+)EEELb([01])E", symbol)
+        if found is None:
+            return None
+        element, *sizes, resident = found.groups()
+        return cls(element, *map(int, sizes), resident == "1")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one instantiation compiled to; spills in bytes, instructions counted in the code."""
+
+    kernel: Instantiation
+    arch: str
+    registers: int
+    spills: int
+    instructions: dict[str, int]
+
+    def faults(self) -> list[str]:
+        found = [f"no {name}" for name, count in self.instructions.items() if count == 0]
+        return [f"{self.spills} bytes spilled", *found] if self.spills else found
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """How one layer is cut up on one device."""
+
+    device: str
+    geometry: str
+    compression: float
+    group_size: int
+    spans: str
+    plan: cuda_plan.Plan | None
+    splits: int
+
+
+def instantiations() -> list[Instantiation]:
+    """The whole table."""
+    kinds = [(c, v, True) for c, tiles in cuda_plan.INSTANTIATIONS.items() for v in tiles]
+    kinds.append((*cuda_plan.STREAMING, False))
+    return [
+        Instantiation(element, head_dim, *kind)
+        for element, head_dim, kind in itertools.product(ELEMENTS, cuda_plan.HEAD_DIMS, kinds)
+    ]
+
+
+def find_tool(name: str) -> str:
+    """Path of a CUDA tool: on the search path, or Triton's own copy.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    if (path := shutil.which(name)) is not None:
+        return path
+    try:
+        from triton.backends import nvidia
+    except ImportError:
+        raise FileNotFoundError(f"{name}: not on the search path") from None
+    path = Path(nvidia.__path__[0]) / "bin" / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: expected on the search path or at {path}")
+    return str(path)
+
+
+def compile_kernels(wanted: Sequence[Instantiation], arch: str) -> list[Row]:
+    """Compile instantiations in one run of nvcc.
+
+    Raises:
+        RuntimeError: nvcc fails; with its output.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        source, cubin = Path(directory, "kernels.cu"), Path(directory, "kernels.cubin")
+        body = "".join(kernel.source() for kernel in wanted)
+        source.write_text(f'#include "decode.cuh"\nnamespace recalkv {{\n{body}}}\n')
+        command = [find_tool("nvcc"), "-std=c++17", "-O3", f"-I{SOURCES}", f"-arch={arch}"]
+        command += ["-cubin", "-Xptxas", "-v", "-o", str(cubin), str(source)]
+        compiled = subprocess.run(command, capture_output=True, text=True)
+        if compiled.returncode:
+            raise RuntimeError(f"nvcc: {compiled.stderr}")
+        command = [find_tool("cuobjdump"), "-sass", str(cubin)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = {
+        Instantiation.of_symbol(name): text
+        for name, text in re.findall(
+            r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", listing, flags=re.DOTALL
+        )
+    }
+    rows = []
+    for part in compiled.stderr.split("Compiling entry function")[1:]:
+        kernel = Instantiation.of_symbol(part.split("'")[1])
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", part)]
+        registers = re.search(r"Used (\d+) registers", part)
+        if kernel not in wanted or registers is None or len(spills) != 2:
+            raise RuntimeError(f"ptxas: expected registers and spills, found {part!r}")
+        counts = {name: len(re.findall(rf"\b{name}\b", code[kernel])) for name in INSTRUCTIONS}
+        rows.append(Row(kernel, arch, int(registers[1]), sum(spills), counts))
+    if {row.kernel for row in rows} != set(wanted):
+        raise RuntimeError(f"nvcc: expected {len(wanted)} kernels, found {len(rows)}")
+    return rows
+
+
+def layer(
+    geometry: str, compression: float, group_size: int, spans: str
+) -> tuple[cuda_plan.Layer, int]:
+    """A layer's sizes at equal ranks for K and V, and its query heads per KV head."""
+    heads, kv_heads, head_dim, key_bias, key_norm = GEOMETRIES[geometry]
+    groups = kv_heads // group_size
+    kept = round((1 - compression) * 2 * group_size * head_dim)
+    width = max(16, (kept if spans == "joint" else kept // 2) // 16 * 16)
+    k_spans = [(g * width, (g + 1) * width) for g in range(groups)]
+    end = groups * width
+    v_spans = {
+        "joint": k_spans,
+        "split": [(end + a, end + b) for a, b in k_spans],
+        "shared-v": [(end, 2 * end)],
+    }[spans]
+    sizes = cuda_plan.Layer.of(head_dim, group_size, k_spans, v_spans, key_bias, key_norm)
+    return sizes, heads // kv_heads
+
+
+def plan_rows(context: int = 32768, batch: int = 8) -> Iterator[PlanRow]:
+    """Plans for decode of ``batch`` sequences of ``context`` tokens."""
+    for geometry, compression, size, spans in itertools.product(
+        GEOMETRIES, COMPRESSIONS, (1, 2, 3, 4), SPANS
+    ):
+        kv_heads = GEOMETRIES[geometry][1]
+        if kv_heads % size or (size == 3 and kv_heads != 3):
+            continue
+        sizes, per_kv = layer(geometry, compression, size, spans)
+        for device, limits in LIMITS.items():
+            plan = cuda_plan.plan(sizes, limits, 1)
+            splits = 0
+            if plan is not None:
+                row_blocks = max(batch, -(-batch * per_kv // plan.columns))
+                splits = cuda_plan.split_count(plan, limits, row_blocks, context)
+            yield PlanRow(device, geometry, compression, size, spans, plan, splits)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="*", choices=ARCHES, default=list(ARCHES))
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    options = parser.parse_args(arguments)
+    out = sys.stderr if options.json else sys.stdout
+    rows, plans, faulty = [], list(plan_rows()), 0
+    for arch, head_dim in itertools.product(options.arch, cuda_plan.HEAD_DIMS):
+        wanted = [kernel for kernel in instantiations() if kernel.head_dim == head_dim]
+        for row in compile_kernels(wanted, arch):
+            rows.append(row)
+            faulty += bool(row.faults())
+            kernel = row.kernel
+            counts = " ".join(f"{name} {count:4}" for name, count in row.instructions.items())
+            factor = "shared" if kernel.resident else "L2"
+            line = (
+                f"{arch:6} {kernel.element:8} d={kernel.head_dim:<3} rows={8 * kernel.column_tiles}"
+                f" v_width<={16 * kernel.v_tiles:<3} factor in {factor:6} reg {row.registers:3} "
+                f"spills {row.spills} {counts} {'; '.join(row.faults())}"
+            )
+            print(line, file=out, flush=True)
+    for planned in plans:
+        layout = (
+            f"{planned.device} {planned.geometry:12} {planned.compression} "
+            f"s={planned.group_size} {planned.spans:8}"
+        )
+        p = planned.plan
+        if p is None:
+            faulty += 1
+            print(f"{layout} no plan fits", file=out)
+            continue
+        print(
+            f"{layout} heads {p.heads} teams {p.teams} stages {p.stages} tile {p.tokens} x "
+            f"{p.tile_width:4} v_width<={16 * p.v_tiles:<3} "
+            f"factor in {'shared' if p.resident else 'L2':6} shared {p.shared_bytes:6} "
+            f"blocks/SM {p.blocks_per_multiprocessor} splits {planned.splits}",
+            file=out,
+        )
+    if options.json:
+        kernels = [asdict(row) | {"faults": row.faults()} for row in rows]
+        json.dump({"rows": kernels, "plans": [asdict(row) for row in plans]}, sys.stdout)
+    print(f"{len(rows)} kernels, {len(plans)} plans, {faulty} with faults", file=sys.stderr)
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+// The kernels as torch ops, on LibTorch's stable ABI: one build serves torch 2.10 and later.
+//
+// Arguments have been checked in Python (ops/validation.py, ops/cuda.py).
+#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+#include "launch.h"
+
+// Tests register the ops for CPU tensors, with the kernels emulated.
+#ifndef RECALKV_DISPATCH_KEY
+#define RECALKV_DISPATCH_KEY CUDA
+#endif
+
+namespace recalkv {
+namespace {
+
+using torch::stable::Tensor;
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+const float* optional_data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<const float>(*tensor) : nullptr;
+}
+
+// Makes a tensor's device current and names its current stream; none where torch has no CUDA.
+class Stream {
+ public:
+#ifdef USE_CUDA
+  explicit Stream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STD_TORCH_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_) == 0,
+        "recalkv: torch names no current stream");
+  }
+#else
+  explicit Stream(const Tensor&) {}
+#endif
+  void* get() const { return stream_; }
+
+ private:
+#ifdef USE_CUDA
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  void* stream_ = nullptr;
+};
+
+void check(const char* error, const char* what) {
+  STD_TORCH_CHECK(error == nullptr, "recalkv: ", what, ": ", error ? error : "");
+}
+
+void decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+            const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& k_factor,
+            const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
+            const Tensor& base_rotation, const Tensor& local_rotation, const Tensor& tile_columns,
+            Tensor out, Tensor lse, std::vector<int64_t> sizes, std::vector<int64_t> kernel,
+            double scale, double soft_cap, double norm_eps, double norm_factor) {
+  STD_TORCH_CHECK(sizes.size() == 5 && kernel.size() == 9,
+                  "sizes, kernel: expected 5 and 9 numbers, found ", sizes.size(), " and ",
+                  kernel.size());
+  const Stream stream(q);
+  DecodeParams p{};
+  p.q = data<const uint16_t>(q);
+  p.kv_cache = data<const uint16_t>(kv_cache);
+  p.block_table = data<const int32_t>(block_table);
+  p.seq_lens = data<const int32_t>(seq_lens);
+  p.query_start_loc = data<const int32_t>(query_start_loc);
+  p.k_factor = data<const void>(k_factor);
+  p.k_bias = optional_data(k_bias);
+  p.k_norm_weight = optional_data(k_norm_weight);
+  p.base_rotation = data<const float>(base_rotation);
+  p.local_rotation = data<const float>(local_rotation);
+  p.tile_columns = data<const int32_t>(tile_columns);
+  p.out = data<float>(out);
+  p.lse = data<float>(lse);
+  p.q_token_stride = q.stride(0);
+  p.cache_block_stride = kv_cache.stride(0);
+  p.cache_slot_stride = kv_cache.stride(1);
+  p.table_stride = block_table.stride(0);
+  p.tokens = static_cast<int32_t>(q.size(0));
+  p.num_seqs = static_cast<int32_t>(seq_lens.size(0));
+  p.num_heads = static_cast<int32_t>(q.size(1));
+  p.num_kv_heads = static_cast<int32_t>(k_factor.size(0));
+  p.block_size = static_cast<int32_t>(kv_cache.size(1));
+  p.k_width = static_cast<int32_t>(sizes[0]);
+  p.v_width = static_cast<int32_t>(sizes[1]);
+  p.rotated_half = static_cast<int32_t>(sizes[2]);
+  p.window = static_cast<int32_t>(sizes[3]);
+  p.base_rotation_stride = sizes[4];
+  p.scale = static_cast<float>(scale);
+  p.soft_cap = static_cast<float>(soft_cap);
+  p.norm_eps = static_cast<float>(norm_eps);
+  p.norm_factor = static_cast<float>(norm_factor);
+  p.kernel.column_tiles = static_cast<int32_t>(kernel[0]);
+  p.kernel.v_tiles = static_cast<int32_t>(kernel[1]);
+  p.kernel.heads = static_cast<int32_t>(kernel[2]);
+  p.kernel.teams = static_cast<int32_t>(kernel[3]);
+  p.kernel.stages = static_cast<int32_t>(kernel[4]);
+  p.kernel.tile_width = static_cast<int32_t>(kernel[5]);
+  p.kernel.splits = static_cast<int32_t>(kernel[6]);
+  p.kernel.resident = static_cast<int32_t>(kernel[7]);
+  p.kernel.shared_bytes = static_cast<int32_t>(kernel[8]);
+  const auto type = q.scalar_type() == torch::headeronly::ScalarType::BFloat16
+                        ? ElementType::kBFloat16
+                        : ElementType::kFloat16;
+  check(launch_decode(p, type, static_cast<int>(q.size(2)), stream.get()), "decode attention");
+}
+
+void merge(const Tensor& partial_out, const Tensor& partial_lse, Tensor out, Tensor lse,
+           int64_t splits) {
+  const Stream stream(out);
+  MergeParams p{};
+  p.partial_out = data<const float>(partial_out);
+  p.partial_lse = data<const float>(partial_lse);
+  p.out = data<float>(out);
+  p.lse = data<float>(lse);
+  p.rows = static_cast<int32_t>(out.size(0) * out.size(1));
+  p.splits = static_cast<int32_t>(splits);
+  p.v_width = static_cast<int32_t>(out.size(2));
+  check(launch_merge(p, stream.get()), "merge of splits");
+}
+
+}  // namespace
+}  // namespace recalkv
+
+STABLE_TORCH_LIBRARY(recalkv_cuda, library) {
+  library.def(
+      "decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_start_loc, Tensor k_factor, Tensor? k_bias, Tensor? k_norm_weight, "
+      "Tensor base_rotation, Tensor local_rotation, Tensor tile_columns, Tensor(a!) out, "
+      "Tensor(b!) lse, int[] sizes, int[] kernel, float scale, float soft_cap, float norm_eps, "
+      "float norm_factor) -> ()");
+  library.def(
+      "merge(Tensor partial_out, Tensor partial_lse, Tensor(a!) out, Tensor(b!) lse, int splits) "
+      "-> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(recalkv_cuda, RECALKV_DISPATCH_KEY, library) {
+  library.impl("decode", TORCH_BOX(&recalkv::decode));
+  library.impl("merge", TORCH_BOX(&recalkv::merge));
+}

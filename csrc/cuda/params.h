@@ -1,0 +1,65 @@
+// What the host hands to the kernels: raw pointers and sizes, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace recalkv {
+
+// One decode call. Strides are in elements. `kernel` has how the work is cut up, see cuda_plan.py.
+struct DecodeParams {
+  const uint16_t* q;           // [tokens, h_q, d]
+  const uint16_t* kv_cache;    // [num_blocks, block_size, rank]
+  const int32_t* block_table;  // [num_seqs, max_blocks]
+  const int32_t* seq_lens;
+  const int32_t* query_start_loc;
+  const void* k_factor;          // [h_kv, d/16, k_width/16, lane, 8], see ops/cuda.py
+  const float* k_bias;           // [h_kv, d] in pair order, or null
+  const float* k_norm_weight;    // [d] in pair order, or null
+  const float* base_rotation;    // [max_position/16, d/2, 2]: (cos, sin) of every 16th position
+  const float* local_rotation;   // [32, d/2, 2]: of the first positions
+  const int32_t* tile_columns;   // [v_blocks, head_blocks, 2 + heads + chunks], see `TileColumns`
+  float* out;                    // [splits, tokens, h_q, v_width]
+  float* lse;                    // [splits, tokens, h_q]
+  int64_t q_token_stride;
+  int64_t cache_block_stride;
+  int64_t cache_slot_stride;
+  int64_t table_stride;
+  int64_t base_rotation_stride;  // in floats per 16 positions; 0 when keys are not rotated
+  int32_t tokens;
+  int32_t num_seqs;
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t block_size;
+  int32_t k_width;
+  int32_t v_width;
+  int32_t rotated_half;  // half the rotated columns of q that pair up as (i, i + half); 0 if (2i, 2i + 1)
+  int32_t window;        // newest keys a query sees, itself included
+  float scale;
+  float soft_cap;  // 0 is none
+  float norm_eps;
+  float norm_factor;  // by which `k_norm_weight` was divided
+  struct {
+    int32_t column_tiles;   // query rows of a block, in eights
+    int32_t v_tiles;        // V columns of a block at most, in sixteens
+    int32_t heads;          // KV heads of a block
+    int32_t teams;          // token streams of a block, each of `heads` warps
+    int32_t stages;         // tiles in a team's ring
+    int32_t tile_width;     // columns of a tile in shared memory
+    int32_t splits;         // blocks that share a sequence's tokens
+    int32_t resident;       // whether the factor is kept in shared memory
+    int32_t shared_bytes;
+  } kernel;
+};
+
+// The merge of `splits` partial results.
+struct MergeParams {
+  const float* partial_out;  // [splits, rows, v_width]
+  const float* partial_lse;  // [splits, rows]
+  float* out;                // [rows, v_width]
+  float* lse;                // [rows]
+  int32_t rows;
+  int32_t splits;
+  int32_t v_width;
+};
+
+}  // namespace recalkv

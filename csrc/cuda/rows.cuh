@@ -1,0 +1,58 @@
+// Which query rows and which cached tokens a block works on.
+#pragma once
+
+#include "shape.cuh"
+
+namespace recalkv {
+
+// Row `r` of a sequence is query `r / per_kv` of query head `r % per_kv` under each KV head.
+struct Rows {
+  int seq;           // index of the sequence; -1 if the block has no rows
+  int first_token;   // row of q with the sequence's first query
+  int begin, end;    // rows of this block
+  int num_queries;
+  int length;        // cached tokens of the sequence
+};
+
+// Sequence `i` owns the row blocks from `start[i] * per_kv / columns + i` on: never fewer than it
+// needs, and `tokens * per_kv / columns + num_seqs` in all, whatever the query lengths are.
+RECALKV_DEVICE Rows find_rows(const DecodeParams& p, int row_block, int columns) {
+  const int per_kv = p.num_heads / p.num_kv_heads;
+  int low = 0;
+  int high = p.num_seqs;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    const int first = p.query_start_loc[middle] * per_kv / columns + middle;
+    (first <= row_block ? low : high) = middle;
+  }
+  const int start = p.query_start_loc[low];
+  const int num_queries = p.query_start_loc[low + 1] - start;
+  const int rows = num_queries * per_kv;
+  const int begin = (row_block - start * per_kv / columns - low) * columns;
+  const int end = begin + columns < rows ? begin + columns : rows;
+  return {begin < rows ? low : -1, start, begin, end, num_queries, p.seq_lens[low]};
+}
+
+// Tokens [first, end) are visible to some row; tiles [tile_from, tile_to) are this split's.
+struct Span {
+  int first, end, tile_from, tile_to;
+};
+
+RECALKV_DEVICE Span split_span(const DecodeParams& p, const Rows& rows, int split, int tile) {
+  const int per_kv = p.num_heads / p.num_kv_heads;
+  const int context = rows.length - rows.num_queries;
+  const int oldest = context + rows.begin / per_kv - p.window + 1;
+  const int newest = context + (rows.end - 1) / per_kv;
+  Span span;
+  span.first = oldest > 0 ? oldest : 0;
+  span.end = rows.length == 0 ? 0 : newest + 1;
+  const int first_tile = span.first / tile;
+  const int tiles = (span.end + tile - 1) / tile - first_tile;
+  const int share = (tiles + p.kernel.splits - 1) / p.kernel.splits;
+  span.tile_from = first_tile + split * share;
+  const int to = span.tile_from + share;
+  span.tile_to = to < first_tile + tiles ? to : first_tile + tiles;
+  return span;
+}
+
+}  // namespace recalkv

@@ -1,0 +1,99 @@
+"""Host side of the CUDA kernel's data layout: factors, rotations, and columns of a tile.
+
+Runs once, when weights are loaded; plain torch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from recalkv_vllm.ops.cuda_plan import Layer, Plan, tile_spans, v_blocks
+
+#: Positions per row of the base table; tiles are this long or twice as long.
+BASE_STEP = 16
+LARGEST_TILE = 32
+#: Largest error of a rotation put together from two rows of a table. An angle of 131072 has a
+#: rounding error of 2**-8 in the float32 tables that models use, a bf16 table one of 2**-9.
+ROTATION_ERROR = 2.0**-6
+
+
+def pair_order(head_dim: int, rot_dim: int, is_neox: bool) -> torch.Tensor:
+    """Columns of a head with the two members of every rotation pair side by side."""
+    order = torch.arange(head_dim)
+    if is_neox:
+        order[:rot_dim] = order[:rot_dim].view(2, -1).T.flatten()
+    return order
+
+
+def pack_factor(k_up: torch.Tensor, head_dim: int, order: torch.Tensor) -> torch.Tensor:
+    """``[h_kv, d/16, width/16, 32, 8]``: right-hand fragments of mma.m16n8k16, lane by lane.
+
+    Lane ``4g + t`` of a 16x16 block holds, of columns ``g`` and ``8 + g`` of the key, the latents
+    ``2t, 2t + 1, 2t + 8, 2t + 9``: its operands of two instructions in one 16-byte load.
+    """
+    width = k_up.shape[2]
+    rows = k_up.reshape(-1, head_dim, width)[:, order.to(k_up.device)]
+    blocks = rows.reshape(-1, head_dim // 16, 2, 8, width // 16, 2, 4, 2)
+    packed = blocks.permute(0, 1, 4, 3, 6, 2, 5, 7).contiguous()
+    return packed.view(-1, head_dim // 16, width // 16, 32, 8)
+
+
+def rotation_tables(
+    cos_sin_cache: torch.Tensor | None, head_dim: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rotation of every 16th position, and by 0 to 31 positions: ``[rows, d/2, 2]`` float32.
+
+    The rotation at ``p + j`` is the one at ``p`` times the one by ``j``; a constant magnitude of
+    the table (YaRN) stays with the former. Pairs that RoPE leaves alone get (1, 0). Returns None
+    for a table that is not made of rotations by angles proportional to the position.
+    """
+    if cos_sin_cache is None:
+        still = torch.tensor([1.0, 0.0], device=device)
+        return still.expand(1, head_dim // 2, 2).contiguous(), still.expand(
+            LARGEST_TILE, head_dim // 2, 2
+        ).contiguous()
+    positions, rot_dim = cos_sin_cache.shape
+    table = torch.complex(*cos_sin_cache.float().split(rot_dim // 2, dim=1))
+    magnitude = table[0].real
+    base, local = table[::BASE_STEP], table[:LARGEST_TILE] / magnitude
+    steps = torch.arange(min(LARGEST_TILE, positions), device=device)
+    error = 0.0
+    # In parts: a table of a million positions has gigabytes of products.
+    for starts in torch.arange(0, positions - len(steps) + 1, BASE_STEP, device=device).split(4096):
+        expected = table[starts[:, None] + steps]
+        found = table[starts][:, None] * local
+        error = max(error, float(((found - expected) / magnitude).abs().max()))
+    if not error <= ROTATION_ERROR:
+        return None
+
+    def padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+        result = torch.zeros(count, head_dim // 2, 2, device=device)
+        result[..., 0] = 1
+        result[: rows.shape[0], : rot_dim // 2] = torch.view_as_real(rows)
+        return result
+
+    return padded(base, base.shape[0]), padded(local, LARGEST_TILE)
+
+
+def tile_columns(layer: Layer, plan: Plan) -> torch.Tensor:
+    """``[v_blocks, head_blocks, 2 + heads + chunks]`` int32, as ``TileColumns`` in staging.cuh.
+
+    Of each block: column of the K span in its tile, number of 8-column chunks, columns of its
+    heads' V spans in the tile, and the source column of every chunk.
+    """
+    rows = []
+    for part in v_blocks(layer, plan.v_tiles):
+        for first in range(0, len(layer.k_spans), plan.heads):
+            sources = [
+                column
+                for start, end in tile_spans(layer, first, plan.heads, part)
+                for column in range(start, end, 8)
+            ]
+            place = {column: 8 * i for i, column in enumerate(sources)}
+            values = [
+                place[start + part[0]] for start, _ in layer.v_spans[first : first + plan.heads]
+            ]
+            unused = [0] * (plan.tile_width // 8 - len(sources))
+            rows.append([place[layer.k_spans[first][0]], len(sources), *values, *sources, *unused])
+    table = torch.tensor(rows, dtype=torch.int32)
+    return table.view(-1, len(layer.k_spans) // plan.heads, table.shape[1])

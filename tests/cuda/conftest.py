@@ -1,0 +1,69 @@
+"""The CUDA kernels on the GPU if there is one that can run them, else emulated on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.cuda import emulation
+
+if not torch.cuda.is_available():
+    # ops/cuda.py brings the Triton kernels along, which then need the interpreter; it must be
+    # chosen before their first import, whoever does it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from recalkv_vllm.ops import cuda, cuda_attention
+from recalkv_vllm.ops.cuda_plan import Limits
+
+ON_GPU = torch.cuda.is_available() and cuda.load_error is None
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], None]:
+    if ON_GPU:
+        return lambda seed, early_copies: None
+    return emulation.load(emulation.build(tmp_path_factory.mktemp("emulation")))
+
+
+@pytest.fixture
+def configure(
+    emulator: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int, int], None]:
+    """Route ``ops.cuda`` to the emulation; returns ``configure(seed, early_copies)``.
+
+    Plans are made for few multiprocessors, so that short sequences are split too.
+    """
+
+    def poisoned_workspace(device: torch.device, nbytes: int) -> torch.Tensor:
+        return torch.full((nbytes // 4,), torch.nan, device=device).view(torch.uint8)
+
+    if not ON_GPU:
+        monkeypatch.setattr(
+            cuda_attention, "device_limits", lambda device: Limits(6, 227 << 10, 228 << 10)
+        )
+    monkeypatch.setattr(cuda_attention, "reserve_workspace", poisoned_workspace)
+    monkeypatch.setenv("RECALKV_KERNEL", "cuda")
+    emulator(0, 0)
+    return emulator
+
+
+@pytest.fixture
+def multiprocessors(
+    configure: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch, device: str
+) -> Callable[[int], None]:
+    """``multiprocessors(n)`` makes plans for a device with ``n`` of them."""
+    limits = cuda_attention.device_limits(torch.device(device))
+
+    def set_count(count: int) -> None:
+        changed = Limits(count, limits.shared_bytes, limits.shared_bytes_per_multiprocessor)
+        monkeypatch.setattr(cuda_attention, "device_limits", lambda device: changed)
+
+    return set_count

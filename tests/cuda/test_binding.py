@@ -1,0 +1,172 @@
+"""What ``ops.cuda`` runs where, and what it refuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from recalkv_vllm.kernels.bound import PagedLatentAttention
+from recalkv_vllm.ops import cuda, cuda_attention, triton
+from recalkv_vllm.ops.cuda_attention import CudaAttention
+from recalkv_vllm.ops.cuda_plan import Limits
+from recalkv_vllm.ops.dispatch import KernelUnavailableError
+from tests.ops.cases import AttentionCase, build, spanned
+from tests.ops.checks import assert_matches_oracle
+
+Configure = Callable[[int, int], None]
+#: Not bfloat16: Triton's interpreter multiplies its bits as integers, up to Triton 3.9 at least.
+DTYPE = torch.float16
+DEVICE = "cuda" if torch.cuda.is_available() and cuda.load_error is None else "cpu"
+BATCH = ((1, 45), (2, 50), (1, 1), (20, 70), (9, 9))
+CASE = spanned("mixed-sorted", (4, 2, 64), 1, 32, 2, 32, batch=BATCH)
+
+
+def bind(case: AttentionCase, **changes: object) -> CudaAttention | PagedLatentAttention:
+    inputs = build(case, DTYPE, DEVICE)
+    return cuda.bind_paged_latent_attention(**inputs.bind | changes, head_dim=case.head_dim)
+
+
+#: A GPU without the extension: CUDA C++ is emulated on the CPU, where compiled Triton cannot run.
+needs_triton = pytest.mark.skipif(
+    DEVICE == "cpu" and torch.cuda.is_available(), reason="needs the CUDA extension"
+)
+
+
+@pytest.fixture
+def calls(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that run, both kinds free to."""
+    monkeypatch.delenv("RECALKV_KERNEL")
+    made: list[str] = []
+    decode, prefill = cuda_attention.DecodeAttention.run, PagedLatentAttention.launches
+
+    def run(self, *arguments, **keywords):
+        made.append("cuda")
+        return decode(self, *arguments, **keywords)
+
+    def launches(self, *arguments, **keywords):
+        made.append("triton")
+        return prefill(self, *arguments, **keywords)
+
+    monkeypatch.setattr(cuda_attention.DecodeAttention, "run", run)
+    monkeypatch.setattr(PagedLatentAttention, "launches", launches)
+    return made
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("hints", "expected"),
+    [
+        ({}, ["cuda"]),
+        ({"num_decodes": 3, "num_decode_tokens": 4, "max_decode_query_len": 2}, ["cuda", "triton"]),
+        ({"num_decodes": 5, "num_decode_tokens": 33, "max_seq_len": 70}, ["cuda"]),
+    ],
+)
+def test_mixed_batch(hints: dict[str, int], expected: list[str], calls: list[str]) -> None:
+    result = bind(CASE)(**build(CASE, DTYPE, DEVICE).call, **hints)
+    assert calls == expected
+    assert_matches_oracle(result, CASE, DTYPE)
+
+
+@needs_triton
+def test_prefill_without_hints_is_tritons(calls: list[str]) -> None:
+    case = spanned("prefill-only", (4, 2, 64), 1, 32, 2, 32, batch=((33, 33), (2, 20)))
+    result = bind(case)(**build(case, DTYPE, DEVICE).call)
+    assert calls == ["triton"]
+    assert_matches_oracle(result, case, DTYPE)
+
+
+def test_empty_batch(configure: Configure) -> None:
+    inputs = build(CASE, DTYPE, DEVICE).call
+    inputs |= {"q": inputs["q"][:0], "block_table": inputs["block_table"][:0]}
+    inputs |= {
+        "seq_lens": inputs["seq_lens"][:0],
+        "query_start_loc": torch.zeros(1, device=DEVICE).int(),
+    }
+    o_lat, lse = bind(CASE)(**inputs)
+    assert o_lat.shape == (0, 4, 32)
+    assert lse.shape == (0, 4)
+
+
+def test_misaligned_cache_is_refused(configure: Configure) -> None:
+    inputs = build(CASE, DTYPE, DEVICE).call
+    blocks, size, rank = inputs["kv_cache"].shape
+    storage = torch.zeros(blocks, size, rank + 4, dtype=DTYPE, device=DEVICE)
+    attention = bind(CASE)
+    for view in (
+        storage[..., :rank],
+        storage.view(-1)[4:][: blocks * size * rank].view(blocks, size, rank),
+    ):
+        with pytest.raises(ValueError, match="kv_cache: expected 16-byte aligned rows, found"):
+            attention(**inputs | {"kv_cache": view})
+
+
+def random_table() -> torch.Tensor:
+    return torch.randn(1024, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def test_table_of_no_rotations(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused when forced; else Triton serves the layer and the log says so."""
+    with pytest.raises(KernelUnavailableError, match="RECALKV_KERNEL=cuda: cos_sin_cache"):
+        bind(CASE, cos_sin_cache=random_table())
+    monkeypatch.delenv("RECALKV_KERNEL")
+    with caplog.at_level(logging.WARNING, "recalkv_vllm.ops"):
+        assert isinstance(bind(CASE, cos_sin_cache=random_table()), PagedLatentAttention)
+    assert "cos_sin_cache: expected angles proportional to the position" in caplog.text
+
+
+def test_spans_that_fit_no_plan(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_attention, "device_limits", lambda device: Limits(6, 8 << 10, 8 << 10))
+    with pytest.raises(KernelUnavailableError, match="k_spans, v_spans: expected widths that fit"):
+        bind(CASE)
+
+
+def test_kernel_and_plan_must_agree(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout that differs between Python and C++ never reaches the device."""
+    attention = bind(CASE)
+    for tiles, (plan, columns) in attention.decode.plans.items():
+        object.__setattr__(plan, "shared_bytes", plan.shared_bytes + 16)
+        attention.decode.plans[tiles] = plan, columns
+    try:
+        with pytest.raises(RuntimeError, match="shared_bytes: does not agree"):
+            attention(**build(CASE, DTYPE, DEVICE).call)
+    finally:
+        cuda_attention.plan.cache_clear()
+
+
+def test_workspace_covers_every_batch(configure: Configure) -> None:
+    attention = bind(CASE)
+    reserved = attention.workspace_bytes(4, 8, 4, 2048)
+    used = []
+    for seqs in range(1, 9):
+        for queries in range(1, 5):
+            splits = attention.decode._plan(seqs * queries, seqs, 4, 2048)[2]
+            used.append(4 * splits * seqs * queries * 4 * 33 if splits > 1 else 0)
+    assert max(used) == reserved > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_reasons() -> None:
+    reason = cuda.unsupported_reason(torch.device("cuda"), DTYPE, 128)
+    assert reason is not None
+    assert "the CUDA extension cannot be loaded" in reason
+
+
+def test_reason_names_expected_and_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "load_error", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device = torch.device("cuda")
+    assert cuda.unsupported_reason(device, DTYPE, 128) is None
+    assert cuda.unsupported_reason(device, DTYPE, None) is None
+    assert cuda.unsupported_reason(device, DTYPE, 80) == (
+        "expected a head size of 64, 96, 128, found 80"
+    )
+    assert "found torch.float32" in str(cuda.unsupported_reason(device, torch.float32, 64))
+    assert "found cpu" in str(cuda.unsupported_reason(torch.device("cpu"), DTYPE, 64))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0 or newer, found 7.5" in str(cuda.unsupported_reason(device, DTYPE, 64))
+    assert triton.latent_value_up is cuda.latent_value_up
