@@ -34,7 +34,9 @@ def find_model(model: str) -> Path:
     if directory.exists():
         raise InputError(f"model {model}: is a file; expected a model directory")
     if not HUB_NAME.fullmatch(model):
-        raise InputError(f"model {model}: no such directory")
+        raise InputError(
+            f"model {model}: no such directory; expected a model directory or a hub name owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from tests.cuda import emulation
-
-if not torch.cuda.is_available():
-    # ops/cuda.py brings the Triton kernels along, which then need the interpreter; it must be
-    # chosen before their first import, whoever does it.
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from recalkv_vllm.ops import cuda, cuda_attention
 from recalkv_vllm.ops.cuda_plan import Limits
+from tests.cuda import emulation
 
 ON_GPU = torch.cuda.is_available() and cuda.load_error is None
 

@@ -1,20 +1,12 @@
-"""Kernel tests run on the GPU if there is one, else in Triton's interpreter.
-
-The interpreter must be chosen before kernels are defined, so before anything imports them.
-"""
+"""Kernel tests run on the GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
