@@ -34,7 +34,8 @@ def plot_layers(summary: dict[str, Any], path: Path) -> None:
     ranks.plot(index, values, "s", label="read by values")
     ranks.set_ylabel("numbers per token")
     ranks.set_ylim(bottom=0)
-    ranks.legend()
+    # Below the axes: curves reach every corner of them.
+    ranks.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3)
     if summary["error_of"] is not None:
         errors.plot(index, [layer["k_error"] for layer in layers], "o-", label="keys")
         errors.plot(index, [layer["v_error"] for layer in layers], "s-", label="values")
