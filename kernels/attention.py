@@ -37,8 +37,8 @@ from recalkv_vllm.kernels.tiles import (
 
 
 @triton.jit(
-    do_not_specialize=["num_seqs", "num_splits"],
-    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
+    do_not_specialize=["num_seqs", "num_splits", "first_token", "stride_lse_split"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc", "lse"],
 )
 def latent_attention(
     q,
@@ -57,6 +57,7 @@ def latent_attention(
     lse,
     num_seqs,
     num_splits,
+    first_token,
     stride_q_token,
     stride_q_head,
     stride_block,
@@ -96,7 +97,7 @@ def latent_attention(
     ``K_CHUNKS`` holds ``(offset, size, index of the V chunk with the same columns or -1)``,
     ``V_CHUNKS`` ``(offset, size)``.
     ``SEARCH`` maps programs to query blocks of any batch; without it sequence ``i`` is program
-    ``i`` and has at most ``QUERY_BLOCK`` queries.
+    ``i`` and has at most ``QUERY_BLOCK`` queries. ``out`` and ``lse`` start at row ``first_token``.
     """
     RESIDENT: tl.constexpr = STREAM == 0
     Q_HEADS: tl.constexpr = HEADS * QUERIES_PER_KV
@@ -259,7 +260,8 @@ def latent_attention(
     # Compared with zero, so that a NaN of the model's own stays a NaN.
     unseen = row_sum == 0
     row_lse = tl.where(unseen, float("-inf"), row_max * 0.6931471805599453 + tl.log(row_sum))
-    out_row = token * NUM_HEADS + head
+    split = split.to(tl.int64)
+    out_row = (token - first_token) * NUM_HEADS + head
     if v_block == 0:
         tl.store(lse + split * stride_lse_split + out_row, row_lse, mask=row_live)
     if num_splits > 1 and tile_from >= tile_to:

@@ -64,8 +64,9 @@ class PagedLatentAttention:
         self.heads_per_v = self.num_kv_heads // len(v_spans)
         self.dim = max(16, layout.next_power_of_2(head_dim))
         self.rot_half = 0 if cos_sin_cache is None else cos_sin_cache.shape[1] // 2
-        self.k_starts = [k_spans[h // self.group_size][0] for h in range(self.num_kv_heads)]
-        self.v_starts = [v_spans[h // self.heads_per_v][0] for h in range(self.num_kv_heads)]
+        heads = range(self.num_kv_heads)
+        self.k_starts = tuple(k_spans[h // self.group_size][0] for h in heads)
+        self.v_starts = tuple(v_spans[h // self.heads_per_v][0] for h in heads)
         starts = torch.tensor([self.k_starts, self.v_starts], dtype=torch.int32).T // 16
 
         columns = layout.paired_columns(head_dim, 2 * self.rot_half, is_neox)
@@ -161,17 +162,22 @@ class PagedLatentAttention:
     def workspace_bytes(
         self, num_heads: int, max_num_seqs: int, max_decode_query_len: int, max_seq_len: int
     ) -> int:
-        """Largest workspace that decode batches of up to ``max_num_seqs`` sequences need."""
-        config = heuristics.attention_config(
-            self.shape(num_heads), self.target, max_decode_query_len
-        )
-        return max(
+        """Largest workspace that any call needs, with up to ``max_num_seqs`` decodes."""
+        shape = self.shape(num_heads)
+        config = heuristics.attention_config(shape, self.target, max_decode_query_len)
+        decode = max(
             self._workspace_bytes(
                 self._splits(config, num_heads, count, max_seq_len),
                 count * max_decode_query_len * num_heads,
             )
             for count in range(1, max_num_seqs + 1)
         )
+        programs = heuristics.most_programs(self.target)
+        prefill = max(
+            4 * programs * config.rows * (config.v_block + 1)
+            for config in (heuristics.attention_config(shape, self.target, 2**i) for i in range(8))
+        )
+        return max(decode, prefill)
 
     def _workspace_bytes(self, splits: int, rows: int) -> int:
         return 4 * splits * rows * (self.v_width + 1) if splits > 1 else 0
@@ -208,11 +214,12 @@ class PagedLatentAttention:
         )
         out, out_lse = o_lat, lse
         if splits > 1:
-            rows = part.tokens.stop * num_heads
+            rows = len(part.tokens) * num_heads
             space = reserve_workspace(q.device, self._workspace_bytes(splits, rows))
             numbers = space[: self._workspace_bytes(splits, rows)].view(torch.float32)
-            out = numbers[: splits * rows * self.v_width].view(splits, -1, num_heads, self.v_width)
-            out_lse = numbers[splits * rows * self.v_width :].view(splits, -1, num_heads)
+            cut = splits * rows * self.v_width
+            out = numbers[:cut].view(splits, len(part.tokens), num_heads, self.v_width)
+            out_lse = numbers[cut:].view(splits, len(part.tokens), num_heads)
         columns = self.columns(config.v_block)
         head_blocks = self.num_kv_heads // config.heads
         v_blocks = self.v_width // config.v_block
@@ -231,6 +238,7 @@ class PagedLatentAttention:
                 "lse": out_lse,
                 "num_seqs": part.count,
                 "num_splits": splits,
+                "first_token": part.tokens.start if splits > 1 else 0,
                 "stride_q_token": q.stride(0),
                 "stride_q_head": q.stride(1),
                 "stride_block": kv_cache.stride(0),
@@ -263,5 +271,5 @@ class PagedLatentAttention:
             config.stages,
         )
         if splits > 1:
-            first = part.tokens.start
-            yield merge_launch(out[:, first:], out_lse[:, first:], o_lat[first:], lse[first:])
+            owned = slice(part.tokens.start, part.tokens.stop)
+            yield merge_launch(out, out_lse, o_lat[owned], lse[owned])

@@ -204,9 +204,9 @@ def attention_config(shape: AttentionShape, target: Target, queries: int) -> Att
         ):
             deeper = replace(config, stages=5)
             roomy = 2 * shared_memory(shape, deeper, target) <= target.shared_bytes
-            # Addresses of more columns, several tiles ahead, would not fit into registers.
-            few = config.heads == 1 and tile_columns(shape, config) <= 256
-            return deeper if roomy and few else config
+            # With more rows, heads or columns the addresses of several tiles would spill.
+            light = config.rows == 16 and config.heads == 1 and tile_columns(shape, config) <= 256
+            return deeper if roomy and light else config
     raise ValueError(f"no launch parameters for sm_{target.arch} fit {shape}")
 
 
@@ -237,20 +237,26 @@ def _config(shape: AttentionShape, heads: int, v_block: int, queries: int, most_
     )
 
 
+def most_programs(target: Target) -> int:
+    """Programs times splits at most: four waves of two programs per multiprocessor."""
+    return 8 * target.num_sms
+
+
 @cache
 def split_count(programs: int, max_tiles: int, target: Target) -> int:
     """Splits of the cached tokens: fixed by shapes alone, so that a graph can hold it.
 
-    Minimises waves of programs times tiles per program, with two tiles' worth of start-up each;
-    two programs share a multiprocessor.
+    Minimises waves of programs times tiles per program, with two tiles' worth of start-up each.
+    The bound on programs bounds the workspace too.
     """
     slots = 2 * target.num_sms
+    most = max(1, min(MAX_SPLITS, max_tiles, most_programs(target) // programs))
 
     def cost(splits: int) -> float:
         waves = -(-programs * splits // slots)
         return waves * (-(-max_tiles // splits) + 2) + 0.01 * splits
 
-    return min(range(1, max(1, min(MAX_SPLITS, max_tiles)) + 1), key=cost)
+    return min(range(1, most + 1), key=cost)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ Runs once, when weights are loaded; plain torch and Python, no Triton.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -49,7 +49,8 @@ class Columns:
     v_block: int
 
 
-def plan_columns(k_starts: Sequence[int], v_starts: Sequence[int], k_width: int, v_width: int,
+@cache
+def plan_columns(k_starts: tuple[int, ...], v_starts: tuple[int, ...], k_width: int, v_width: int,
                  v_block: int) -> Columns:  # fmt: skip
     """Cut spans so that what K and V share is loaded once.
 

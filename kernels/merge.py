@@ -13,7 +13,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(
+    do_not_specialize=["num_splits", "stride_lse_split"],
+    do_not_specialize_on_alignment=["partial_lse", "lse"],
+)
 def merge_splits(
     partial,
     partial_lse,
@@ -38,11 +41,12 @@ def merge_splits(
     total = tl.sum(tl.exp(logs - shift), axis=0)
     inverse = tl.where(total == 0, 0.0, 1 / total)  # a NaN stays a NaN
     acc = tl.zeros([COLUMNS], tl.float32)
+    source = partial + row * V_WIDTH + column
     for s in tl.range(0, num_splits):
         log = tl.load(partial_lse + s * stride_lse_split + row)
         if log > float("-inf"):
-            source = partial + s * stride_split + row * V_WIDTH + column
             acc += tl.exp(log - shift) * tl.load(source, mask=column < V_WIDTH, other=0.0)
+        source += stride_split
     tl.store(out + row * V_WIDTH + column, acc * inverse, mask=column < V_WIDTH)
     if tl.program_id(1) == 0:
         merged = tl.where(total == 0, float("-inf"), shift + tl.log(total))

@@ -67,8 +67,10 @@ def test_splits(name: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None
     check(BY_NAME[name])
 
 
-def test_decodes_first() -> None:
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decodes_first(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mixed batch whose decodes go through the decode launch, at two query lengths."""
+    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
     batch = ((1, 45), (3, 50), (0, 0), (2, 2), (20, 20), (13, 47))
     case = spanned("decodes-first", (4, 2, 64), 1, 32, 2, 32, batch=batch, padding_rows=2)
     check(case, num_decodes=4, num_decode_tokens=6, max_decode_query_len=3, max_seq_len=64)
@@ -152,26 +154,28 @@ def test_launches_read_nothing_from_the_device(
     assert first
 
 
-def test_workspace_covers_every_decode_batch() -> None:
+@pytest.mark.parametrize("bounded", [True, False], ids=["decode", "prefill"])
+def test_workspace_covers_every_batch(bounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = inputs_of(BY_NAME["decode-lengths"], torch.float32)
     attend = bind(inputs)
-    reserved = attend.workspace_bytes(4, 40, 2, 700)
-    for count in range(1, 41):
-        needed: list[int] = []
-        part = Part(0, count, range(2 * count), 2, bounded=True)
-        q = torch.zeros(2 * count, 4, 64, device=DEVICE)
-        index = torch.zeros(count + 1, dtype=torch.int32, device=DEVICE)
-        table = torch.zeros(count, 50, dtype=torch.int32, device=DEVICE)
-        out, lse = (
-            torch.zeros(2 * count, 4, 32, device=DEVICE),
-            torch.zeros(2 * count, 4, device=DEVICE),
-        )
-        for item in attend.launches(
-            part, q, inputs.kv_cache, table, index[1:], index, out, lse, 700
-        ):
-            if item.arguments.get("num_splits", 1) > 1 and "partial" in item.arguments:
-                needed.append(4 * item.arguments["num_splits"] * 2 * count * 4 * 33)
-        assert all(n <= reserved for n in needed)
+    attend.target = heuristics.Target(90, 132)
+    asked: list[int] = []
+
+    def reserve(device: torch.device, nbytes: int) -> torch.Tensor:
+        asked.append(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    monkeypatch.setattr(bound, "reserve_workspace", reserve)
+    for count in (*range(1, 40), 1000):
+        part = Part(3, count, range(5, 5 + 2 * count), 2, bounded)
+        q = torch.zeros(5 + 2 * count, 4, 64, device=DEVICE)
+        index = torch.zeros(count + 4, dtype=torch.int32, device=DEVICE)
+        table = torch.zeros(count + 3, 50, dtype=torch.int32, device=DEVICE)
+        out = torch.zeros(len(q), 4, 32, device=DEVICE)
+        tensors = (q, inputs.kv_cache, table, index[1:], index, out, out[:, :, 0].contiguous())
+        list(attend.launches(part, *tensors, max_seq_len=100_000))
+    assert len(asked) > 20
+    assert max(asked) <= attend.workspace_bytes(4, 1000, 2, 100_000)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,6 @@ def test_splits_are_bounded_and_fill_the_device(programs: int, tiles: int) -> No
     target = heuristics.Target(90, 132)
     splits = heuristics.split_count(programs, tiles, target)
     assert 1 <= splits <= min(heuristics.MAX_SPLITS, tiles)
+    assert splits == 1 or programs * splits <= heuristics.most_programs(target)
     if programs == 1 and tiles >= 1000:
         assert splits > heuristics.MAX_SPLITS - 4
-    if programs >= 50 * 2 * target.num_sms:
-        assert splits <= 2
