@@ -30,6 +30,7 @@ from recalkv_vllm.kernels.launch import (
     merge_launch,
     value_up_launch,
 )
+from recalkv_vllm.ops.layer import LatentLayer
 
 #: (query heads, KV heads, head size, key norm)
 GEOMETRIES = {
@@ -126,21 +127,16 @@ def bind(case: Case, target: heuristics.Target) -> PagedLatentAttention:
     }[case.spans]
     dtype = torch.bfloat16
     angle = torch.arange(256)[:, None] / 10000 ** (torch.arange(head_dim // 2) / head_dim)
-    return PagedLatentAttention(
-        torch.zeros(groups, case.group_size * head_dim, k_width, dtype=dtype),
-        k_spans,
-        v_spans,
+    layer = LatentLayer(
+        k_up=torch.zeros(groups, case.group_size * head_dim, k_width, dtype=dtype),
+        k_spans=k_spans,
+        v_spans=v_spans,
         head_dim=head_dim,
         scale=head_dim**-0.5,
         cos_sin_cache=torch.cat((angle.cos(), angle.sin()), dim=1),
-        is_neox=True,
-        k_bias=None,
         k_norm_weight=torch.ones(head_dim, dtype=dtype) if key_norm else None,
-        k_norm_eps=1e-6,
-        sliding_window=None,
-        soft_cap=None,
-        target=target,
     )
+    return PagedLatentAttention(layer, target)
 
 
 def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launch]:

@@ -21,7 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from recalkv_vllm.ops import cuda_plan
+
+from .geometries import GEOMETRIES, SPANS, group_sizes, latent_of
+from .inputs import latent_layer
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 ARCHES = ("sm_80", "sm_90a")
@@ -31,16 +36,7 @@ LIMITS = {
     "A100": cuda_plan.Limits(108, 163 << 10, 164 << 10),
     "H100": cuda_plan.Limits(132, 227 << 10, 228 << 10),
 }
-#: (query heads, KV heads, head size, key bias, key norm)
-GEOMETRIES = {
-    "SmolLM2-135M": (9, 3, 64, False, False),
-    "Llama-3.1-8B": (32, 8, 128, False, False),
-    "Llama-2-7B": (32, 32, 128, False, False),
-    "Qwen2.5-7B": (28, 4, 128, True, False),
-    "Qwen3-8B": (32, 8, 128, False, True),
-}
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
-SPANS = ("split", "shared-v", "joint")
 #: What a kernel must contain: matrix products, asynchronous copies, matrix loads.
 INSTRUCTIONS = ("HMMA", "LDGSTS", "LDSM")
 
@@ -164,41 +160,20 @@ def compile_kernels(wanted: Sequence[Instantiation], arch: str) -> list[Row]:
     return rows
 
 
-def layer(
-    geometry: str, compression: float, group_size: int, spans: str
-) -> tuple[cuda_plan.Layer, int]:
-    """A layer's sizes at equal ranks for K and V, and its query heads per KV head."""
-    heads, kv_heads, head_dim, key_bias, key_norm = GEOMETRIES[geometry]
-    groups = kv_heads // group_size
-    kept = round((1 - compression) * 2 * group_size * head_dim)
-    width = max(16, (kept if spans == "joint" else kept // 2) // 16 * 16)
-    k_spans = [(g * width, (g + 1) * width) for g in range(groups)]
-    end = groups * width
-    v_spans = {
-        "joint": k_spans,
-        "split": [(end + a, end + b) for a, b in k_spans],
-        "shared-v": [(end, 2 * end)],
-    }[spans]
-    sizes = cuda_plan.Layer.of(head_dim, group_size, k_spans, v_spans, key_bias, key_norm)
-    return sizes, heads // kv_heads
-
-
 def plan_rows(context: int = 32768, batch: int = 8) -> Iterator[PlanRow]:
     """Plans for decode of ``batch`` sequences of ``context`` tokens."""
-    for geometry, compression, size, spans in itertools.product(
-        GEOMETRIES, COMPRESSIONS, (1, 2, 3, 4), SPANS
-    ):
-        kv_heads = GEOMETRIES[geometry][1]
-        if kv_heads % size or (size == 3 and kv_heads != 3):
-            continue
-        sizes, per_kv = layer(geometry, compression, size, spans)
-        for device, limits in LIMITS.items():
-            plan = cuda_plan.plan(sizes, limits, 1)
-            splits = 0
-            if plan is not None:
-                row_blocks = max(batch, -(-batch * per_kv // plan.columns))
-                splits = cuda_plan.split_count(plan, limits, row_blocks, context)
-            yield PlanRow(device, geometry, compression, size, spans, plan, splits)
+    for geometry, compression, spans in itertools.product(GEOMETRIES.values(), COMPRESSIONS, SPANS):
+        for size in group_sizes(geometry):
+            latent = latent_of(geometry, compression, size, spans)
+            sizes = cuda_plan.Layer.of(latent_layer(geometry, latent, 1, torch.bfloat16))
+            for device, limits in LIMITS.items():
+                plan = cuda_plan.plan(sizes, limits, 1)
+                splits = 0
+                if plan is not None:
+                    per_kv = geometry.num_heads // geometry.num_kv_heads
+                    row_blocks = max(batch, -(-batch * per_kv // plan.columns))
+                    splits = cuda_plan.split_count(plan, limits, row_blocks, context)
+                yield PlanRow(device, geometry.name, compression, size, spans, plan, splits)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,6 +28,7 @@ class Geometry:
         return 2 * self.num_kv_heads * self.head_dim
 
 
+SPANS = ("split", "shared-v", "joint")
 GEOMETRIES = {
     geometry.name: geometry
     for geometry in (
@@ -61,15 +62,13 @@ def _row(groups: int, width: int, start: int) -> tuple[Span, ...]:
     return tuple((start + i * width, start + (i + 1) * width) for i in range(groups))
 
 
-def latent_of(
-    geometry: Geometry, compression: float, group_size: int, spans: str, v_groups: int | None
-) -> Latent:
+def latent_of(geometry: Geometry, compression: float, group_size: int, spans: str) -> Latent:
     """Equal spans for all groups, as wide as the compression leaves, in whole steps of 16.
 
     Args:
-        spans: ``split`` gives keys and values half of the latent each; with ``joint`` a group's
-            keys and values read the same, twice as wide span.
-        v_groups: V groups of split spans; as many as K groups if None.
+        spans: ``split`` gives keys and values half of the latent each, ``shared-v`` the same with
+            one V span that all heads read; with ``joint`` a group's keys and values read the same,
+            twice as wide span.
     """
     groups = geometry.num_kv_heads // group_size
 
@@ -81,6 +80,11 @@ def latent_of(
         both = _row(groups, width(groups, 1.0), 0)
         return Latent(both[-1][1], both, both)
     k_spans = _row(groups, width(groups, 0.5), 0)
-    v_count = v_groups or groups
+    v_count = 1 if spans == "shared-v" else groups
     v_spans = _row(v_count, width(v_count, 0.5), k_spans[-1][1])
     return Latent(v_spans[-1][1], k_spans, v_spans)
+
+
+def group_sizes(geometry: Geometry) -> tuple[int, ...]:
+    """KV heads per K group that are worth a look: 1, 2 and 4, or all of an odd number."""
+    return tuple(n for n in (1, 2, 3, 4) if geometry.num_kv_heads % n == 0)

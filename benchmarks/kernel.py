@@ -45,8 +45,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             print(f"recalkv: {what}: skipped: {reason}", file=sys.stderr)
             continue
         print(f"recalkv: {what}", file=sys.stderr)
-        v_groups = options.v_groups if spans == "split" else None
-        latent = latent_of(geometry, compression, group_size, spans, v_groups)
+        latent = latent_of(geometry, compression, group_size, spans)
         rows.append(
             {
                 "geometry": geometry.name,
@@ -100,8 +99,6 @@ def _skip_reason(
     heads = geometry.num_kv_heads
     if heads % group_size:
         return f"{heads} KV heads do not divide into groups of {group_size}"
-    if options.v_groups is not None and (options.v_groups < 1 or heads % options.v_groups):
-        return f"{heads} KV heads do not divide into {options.v_groups} V groups"
     size = kernel_cpu.stock_bytes(geometry, context, batch, DTYPES[options.dtype])
     if size > 4 * kernel_cpu.CACHE_BYTES:
         return f"one layer's uncompressed cache takes {size / 2**30:.0f} GiB"
@@ -125,7 +122,6 @@ def _measure(
         "kernel": runs.kernel,
         "queries": options.queries,
         "rank": latent.rank,
-        "v_groups": len(latent.v_spans),
         "ours_us": ours.median * 1e6,
         "ours_quartiles_us": [ours.low * 1e6, ours.high * 1e6],
         "stock_us": stock.median * 1e6,
@@ -148,7 +144,6 @@ COLUMNS = (
     ("compression", "{:.0%}"),
     ("group_size", "{}"),
     ("spans", "{}"),
-    ("v_groups", "{}"),
     ("context", "{}"),
     ("batch", "{}"),
     ("ours_us", "{:.0f}"),

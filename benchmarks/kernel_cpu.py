@@ -18,6 +18,7 @@ from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.ops import cpu, reference
 
 from .geometries import Geometry, Latent
+from .inputs import latent_layer
 
 BLOCK_SIZE = 128
 #: Layers take turns up to this much memory per kernel.
@@ -62,25 +63,9 @@ def build(
     q = torch.randn(batch * queries, geometry.num_heads, geometry.head_dim).to(dtype)
     call = (block_table, seq_lens, query_start_loc)
 
-    groups = len(latent.k_spans)
-    rows = geometry.num_kv_heads // groups * geometry.head_dim
-    k_up = (torch.randn(groups, rows, latent.k_width) / latent.k_width**0.5).to(dtype)
-    norm = torch.ones(geometry.head_dim).to(dtype) if geometry.key_norm else None
-    bias = None
-    if geometry.key_bias:
-        bias = torch.randn(geometry.num_kv_heads, geometry.head_dim).to(dtype)
-    constants = {
-        "scale": geometry.head_dim**-0.5,
-        "cos_sin_cache": _rope(geometry, context).to(dtype),
-        "is_neox": True,
-        "k_bias": bias,
-        "k_norm_weight": norm,
-        "k_norm_eps": 1e-6,
-        "sliding_window": None,
-        "soft_cap": None,
-    }
-    factors = (k_up, latent.k_spans, latent.v_spans)
-    attend = ops.bind_paged_latent_attention(*factors, head_dim=geometry.head_dim, **constants)
+    layer = latent_layer(geometry, latent, context, dtype)
+    attend = ops.bind_paged_latent_attention(layer)
+    slow = reference.bind_paged_latent_attention(layer)
     # One random layer, copied: only where the bytes lie matters.
     one = torch.randn(blocks * batch, BLOCK_SIZE, latent.rank).to(dtype)
     caches = itertools.cycle([one.clone() for _ in range(layers)])
@@ -91,16 +76,8 @@ def build(
         ours=lambda: attend(q, next(caches), *call),
         stock=_stock(geometry, q, layers, *call),
         value_up=lambda: ops.latent_value_up(o_lat, v_up),
-        reference=lambda: reference.paged_latent_attention(
-            q, next(caches), *call, *factors, **constants
-        ),
+        reference=lambda: slow(q, next(caches), *call),
     )
-
-
-def _rope(geometry: Geometry, positions: int) -> torch.Tensor:
-    half = torch.arange(0, geometry.head_dim, 2, dtype=torch.float64) / geometry.head_dim
-    angle = torch.arange(positions)[:, None] * geometry.rope_theta**-half
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
 def _stock(

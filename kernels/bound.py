@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,8 @@ import triton
 from recalkv_vllm.kernels import heuristics, layout
 from recalkv_vllm.kernels.attention import latent_attention
 from recalkv_vllm.kernels.launch import Launch, merge_launch, reserve_workspace
-
-Span = tuple[int, int]
+from recalkv_vllm.ops.dispatch import BoundAttention
+from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,68 +30,51 @@ class Part:
     bounded: bool
 
 
-class PagedLatentAttention:
+class PagedLatentAttention(BoundAttention):
     """``paged_latent_attention`` of one layer; see :mod:`recalkv_vllm.ops.reference`.
 
     Args:
-        target: device to choose launch parameters for, that of ``k_up`` if not given.
+        target: device to choose launch parameters for, that of the factors if not given.
     """
 
-    def __init__(
-        self,
-        k_up: torch.Tensor,
-        k_spans: Sequence[Span],
-        v_spans: Sequence[Span],
-        *,
-        head_dim: int,
-        scale: float,
-        cos_sin_cache: torch.Tensor | None,
-        is_neox: bool,
-        k_bias: torch.Tensor | None,
-        k_norm_weight: torch.Tensor | None,
-        k_norm_eps: float,
-        sliding_window: int | None,
-        soft_cap: float | None,
-        target: heuristics.Target | None = None,
-    ):
-        device = k_up.device
+    def __init__(self, layer: LatentLayer, target: heuristics.Target | None = None):
+        device = layer.k_up.device
         self.target = target or heuristics.target_of(device)
-        groups, group_rows, self.k_width = k_up.shape
-        self.v_width = v_spans[0][1] - v_spans[0][0]
-        self.head_dim = head_dim
-        self.group_size = group_rows // head_dim
-        self.num_kv_heads = groups * self.group_size
-        self.heads_per_v = self.num_kv_heads // len(v_spans)
-        self.dim = max(16, layout.next_power_of_2(head_dim))
-        self.rot_half = 0 if cos_sin_cache is None else cos_sin_cache.shape[1] // 2
+        self.k_width, self.v_width = layer.k_width, layer.v_width
+        self.head_dim, self.group_size = layer.head_dim, layer.k_group_size
+        self.num_kv_heads = layer.num_kv_heads
+        self.heads_per_v = self.num_kv_heads // len(layer.v_spans)
+        self.dim = max(16, layout.next_power_of_2(layer.head_dim))
+        self.rot_half = layer.rot_dim // 2
         heads = range(self.num_kv_heads)
-        self.k_starts = tuple(k_spans[h // self.group_size][0] for h in heads)
-        self.v_starts = tuple(v_spans[h // self.heads_per_v][0] for h in heads)
+        self.k_starts = tuple(layer.k_spans[h // self.group_size][0] for h in heads)
+        self.v_starts = tuple(layer.v_spans[h // self.heads_per_v][0] for h in heads)
         starts = torch.tensor([self.k_starts, self.v_starts], dtype=torch.int32).T // 16
 
-        columns = layout.paired_columns(head_dim, 2 * self.rot_half, is_neox)
+        columns = layout.paired_columns(layer.head_dim, layer.rot_dim, layer.is_neox)
         padded = torch.zeros(self.dim, dtype=torch.int32)
-        padded[:head_dim] = columns
-        factors = k_up.reshape(self.num_kv_heads, head_dim, self.k_width)
+        padded[: layer.head_dim] = columns
+        factors = layer.k_up.reshape(self.num_kv_heads, layer.head_dim, self.k_width)
+        rope, bias, norm = layer.cos_sin_cache, layer.k_bias, layer.k_norm_weight
         self.local_rotation = (
-            None
-            if cos_sin_cache is None
-            else layout.local_rotation(cos_sin_cache, self.dim, k_up.dtype)
+            None if rope is None else layout.local_rotation(rope, self.dim, layer.k_up.dtype)
         )
+
+        def packed(vectors: torch.Tensor | None) -> torch.Tensor | None:
+            return None if vectors is None else layout.pack_heads(vectors, columns, self.dim)
+
         self.constants = {
-            "k_up": layout.pack_heads(factors, columns, self.dim),
-            "k_bias": None if k_bias is None else layout.pack_heads(k_bias, columns, self.dim),
-            "k_norm_weight": None
-            if k_norm_weight is None
-            else layout.pack_heads(k_norm_weight[None], columns, self.dim),
+            "k_up": packed(factors),
+            "k_bias": packed(bias),
+            "k_norm_weight": packed(None if norm is None else norm[None]),
             "first_columns": starts.contiguous().to(device),
             "head_columns": padded.to(device),
-            "rope_table": None if cos_sin_cache is None else cos_sin_cache.contiguous(),
-            "stride_rope": 2 * self.rot_half,
-            "scale": scale,
-            "soft_cap": soft_cap,
-            "norm_eps": k_norm_eps,
-            "WINDOW": sliding_window or 0,
+            "rope_table": None if rope is None else rope.contiguous(),
+            "stride_rope": layer.rot_dim,
+            "scale": layer.scale,
+            "soft_cap": layer.soft_cap,
+            "norm_eps": layer.k_norm_eps,
+            "WINDOW": layer.sliding_window or 0,
         }
 
     def __call__(
@@ -101,32 +84,20 @@ class PagedLatentAttention:
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
-        *,
-        num_decodes: int = 0,
-        num_decode_tokens: int = 0,
-        max_decode_query_len: int = 1,
-        max_seq_len: int | None = None,
+        hints: BatchHints = NO_HINTS,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend; the keywords are host-side knowledge that only makes it faster.
-
-        Args:
-            num_decodes: this many first sequences have few queries each and
-            num_decode_tokens: own exactly this many first rows of ``q``,
-            max_decode_query_len: at most this many each.
-            max_seq_len: bound on ``seq_lens``; what the block table can hold if not given.
-        """
         tokens, num_heads, _ = q.shape
         o_lat = q.new_empty(tokens, num_heads, self.v_width, dtype=torch.float32)
         lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
-        num_seqs = seq_lens.shape[0]
+        num_seqs, decode_tokens = seq_lens.shape[0], hints.num_decode_tokens
         parts = (
-            Part(0, num_decodes, range(num_decode_tokens), max_decode_query_len, True),
-            self._rest(num_decodes, num_seqs, range(num_decode_tokens, tokens)),
+            Part(0, hints.num_decodes, range(decode_tokens), hints.max_decode_query_len, True),
+            self._rest(hints.num_decodes, num_seqs, range(decode_tokens, tokens)),
         )
         inputs = (q, kv_cache, block_table, seq_lens, query_start_loc)
         for part in parts:
             if part.count and part.tokens:
-                for launch in self.launches(part, *inputs, o_lat, lse, max_seq_len):
+                for launch in self.launches(part, *inputs, o_lat, lse, hints.max_seq_len):
                     launch.run()
         return o_lat, lse
 
@@ -151,6 +122,7 @@ class PagedLatentAttention:
             shared_columns=sum(size for _, size, shared in columns.k if shared >= 0),
             local_rope=self.local_rotation is not None,
             rope=self.rot_half > 0,
+            key_norm=self.constants["k_norm_weight"] is not None,
         )
 
     def columns(self, v_block: int) -> layout.Columns:

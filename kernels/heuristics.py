@@ -73,6 +73,7 @@ class AttentionShape:
     shared_columns: int
     local_rope: bool
     rope: bool
+    key_norm: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ class Rule:
         rows: most query rows.
         out: largest ``rows · v_block``.
         columns: most latent columns of a tile, half as many for several heads.
+        with_norm: share of ``out`` and ``columns`` that a key norm leaves.
     """
 
     families: tuple[int, ...]
@@ -126,6 +128,7 @@ class Rule:
     rows: int
     out: int
     columns: int
+    with_norm: float
 
 
 ANY = 1 << 30
@@ -135,19 +138,21 @@ WIDE = (9, 10)
 #: 64 tokens is what wgmma takes at least; with 32 half the accumulators are live. tcgen05 keeps
 #: them in tensor memory, which eight warps read in smaller pieces.
 RULES = (
-    Rule((9,), 64, 4, True, False, (256 * 128, 128 * 128), 16, 16 * 256, 512),
-    Rule((9,), 64, 4, False, False, (256 * 128, 64 * 128), 16, 16 * 256, 512),
-    Rule((9,), 64, 4, False, False, (64 * 128, 0), 64, 64 * 64, 256),
-    Rule((10,), 64, 8, True, False, (256 * 128, 128 * 128), 16, 16 * 256, 512),
-    Rule((10,), 64, 8, False, False, (256 * 128, 64 * 128), 16, 16 * 256, 512),
-    Rule((10,), 64, 8, False, False, (128 * 128, 0), 64, 64 * 128, 256),
-    Rule(EVERY, 64, 4, False, False, (128 * 128, 0), 16, 16 * 128, 256),
-    Rule(EVERY, 32, 4, False, False, (256 * 128, 0), 16, 16 * 256, 512),
-    Rule(WIDE, 32, 4, False, False, (128 * 128, 0), 64, 64 * 128, 256),
-    Rule(EVERY, 32, 4, False, False, (128 * 128, 0), 64, 32 * 128, 256),
-    Rule(WIDE, 32, 8, False, False, (512 * 128, 0), 16, 16 * 512, 512),
-    Rule(EVERY, 32, 4, False, True, (ANY, 0), 16, 16 * 256, 256),
-    Rule(EVERY, 32, 4, False, True, (ANY, 0), 64, 32 * 128, 128),
+    Rule((9,), 64, 4, True, False, (128 * 128, 128 * 128), 16, 16 * 256, 512, 0.5),
+    Rule((9,), 64, 4, False, False, (256 * 128, 64 * 128), 16, 16 * 256, 512, 0.5),
+    Rule((9,), 64, 4, False, False, (64 * 128, 0), 64, 64 * 64, 256, 0.5),
+    Rule((10,), 64, 8, True, False, (256 * 128, 128 * 128), 16, 16 * 256, 512, 1),
+    Rule((10,), 64, 8, False, False, (256 * 128, 64 * 128), 16, 16 * 256, 512, 1),
+    Rule((10,), 64, 8, False, False, (128 * 128, 0), 64, 64 * 128, 256, 1),
+    Rule(EVERY, 64, 4, False, False, (128 * 128, 0), 16, 16 * 128, 256, 0.5),
+    Rule(EVERY, 32, 4, False, False, (256 * 128, 0), 16, 16 * 256, 512, 0.5),
+    Rule(EVERY, 32, 8, False, False, (256 * 128, 0), 16, 16 * 256, 512, 1),
+    Rule(WIDE, 32, 4, False, False, (128 * 128, 0), 64, 64 * 128, 256, 1),
+    Rule((8, 12), 32, 8, False, False, (128 * 128, 0), 32, 32 * 128, 256, 1),
+    Rule(WIDE, 32, 8, False, False, (512 * 128, 0), 16, 16 * 512, 512, 0),
+    Rule(EVERY, 32, 4, False, True, (ANY, 0), 16, 16 * 256, 256, 1),
+    Rule(WIDE, 32, 4, False, True, (ANY, 0), 64, 32 * 128, 128, 1),
+    Rule((8, 12), 32, 4, False, True, (ANY, 0), 32, 32 * 64, 128, 1),
 )
 
 
@@ -174,14 +179,18 @@ def shared_memory(shape: AttentionShape, config: AttentionConfig, target: Target
 def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:
     """Whether the configuration is within what the rule was found to compile well for."""
     several = config.heads > 1
-    # A width in several chunks below 64 falls back to mma.sync, whose operands are registers.
-    ragged = config.v_block < 64 and config.v_block & (config.v_block - 1) != 0
+    # Widths in chunks below 64 fall back from wgmma to mma.sync, whose operands are registers.
+    ragged_k, ragged_v = (w < 64 and w & (w - 1) != 0 for w in (shape.k_width, config.v_block))
+    if (several and ragged_k) or (shape.key_norm and ragged_v and config.tile == 64):
+        return False
+    most_rows = 16 if ragged_v and config.tile == 64 else rule.rows
     largest = rule.factor[several] * 2 // shape.itemsize
+    share = rule.with_norm if shape.key_norm else 1
     return (
         config.heads * shape.k_width * shape.dim <= largest
-        and config.rows <= (16 if ragged and config.tile == 64 else rule.rows)
-        and config.rows * config.v_block <= rule.out
-        and tile_columns(shape, config) <= (rule.columns // 2 if several else rule.columns)
+        and config.rows <= most_rows
+        and config.rows * config.v_block <= share * rule.out
+        and tile_columns(shape, config) * (2 if several else 1) <= share * rule.columns
     )
 
 

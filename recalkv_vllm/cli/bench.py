@@ -22,8 +22,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("--geometry", nargs="+", default=["llama-3.1-8b"], metavar="NAME", help="or: all")
     add("--compression", nargs="+", type=float, default=[0.5, 0.75], metavar="C", help="removed")
     add("--group-size", nargs="+", type=int, default=[1], metavar="S", help="KV heads per K group")
-    add("--spans", nargs="+", choices=("split", "joint"), default=["split"], help="of K and V")
-    add("--v-groups", type=int, metavar="N", help="V groups of split spans; if not given, as K")
+    add(
+        "--spans",
+        nargs="+",
+        choices=("split", "shared-v", "joint"),
+        default=["split"],
+        help="of K and V; shared-v: split, all heads read one V span",
+    )
     add("--context", nargs="+", type=int, default=[1024, 8192], metavar="N", help="cached tokens")
     add("--batch", nargs="+", type=int, default=[1], metavar="B", help="sequences")
     add("--queries", type=int, default=1, metavar="N", help="new tokens per sequence")

@@ -7,15 +7,19 @@ checked before any kernel starts: ``TypeError`` for a dtype, ``ValueError`` for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from recalkv_vllm.ops import validation
 from recalkv_vllm.ops.dispatch import BoundAttention, KernelUnavailableError, implementation
+from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
 
 __all__ = [
+    "BatchHints",
     "BoundAttention",
     "KernelUnavailableError",
+    "LatentLayer",
     "bind_paged_latent_attention",
     "latent_cache_update",
     "latent_value_up",
@@ -33,55 +37,37 @@ def latent_cache_update(
     implementation(kv_cache.device, kv_cache.dtype).latent_cache_update(z, kv_cache, slot_mapping)
 
 
-def bind_paged_latent_attention(
-    k_up: torch.Tensor,
-    k_spans: Sequence[Span],
-    v_spans: Sequence[Span],
-    *,
-    head_dim: int,
-    scale: float,
-    cos_sin_cache: torch.Tensor | None = None,
-    is_neox: bool = True,
-    k_bias: torch.Tensor | None = None,
-    k_norm_weight: torch.Tensor | None = None,
-    k_norm_eps: float = 1e-6,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-) -> BoundAttention:
-    """Check and pack what is fixed once weights are loaded.
+class CheckedAttention(BoundAttention):
+    """A layer's attention by the implementation chosen for it; every call's arguments checked."""
 
-    Arguments as in :func:`reference.paged_latent_attention`; ``head_dim`` is ``d``. Later changes
-    of the tensors given here are not seen.
+    def __init__(self, layer: LatentLayer):
+        self._signature = validation.AttentionSignature.of(layer)
+        chosen = implementation(layer.k_up.device, layer.k_up.dtype, layer.head_dim)
+        self._attend = chosen.bind_paged_latent_attention(layer)
 
-    Returns:
-        A function of ``(q, kv_cache, block_table, seq_lens, query_start_loc)``.
-    """
-    constants = {
-        "head_dim": head_dim,
-        "scale": scale,
-        "cos_sin_cache": cos_sin_cache,
-        "is_neox": is_neox,
-        "k_bias": k_bias,
-        "k_norm_weight": k_norm_weight,
-        "k_norm_eps": k_norm_eps,
-        "sliding_window": sliding_window,
-        "soft_cap": soft_cap,
-    }
-    signature = validation.AttentionSignature.of(k_up, k_spans, v_spans, **constants)
-    chosen = implementation(k_up.device, k_up.dtype, head_dim)
-    attend = chosen.bind_paged_latent_attention(k_up, k_spans, v_spans, **constants)
-
-    def checked(
+    def __call__(
+        self,
         q: torch.Tensor,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
+        hints: BatchHints = NO_HINTS,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        signature.check_call(q, kv_cache, block_table, seq_lens, query_start_loc)
-        return attend(q, kv_cache, block_table, seq_lens, query_start_loc)
+        """Attend; see :func:`reference.paged_latent_attention`."""
+        self._signature.check_call(q, kv_cache, block_table, seq_lens, query_start_loc)
+        return self._attend(q, kv_cache, block_table, seq_lens, query_start_loc, hints)
 
-    return checked
+    def workspace_bytes(
+        self, num_heads: int, max_num_seqs: int, max_decode_query_len: int, max_seq_len: int
+    ) -> int:
+        return self._attend.workspace_bytes(
+            num_heads, max_num_seqs, max_decode_query_len, max_seq_len
+        )
+
+
+#: Check and pack what is fixed once weights are loaded.
+bind_paged_latent_attention = CheckedAttention
 
 
 def paged_latent_attention(
@@ -93,35 +79,16 @@ def paged_latent_attention(
     k_up: torch.Tensor,
     k_spans: Sequence[Span],
     v_spans: Sequence[Span],
-    *,
-    scale: float,
-    cos_sin_cache: torch.Tensor | None = None,
-    is_neox: bool = True,
-    k_bias: torch.Tensor | None = None,
-    k_norm_weight: torch.Tensor | None = None,
-    k_norm_eps: float = 1e-6,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
+    **constants: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bind and call at once, for tests and experiments; packing factors costs more than a call.
 
-    See :func:`reference.paged_latent_attention`.
+    See :func:`reference.paged_latent_attention`; ``constants`` are its keywords.
     """
-    attend = bind_paged_latent_attention(
-        k_up,
-        k_spans,
-        v_spans,
-        head_dim=q.shape[-1],
-        scale=scale,
-        cos_sin_cache=cos_sin_cache,
-        is_neox=is_neox,
-        k_bias=k_bias,
-        k_norm_weight=k_norm_weight,
-        k_norm_eps=k_norm_eps,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
+    layer = LatentLayer(
+        k_up=k_up, k_spans=k_spans, v_spans=v_spans, head_dim=q.shape[-1], **constants
     )
-    return attend(q, kv_cache, block_table, seq_lens, query_start_loc)
+    return CheckedAttention(layer)(q, kv_cache, block_table, seq_lens, query_start_loc)
 
 
 def latent_value_up(

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
 
 import torch
 
 from recalkv_vllm.ops import cpu_tables
 from recalkv_vllm.ops.dispatch import BoundAttention
-
-Span = tuple[int, int]
+from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
 
 try:
     importlib.import_module("recalkv_vllm._cpu")
@@ -78,77 +76,60 @@ def pair_order(head_dim: int, rot_dim: int, is_neox: bool) -> torch.Tensor:
     return order
 
 
-def bind_paged_latent_attention(
-    k_up: torch.Tensor,
-    k_spans: Sequence[Span],
-    v_spans: Sequence[Span],
-    *,
-    head_dim: int,
-    scale: float,
-    cos_sin_cache: torch.Tensor | None,
-    is_neox: bool,
-    k_bias: torch.Tensor | None,
-    k_norm_weight: torch.Tensor | None,
-    k_norm_eps: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-) -> BoundAttention:
-    """Pack a layer's factors; see :func:`recalkv_vllm.ops.reference.paged_latent_attention`."""
-    isa = instruction_set(k_up.dtype)
-    compute_dtype = torch.bfloat16 if isa == "avx512_bf16" else torch.float32
-    rope = None if cos_sin_cache is None else cpu_tables.rope_tiles(cos_sin_cache)
-    rot_dim = 0 if cos_sin_cache is None else cos_sin_cache.shape[1]
-    order = pair_order(head_dim, rot_dim, is_neox)
-    k_factors = k_up.reshape(-1, head_dim, k_up.shape[2])[:, order].to(compute_dtype).contiguous()
-    basis = coefficients = pair_factors = None
-    # A key norm needs the whole key.
-    if isa == "avx512_bf16" and cos_sin_cache is not None and k_norm_weight is None:
-        expansion = cpu_tables.expansion(cos_sin_cache, head_dim)
-        if expansion is not None:
-            basis, coefficients = expansion.basis, expansion.coefficients
-            slow = k_factors[:, 2 * expansion.exact_pairs :]
-            pair_factors = slow.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
-    bias = None if k_bias is None else k_bias[:, order].float().contiguous()
-    norm = None if k_norm_weight is None else k_norm_weight[order].float().contiguous()
-    k_starts = [start for start, _ in k_spans]
-    v_starts = [start for start, _ in v_spans]
-    v_width = v_spans[0][1] - v_spans[0][0]
-    max_position = 2**31 - 1 if cos_sin_cache is None else cos_sin_cache.shape[0]
-    op = torch.ops.recalkv_cpu.paged_latent_attention.default
+class CpuAttention(BoundAttention):
+    """A layer's factors packed; see :func:`recalkv_vllm.ops.reference.paged_latent_attention`."""
 
-    def attend(
+    def __init__(self, layer: LatentLayer):
+        isa = instruction_set(layer.k_up.dtype)
+        compute_dtype = torch.bfloat16 if isa == "avx512_bf16" else torch.float32
+        rope = layer.cos_sin_cache
+        order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)
+        k_factors = layer.k_up.reshape(-1, layer.head_dim, layer.k_width)[:, order]
+        k_factors = k_factors.to(compute_dtype).contiguous()
+        basis = coefficients = pair_factors = None
+        # A key norm needs the whole key.
+        if isa == "avx512_bf16" and rope is not None and layer.k_norm_weight is None:
+            expansion = cpu_tables.expansion(rope, layer.head_dim)
+            if expansion is not None:
+                basis, coefficients = expansion.basis, expansion.coefficients
+                slow = k_factors[:, 2 * expansion.exact_pairs :]
+                pair_factors = slow.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+        bias, norm = layer.k_bias, layer.k_norm_weight
+        self._constants = (
+            k_factors,
+            None if bias is None else bias[:, order].float().contiguous(),
+            None if norm is None else norm[order].float().contiguous(),
+            None if rope is None else cpu_tables.rope_tiles(rope),
+            basis,
+            coefficients,
+            pair_factors,
+            [start for start, _ in layer.k_spans],
+            [start for start, _ in layer.v_spans],
+            layer.v_width,
+            2**31 - 1 if rope is None else rope.shape[0],
+            layer.is_neox,
+            layer.scale,
+            layer.k_norm_eps,
+            layer.soft_cap or 0.0,
+            layer.sliding_window or 0,
+            isa,
+        )
+
+    def __call__(
+        self,
         q: torch.Tensor,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
+        hints: BatchHints = NO_HINTS,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return op(
-            q,
-            kv_cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            k_factors,
-            bias,
-            norm,
-            rope,
-            basis,
-            coefficients,
-            pair_factors,
-            k_starts,
-            v_starts,
-            v_width,
-            max_position,
-            is_neox,
-            scale,
-            k_norm_eps,
-            soft_cap or 0.0,
-            sliding_window or 0,
-            isa,
+        return torch.ops.recalkv_cpu.paged_latent_attention.default(
+            q, kv_cache, block_table, seq_lens, query_start_loc, *self._constants
         )
 
-    return attend
+
+bind_paged_latent_attention = CpuAttention
 
 
 def latent_value_up(

@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -18,6 +16,7 @@ from recalkv_vllm.ops import triton
 from recalkv_vllm.ops.cuda_attention import CudaAttention, DecodeAttention
 from recalkv_vllm.ops.cuda_plan import HEAD_DIMS
 from recalkv_vllm.ops.dispatch import BoundAttention, KernelUnavailableError
+from recalkv_vllm.ops.layer import LatentLayer
 from recalkv_vllm.ops.triton import latent_cache_update, latent_value_up
 
 __all__ = [
@@ -29,8 +28,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("recalkv_vllm.ops")
-
-Span = tuple[int, int]
 
 
 def _load_extension() -> str | None:
@@ -73,14 +70,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     return f"CUDA C++ for decode on sm_{major}{minor}, Triton for prefill"
 
 
-def bind_paged_latent_attention(
-    k_up: torch.Tensor,
-    k_spans: Sequence[Span],
-    v_spans: Sequence[Span],
-    *,
-    head_dim: int,
-    **constants: Any,
-) -> BoundAttention:
+def bind_paged_latent_attention(layer: LatentLayer) -> BoundAttention:
     """Pack a layer's factors; see :func:`recalkv_vllm.ops.reference.paged_latent_attention`.
 
     Where the CUDA kernel cannot serve a layer Triton does, and the log says why.
@@ -88,16 +78,15 @@ def bind_paged_latent_attention(
     Raises:
         KernelUnavailableError: it cannot, and ``RECALKV_KERNEL=cuda`` forces it.
     """
-    arguments = (k_up, k_spans, v_spans)
     forced = os.environ.get("RECALKV_KERNEL") == "cuda"
     try:
-        decode = DecodeAttention(*arguments, head_dim=head_dim, **constants)
+        decode = DecodeAttention(layer)
     except KernelUnavailableError as error:
         if forced:
             raise KernelUnavailableError(f"RECALKV_KERNEL=cuda: {error}") from error
         logger.warning("recalkv: Triton instead of CUDA C++ for a layer: %s", error)
-        return triton.bind_paged_latent_attention(*arguments, head_dim=head_dim, **constants)
+        return triton.bind_paged_latent_attention(layer)
     prefill = None
     if not forced:
-        prefill = triton.bind_paged_latent_attention(*arguments, head_dim=head_dim, **constants)
+        prefill = triton.bind_paged_latent_attention(layer)
     return CudaAttention(decode, prefill)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -11,9 +10,9 @@ from recalkv_vllm.kernels.bound import PagedLatentAttention, Part
 from recalkv_vllm.kernels.launch import reserve_workspace
 from recalkv_vllm.ops.cuda_layout import pack_factor, pair_order, rotation_tables, tile_columns
 from recalkv_vllm.ops.cuda_plan import Layer, Limits, Plan, plan, split_count
-from recalkv_vllm.ops.dispatch import KernelUnavailableError
+from recalkv_vllm.ops.dispatch import BoundAttention, KernelUnavailableError
+from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
 
-Span = tuple[int, int]
 #: More queries per sequence than this, on average, are prefill.
 MAX_QUERIES = 16
 NO_WINDOW = 1 << 30
@@ -37,61 +36,43 @@ class DecodeAttention:
         KernelUnavailableError: the kernel cannot serve this layer; says why.
     """
 
-    def __init__(
-        self,
-        k_up: torch.Tensor,
-        k_spans: Sequence[Span],
-        v_spans: Sequence[Span],
-        *,
-        head_dim: int,
-        scale: float,
-        cos_sin_cache: torch.Tensor | None,
-        is_neox: bool,
-        k_bias: torch.Tensor | None,
-        k_norm_weight: torch.Tensor | None,
-        k_norm_eps: float,
-        sliding_window: int | None,
-        soft_cap: float | None,
-    ):
-        device = k_up.device
-        group_size = k_up.shape[1] // head_dim
-        layer = Layer.of(
-            head_dim, group_size, k_spans, v_spans, k_bias is not None, k_norm_weight is not None
-        )
+    def __init__(self, layer: LatentLayer):
+        device = layer.k_up.device
+        sizes = Layer.of(layer)
         self.limits = device_limits(device)
-        self.num_kv_heads, self.v_width = len(layer.k_spans), layer.v_width
-        plans = {tiles: plan(layer, self.limits, tiles) for tiles in (1, 2)}
+        self.num_kv_heads, self.v_width = layer.num_kv_heads, layer.v_width
+        plans = {tiles: plan(sizes, self.limits, tiles) for tiles in (1, 2)}
         if plans[1] is None:
             raise KernelUnavailableError(
                 f"k_spans, v_spans: expected widths that fit {self.limits.shared_bytes} bytes of "
                 f"shared memory, found {layer.k_width} and {layer.v_width}"
             )
-        rotations = rotation_tables(cos_sin_cache, head_dim, device)
+        rotations = rotation_tables(layer.cos_sin_cache, layer.head_dim, device)
         if rotations is None:
             raise KernelUnavailableError(
                 "cos_sin_cache: expected angles proportional to the position, found others"
             )
         self.plans = {
-            tiles: (p, tile_columns(layer, p).to(device)) for tiles, p in plans.items() if p
+            tiles: (p, tile_columns(sizes, p).to(device)) for tiles, p in plans.items() if p
         }
-        rot_dim = 0 if cos_sin_cache is None else cos_sin_cache.shape[1]
-        order = pair_order(head_dim, rot_dim, is_neox).to(device)
+        order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox).to(device)
         norm, norm_factor = None, 1.0
-        if k_norm_weight is not None:
+        if layer.k_norm_weight is not None:
             # Keys are rounded before they are normed: below their own magnitude they cannot
             # overflow float16.
-            norm_factor = 2 * float(k_norm_weight.abs().max()) or 1.0
-            norm = (k_norm_weight.float() / norm_factor)[order].contiguous()
-        bias = None if k_bias is None else k_bias.float()[:, order].contiguous()
-        self.constants = (pack_factor(k_up, head_dim, order), bias, norm, *rotations)
+            norm_factor = 2 * float(layer.k_norm_weight.abs().max()) or 1.0
+            norm = (layer.k_norm_weight.float() / norm_factor)[order].contiguous()
+        bias = None if layer.k_bias is None else layer.k_bias.float()[:, order].contiguous()
+        factor = pack_factor(layer.k_up, layer.head_dim, order)
+        self.constants = (factor, bias, norm, *rotations)
         self.sizes = (
             layer.k_width,
             self.v_width,
-            rot_dim // 2 if is_neox else 0,
-            sliding_window or NO_WINDOW,
-            0 if cos_sin_cache is None else head_dim,
+            layer.rot_dim // 2 if layer.is_neox else 0,
+            layer.sliding_window or NO_WINDOW,
+            0 if layer.cos_sin_cache is None else layer.head_dim,
         )
-        self.numbers = (scale, soft_cap or 0.0, k_norm_eps, norm_factor)
+        self.numbers = (layer.scale, layer.soft_cap or 0.0, layer.k_norm_eps, norm_factor)
 
     def run(
         self,
@@ -160,7 +141,7 @@ class DecodeAttention:
         return most
 
 
-class CudaAttention:
+class CudaAttention(BoundAttention):
     """``paged_latent_attention`` of one layer: decode in CUDA C++, prefill by ``prefill``.
 
     Without ``prefill``, CUDA C++ runs all: right for any batch, slow for long queries.
@@ -181,20 +162,16 @@ class CudaAttention:
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
-        *,
-        num_decodes: int = 0,
-        num_decode_tokens: int = 0,
-        max_decode_query_len: int = 1,
-        max_seq_len: int | None = None,
+        hints: BatchHints = NO_HINTS,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend; keywords as in :meth:`PagedLatentAttention.__call__`."""
         tokens, num_heads, _ = q.shape
         num_seqs = seq_lens.shape[0]
         o_lat = q.new_empty(tokens, num_heads, self.decode.v_width, dtype=torch.float32)
         lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
         if tokens == 0 or num_seqs == 0:
             return o_lat, lse
-        longest = max_seq_len or block_table.shape[1] * kv_cache.shape[1]
+        longest = hints.max_seq_len or block_table.shape[1] * kv_cache.shape[1]
+        num_decodes, num_decode_tokens = hints.num_decodes, hints.num_decode_tokens
         if self.prefill is None or (num_decodes == 0 and tokens <= MAX_QUERIES * num_seqs):
             num_decodes, num_decode_tokens = num_seqs, tokens
         if num_decodes and num_decode_tokens:
@@ -214,6 +191,6 @@ class CudaAttention:
             usual = 1 << (max(1, len(rest) // count) - 1).bit_length()
             part = Part(num_decodes, count, rest, usual, False)
             inputs = (q, kv_cache, block_table, seq_lens, query_start_loc, o_lat, lse)
-            for launch in self.prefill.launches(part, *inputs, max_seq_len):
+            for launch in self.prefill.launches(part, *inputs, hints.max_seq_len):
                 launch.run()
         return o_lat, lse

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+
+from recalkv_vllm.ops.layer import LatentLayer
 
 Span = tuple[int, int]
 
@@ -43,20 +45,19 @@ class Layer:
     key_norm: bool
 
     @classmethod
-    def of(
-        cls,
-        head_dim: int,
-        k_group_size: int,
-        k_spans: Sequence[Span],
-        v_spans: Sequence[Span],
-        key_bias: bool,
-        key_norm: bool,
-    ) -> Layer:
-        """From the op's arguments: one span per group."""
-        heads = len(k_spans) * k_group_size
-        k = tuple(k_spans[head // k_group_size] for head in range(heads))
+    def of(cls, layer: LatentLayer) -> Layer:
+        """From the op's constants: one span per group."""
+        heads, k_spans, v_spans = layer.num_kv_heads, layer.k_spans, layer.v_spans
+        k = tuple(k_spans[head // layer.k_group_size] for head in range(heads))
         v = tuple(v_spans[head * len(v_spans) // heads] for head in range(heads))
-        return cls(head_dim, k_group_size, k, v, key_bias, key_norm)
+        return cls(
+            layer.head_dim,
+            layer.k_group_size,
+            k,
+            v,
+            layer.k_bias is not None,
+            layer.k_norm_weight is not None,
+        )
 
     @property
     def k_width(self) -> int:

@@ -10,18 +10,17 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-logger = logging.getLogger("recalkv_vllm.ops")
+from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
 
-Span = tuple[int, int]
+logger = logging.getLogger("recalkv_vllm.ops")
 
 
 class BoundAttention(Protocol):
-    """``paged_latent_attention`` with its constants checked and packed."""
+    """``paged_latent_attention`` of one layer, its constants packed."""
 
     def __call__(
         self,
@@ -30,7 +29,15 @@ class BoundAttention(Protocol):
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
+        hints: BatchHints = NO_HINTS,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def workspace_bytes(
+        self, num_heads: int, max_num_seqs: int, max_decode_query_len: int, max_seq_len: int
+    ) -> int:
+        """Device memory to reserve (:func:`recalkv_vllm.ops.reserve_workspace`) before the first
+        call, for up to ``max_num_seqs`` decodes a call."""
+        return 0
 
 
 class Implementation(Protocol):
@@ -52,21 +59,7 @@ class Implementation(Protocol):
     ) -> None: ...
 
     @staticmethod
-    def bind_paged_latent_attention(
-        k_up: torch.Tensor,
-        k_spans: Sequence[Span],
-        v_spans: Sequence[Span],
-        *,
-        head_dim: int,
-        scale: float,
-        cos_sin_cache: torch.Tensor | None,
-        is_neox: bool,
-        k_bias: torch.Tensor | None,
-        k_norm_weight: torch.Tensor | None,
-        k_norm_eps: float,
-        sliding_window: int | None,
-        soft_cap: float | None,
-    ) -> BoundAttention: ...
+    def bind_paged_latent_attention(layer: LatentLayer) -> BoundAttention: ...
 
     @staticmethod
     def latent_value_up(

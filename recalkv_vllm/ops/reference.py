@@ -6,11 +6,13 @@ low precision the "plain torch" that fast versions are measured against.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
+
+from recalkv_vllm.ops.dispatch import BoundAttention
+from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
 
 Span = tuple[int, int]
 
@@ -225,15 +227,26 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     return "plain torch in float32, slow"
 
 
-def bind_paged_latent_attention(
-    k_up: torch.Tensor,
-    k_spans: Sequence[Span],
-    v_spans: Sequence[Span],
-    *,
-    head_dim: int,
-    **constants: Any,
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+@dataclass(frozen=True, slots=True)
+class ReferenceAttention(BoundAttention):
     """:func:`paged_latent_attention` with its constants given; packs nothing."""
-    return functools.partial(
-        paged_latent_attention, k_up=k_up, k_spans=k_spans, v_spans=v_spans, **constants
-    )
+
+    layer: LatentLayer
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        hints: BatchHints = NO_HINTS,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        constants = {f.name: getattr(self.layer, f.name) for f in fields(self.layer)}
+        del constants["head_dim"]  # that of q
+        return paged_latent_attention(
+            q, kv_cache, block_table, seq_lens, query_start_loc, **constants
+        )
+
+
+bind_paged_latent_attention = ReferenceAttention

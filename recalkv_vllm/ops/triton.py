@@ -5,8 +5,6 @@ On the CPU they run only in Triton's interpreter (``TRITON_INTERPRET=1``), for t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 
@@ -28,7 +26,6 @@ __all__ = [
     "unsupported_reason",
 ]
 
-Span = tuple[int, int]
 LARGEST_HEAD_DIM = 256
 OLDEST_ARCH = 80
 
@@ -62,36 +59,7 @@ def latent_cache_update(
         cache_update_launch(z, kv_cache, slot_mapping).run()
 
 
-def bind_paged_latent_attention(
-    k_up: torch.Tensor,
-    k_spans: Sequence[Span],
-    v_spans: Sequence[Span],
-    *,
-    head_dim: int,
-    scale: float,
-    cos_sin_cache: torch.Tensor | None,
-    is_neox: bool,
-    k_bias: torch.Tensor | None,
-    k_norm_weight: torch.Tensor | None,
-    k_norm_eps: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-) -> PagedLatentAttention:
-    """Pack a layer's factors; see :func:`recalkv_vllm.ops.reference.paged_latent_attention`."""
-    return PagedLatentAttention(
-        k_up,
-        k_spans,
-        v_spans,
-        head_dim=head_dim,
-        scale=scale,
-        cos_sin_cache=cos_sin_cache,
-        is_neox=is_neox,
-        k_bias=k_bias,
-        k_norm_weight=k_norm_weight,
-        k_norm_eps=k_norm_eps,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-    )
+bind_paged_latent_attention = PagedLatentAttention
 
 
 def latent_value_up(

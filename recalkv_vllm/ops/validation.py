@@ -10,9 +10,10 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from recalkv_vllm.ops.layer import LatentLayer
 
 Span = tuple[int, int]
 
@@ -75,28 +76,14 @@ class AttentionSignature:
     max_position: int | None
 
     @classmethod
-    def of(
-        cls,
-        k_up: torch.Tensor,
-        k_spans: Sequence[Span],
-        v_spans: Sequence[Span],
-        *,
-        head_dim: int,
-        scale: float,
-        cos_sin_cache: torch.Tensor | None,
-        k_bias: torch.Tensor | None,
-        k_norm_weight: torch.Tensor | None,
-        k_norm_eps: float,
-        sliding_window: int | None,
-        soft_cap: float | None,
-        **_: Any,
-    ) -> AttentionSignature:
-        """Check the constants of ``bind_paged_latent_attention``.
+    def of(cls, layer: LatentLayer) -> AttentionSignature:
+        """Check the constants of ``paged_latent_attention``.
 
         Raises:
             TypeError: a tensor's dtype.
             ValueError: anything else; the message names argument, expected and found.
         """
+        k_up, k_spans, v_spans, head_dim = layer.k_up, layer.k_spans, layer.v_spans, layer.head_dim
         _require_shape(k_up, "k_up", "G_k", "s·d", "width")
         _require_dtype(k_up, "k_up", *DTYPES)
         groups, group_rows, width = k_up.shape
@@ -116,35 +103,39 @@ class AttentionSignature:
             len(v_spans),
         )
         _require_spans(v_spans, "v_spans", v_spans[0][1] - v_spans[0][0])
-        _require(math.isfinite(scale), "scale", "a finite number", scale)
-        if cos_sin_cache is not None:
-            _require_shape(cos_sin_cache, "cos_sin_cache", "max_position", "rot_dim")
-            _require_dtype(cos_sin_cache, "cos_sin_cache", *DTYPES)
-            _require_device(cos_sin_cache, "cos_sin_cache", k_up.device)
-            rot_dim = cos_sin_cache.shape[1]
+        _require(math.isfinite(layer.scale), "scale", "a finite number", layer.scale)
+        shapes: dict[str, tuple[int | str, ...]] = {
+            "cos_sin_cache": ("max_position", "rot_dim"),
+            "k_bias": (num_kv_heads, head_dim),
+            "k_norm_weight": (head_dim,),
+        }
+        for name, shape in shapes.items():
+            tensor = getattr(layer, name)
+            if tensor is not None:
+                _require_shape(tensor, name, *shape)
+                _require_dtype(tensor, name, *DTYPES)
+                _require_device(tensor, name, k_up.device)
+        if layer.cos_sin_cache is not None:
             _require(
-                0 < rot_dim <= head_dim and rot_dim % 2 == 0,
+                0 < layer.rot_dim <= head_dim and layer.rot_dim % 2 == 0,
                 "cos_sin_cache",
                 f"an even rot_dim of at most head_dim = {head_dim}",
-                rot_dim,
+                layer.rot_dim,
             )
-        if k_bias is not None:
-            _require_shape(k_bias, "k_bias", num_kv_heads, head_dim)
-            _require_dtype(k_bias, "k_bias", *DTYPES)
-            _require_device(k_bias, "k_bias", k_up.device)
-        if k_norm_weight is not None:
-            _require_shape(k_norm_weight, "k_norm_weight", head_dim)
-            _require_dtype(k_norm_weight, "k_norm_weight", *DTYPES)
-            _require_device(k_norm_weight, "k_norm_weight", k_up.device)
-            _require(k_norm_eps >= 0, "k_norm_eps", "a number that is not negative", k_norm_eps)
         _require(
-            sliding_window is None or sliding_window > 0,
-            "sliding_window",
-            "a positive number or None",
-            sliding_window,
+            layer.k_norm_eps >= 0, "k_norm_eps", "a number that is not negative", layer.k_norm_eps
         )
         _require(
-            soft_cap is None or soft_cap > 0, "soft_cap", "a positive number or None", soft_cap
+            layer.sliding_window is None or layer.sliding_window > 0,
+            "sliding_window",
+            "a positive number or None",
+            layer.sliding_window,
+        )
+        _require(
+            layer.soft_cap is None or layer.soft_cap > 0,
+            "soft_cap",
+            "a positive number or None",
+            layer.soft_cap,
         )
         return cls(
             num_kv_heads=num_kv_heads,
@@ -152,7 +143,7 @@ class AttentionSignature:
             rank=max(end for _, end in (*k_spans, *v_spans)),
             dtype=k_up.dtype,
             device=k_up.device,
-            max_position=None if cos_sin_cache is None else cos_sin_cache.shape[0],
+            max_position=None if layer.cos_sin_cache is None else layer.cos_sin_cache.shape[0],
         )
 
     def check_call(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -126,11 +124,10 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             k_norm_weight: ``[d]``.
             k_norm_eps: its epsilon.
         """
-        self.attend: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-        self.attend = ops.bind_paged_latent_attention(
-            k_up,
-            self.shard.k_spans,
-            self.shard.v_spans,
+        layer = ops.LatentLayer(
+            k_up=k_up,
+            k_spans=self.shard.k_spans,
+            v_spans=self.shard.v_spans,
             head_dim=self.head_dim,
             scale=self.scale,
             cos_sin_cache=cos_sin_cache,
@@ -140,6 +137,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             k_norm_eps=k_norm_eps,
             sliding_window=self.sliding_window,
         )
+        self.attend = ops.bind_paged_latent_attention(layer)
         self._v_up, self._v_bias = v_up, v_bias
 
     def value_up(self, o_lat: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from recalkv_vllm.ops import cuda, cuda_attention, triton
 from recalkv_vllm.ops.cuda_attention import CudaAttention
 from recalkv_vllm.ops.cuda_plan import Limits
 from recalkv_vllm.ops.dispatch import KernelUnavailableError
+from recalkv_vllm.ops.layer import BatchHints
 from tests.ops.cases import AttentionCase, build, spanned
 from tests.ops.checks import assert_matches_oracle
 
@@ -26,7 +28,7 @@ CASE = spanned("mixed-sorted", (4, 2, 64), 1, 32, 2, 32, batch=BATCH)
 
 def bind(case: AttentionCase, **changes: object) -> CudaAttention | PagedLatentAttention:
     inputs = build(case, DTYPE, DEVICE)
-    return cuda.bind_paged_latent_attention(**inputs.bind | changes, head_dim=case.head_dim)
+    return cuda.bind_paged_latent_attention(replace(inputs.layer, **changes))
 
 
 #: A GPU without the extension: CUDA C++ is emulated on the CPU, where compiled Triton cannot run.
@@ -65,7 +67,7 @@ def calls(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
 )
 def test_mixed_batch(hints: dict[str, int], expected: list[str], calls: list[str]) -> None:
-    result = bind(CASE)(**build(CASE, DTYPE, DEVICE).call, **hints)
+    result = bind(CASE)(**build(CASE, DTYPE, DEVICE).call, hints=BatchHints(**hints))
     assert calls == expected
     assert_matches_oracle(result, CASE, DTYPE)
 

@@ -30,7 +30,7 @@ def attend(
 ) -> tuple[CudaAttention, tuple[torch.Tensor, torch.Tensor]]:
     """Bind and call, into memory that starts as NaN."""
     inputs = build(case, dtype, DEVICE)
-    attention = cuda.bind_paged_latent_attention(**inputs.bind, head_dim=case.head_dim)
+    attention = cuda.bind_paged_latent_attention(inputs.layer)
     tokens, heads, _ = inputs.q.shape
     width = case.v_spans[0][1] - case.v_spans[0][0]
     result = (
@@ -162,8 +162,7 @@ def test_rotation_table_with_magnitude(positions: int, configure: Configure) -> 
     arguments = inputs.arguments | {"cos_sin_cache": table}
     expected = reference.paged_latent_attention(**arguments, compute_dtype=torch.float64)
     plain = reference.paged_latent_attention(**arguments, compute_dtype=BF16)
-    bind = inputs.bind | {"cos_sin_cache": table}
-    attention = cuda.bind_paged_latent_attention(**bind, head_dim=case.head_dim)
+    attention = cuda.bind_paged_latent_attention(replace(inputs.layer, cos_sin_cache=table))
     got = attention(**inputs.call)
     for a, b, c in zip(got, expected, plain, strict=True):
         assert float((a - b).abs().max()) <= 2 * float((c - b).abs().max()) + 4e-3

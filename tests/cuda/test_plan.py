@@ -7,11 +7,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recalkv_vllm.ops import cuda_layout, cuda_plan
+from recalkv_vllm.ops import LatentLayer, cuda_layout, cuda_plan
 from recalkv_vllm.ops.cuda_plan import Layer, Limits
 
 H100 = Limits(132, 227 << 10, 228 << 10)
 SMALL = Limits(48, 99 << 10, 100 << 10)
+
+
+def layer_of(
+    head_dim: int, group: int, k_spans: list, v_spans: list, bias: bool = False, norm: bool = False
+) -> Layer:
+    k_width = k_spans[0][1] - k_spans[0][0]
+    layer = LatentLayer(
+        k_up=torch.empty(len(k_spans), group * head_dim, k_width, device="meta"),
+        k_spans=k_spans,
+        v_spans=v_spans,
+        head_dim=head_dim,
+        scale=1.0,
+        k_bias=torch.empty(0) if bias else None,
+        k_norm_weight=torch.empty(0) if norm else None,
+    )
+    return Layer.of(layer)
 
 
 @st.composite
@@ -27,7 +43,7 @@ def layers(draw: st.DrawFn) -> Layer:
 
     head_dim = draw(st.sampled_from(cuda_plan.HEAD_DIMS))
     flags = (draw(st.booleans()), draw(st.booleans()))
-    return Layer.of(head_dim, group, spans(groups, k_width), spans(v_groups, v_width), *flags)
+    return layer_of(head_dim, group, spans(groups, k_width), spans(v_groups, v_width), *flags)
 
 
 @given(layer=layers(), limits=st.sampled_from((H100, SMALL)), column_tiles=st.sampled_from((1, 2)))
@@ -73,13 +89,13 @@ def test_plans_fit_and_load_every_column_once(
     ],
 )
 def test_columns_that_are_loaded(spans: tuple[list, list], width: int) -> None:
-    plan = cuda_plan.plan(Layer.of(64, 1, *spans, False, False), H100, 1)
+    plan = cuda_plan.plan(layer_of(64, 1, *spans), H100, 1)
     assert plan is not None
     assert plan.tile_width == width
 
 
 def test_splits_fill_the_device_without_a_second_wave() -> None:
-    plan = cuda_plan.plan(Layer.of(128, 1, [(0, 128)] * 8, [(0, 128)] * 8, False, False), H100, 1)
+    plan = cuda_plan.plan(layer_of(128, 1, [(0, 128)] * 8, [(0, 128)] * 8), H100, 1)
     assert plan is not None
     for batch in (1, 2, 8, 16):
         splits = cuda_plan.split_count(plan, H100, batch, 32768)

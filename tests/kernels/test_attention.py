@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recalkv_vllm.kernels import bound, heuristics, launch
 from recalkv_vllm.kernels.bound import PagedLatentAttention, Part
 from recalkv_vllm.ops import triton as ops
+from recalkv_vllm.ops.layer import BatchHints
 from tests.ops.cases import CASES, MIXED, AttentionCase, AttentionInputs, build, spanned
 from tests.ops.checks import assert_matches_oracle
 
@@ -30,13 +31,12 @@ def inputs_of(case: AttentionCase, dtype: torch.dtype) -> AttentionInputs:
 
 
 def bind(inputs: AttentionInputs) -> PagedLatentAttention:
-    head_dim = inputs.q.shape[2]
-    return ops.bind_paged_latent_attention(**inputs.bind, head_dim=head_dim)
+    return ops.bind_paged_latent_attention(inputs.layer)
 
 
 def check(case: AttentionCase, dtype: torch.dtype = torch.float32, **hints: int) -> None:
     inputs = inputs_of(case, dtype)
-    assert_matches_oracle(bind(inputs)(**inputs.call, **hints), case, dtype)
+    assert_matches_oracle(bind(inputs)(**inputs.call, hints=BatchHints(**hints)), case, dtype)
 
 
 def change_config(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
@@ -146,10 +146,10 @@ def test_launches_read_nothing_from_the_device(
     )
     hints = {"num_decodes": 2, "num_decode_tokens": 2, "max_seq_len": 500} if hinted else {}
     with NoDeviceReads():
-        attend(**inputs.call, **hints)
+        attend(**inputs.call, hints=BatchHints(**hints))
         first = recorded.copy()
         inputs.seq_lens.fill_(9)
-        attend(**inputs.call, **hints)
+        attend(**inputs.call, hints=BatchHints(**hints))
     assert recorded == first * 2
     assert first
 

@@ -105,6 +105,7 @@ def shapes(draw: st.DrawFn) -> heuristics.AttentionShape:
         shared_columns=draw(st.sampled_from((0, min(k_width, v_width)))),
         local_rope=draw(st.booleans()),
         rope=True,
+        key_norm=draw(st.booleans()),
     )
 
 
@@ -131,7 +132,7 @@ def test_every_shape_has_launch_parameters_that_fit(
 
 
 def test_no_launch_parameters() -> None:
-    shape = heuristics.AttentionShape(128, 1, 1, 1, 64, 64, 64, 2, 0, True, True)
+    shape = heuristics.AttentionShape(128, 1, 1, 1, 64, 64, 64, 2, 0, True, True, False)
     with pytest.raises(ValueError, match="no launch parameters for sm_90 fit"):
         heuristics.attention_config(shape, heuristics.Target(90, 132), 1)
     few = replace(shape, queries_per_kv=64)

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from recalkv_vllm.ops import LatentLayer
+
 Span = tuple[int, int]
 BLOCK = 16
 MAX_POSITION = 1024
@@ -204,14 +206,19 @@ class AttentionInputs:
         return {f.name: getattr(self, f.name) for f in fields(self)[:5]}
 
     @property
-    def bind(self) -> dict[str, Any]:
-        """What is fixed when weights are loaded."""
+    def constants(self) -> dict[str, Any]:
+        """What is fixed when weights are loaded, but for the head size."""
         return {f.name: getattr(self, f.name) for f in fields(self)[5:]}
+
+    @property
+    def layer(self) -> LatentLayer:
+        """What attentions are bound to."""
+        return LatentLayer(**self.constants, head_dim=self.q.shape[2])
 
     @property
     def arguments(self) -> dict[str, Any]:
         """All arguments of ``paged_latent_attention``."""
-        return self.call | self.bind
+        return self.call | self.constants
 
 
 def paged_cache(

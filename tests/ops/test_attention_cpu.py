@@ -155,7 +155,7 @@ def test_nan_in_a_query_reaches_its_output_alone(length: int) -> None:
 def test_no_sequences() -> None:
     case = spanned("empty", (4, 2, 64), 1, 32, 2, 32, batch=((1, 20),))
     inputs = build(case, torch.float32)
-    attend = bind_paged_latent_attention(**inputs.bind, head_dim=64)
+    attend = bind_paged_latent_attention(inputs.layer)
     o_lat, lse = attend(
         inputs.q[:0],
         inputs.kv_cache,
@@ -171,7 +171,7 @@ def test_no_sequences() -> None:
 def test_bound_call_from_several_threads(dtype: torch.dtype) -> None:
     case = spanned("threads", (4, 2, 64), 1, 32, 2, 32, batch=MIXED)
     inputs = build(case, dtype)
-    attend = bind_paged_latent_attention(**inputs.bind, head_dim=64)
+    attend = bind_paged_latent_attention(inputs.layer)
     results: list[tuple[torch.Tensor, torch.Tensor]] = []
     workers = [
         threading.Thread(target=lambda: results.append(attend(**inputs.call))) for _ in range(4)

@@ -57,7 +57,7 @@ def test_rope_keeps_length_and_relative_angle() -> None:
 
 def test_bound_reference_is_the_reference() -> None:
     inputs = build(CASES[5], torch.float32)
-    attend = reference.bind_paged_latent_attention(**inputs.bind, head_dim=64)
+    attend = reference.bind_paged_latent_attention(inputs.layer)
     for bound, direct in zip(
         attend(**inputs.call), reference.paged_latent_attention(**inputs.arguments), strict=True
     ):

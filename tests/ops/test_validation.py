@@ -82,10 +82,11 @@ def test_device(inputs: AttentionInputs, name: str) -> None:
         attempt(inputs, **{name: elsewhere})
 
 
-def test_head_size() -> None:
+def test_head_size(inputs: AttentionInputs) -> None:
     with pytest.raises(ops.KernelUnavailableError, match="multiples of 16 up to 256, found 40"):
-        ops.bind_paged_latent_attention(
-            torch.randn(1, 40, 16), [(0, 16)], [(0, 16)], head_dim=40, scale=1.0
+        ops.paged_latent_attention(
+            **inputs.arguments
+            | {"cos_sin_cache": None, "q": torch.randn(3, 4, 40), "k_up": torch.randn(2, 40, 32)}
         )
 
 

@@ -1,0 +1,45 @@
+"""Random constants of one layer of a geometry: values do not matter, sizes do."""
+
+from __future__ import annotations
+
+import torch
+
+from recalkv_vllm.ops import LatentLayer
+
+from .geometries import Geometry, Latent
+
+
+def latent_layer(
+    geometry: Geometry,
+    latent: Latent,
+    positions: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> LatentLayer:
+    """Factors, bias and norm of the geometry, RoPE for ``positions``; all in ``dtype``."""
+    groups = len(latent.k_spans)
+    rows = geometry.num_kv_heads // groups * geometry.head_dim
+    k_up = torch.randn(groups, rows, latent.k_width) / latent.k_width**0.5
+    bias = torch.randn(geometry.num_kv_heads, geometry.head_dim) if geometry.key_bias else None
+    norm = torch.ones(geometry.head_dim) if geometry.key_norm else None
+
+    def low(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x.to(device, dtype)
+
+    return LatentLayer(
+        k_up=k_up.to(device, dtype),
+        k_spans=latent.k_spans,
+        v_spans=latent.v_spans,
+        head_dim=geometry.head_dim,
+        scale=geometry.head_dim**-0.5,
+        cos_sin_cache=low(_rope(geometry, positions)),
+        k_bias=low(bias),
+        k_norm_weight=low(norm),
+    )
+
+
+def _rope(geometry: Geometry, positions: int) -> torch.Tensor:
+    """``[positions, d]``, cosines then sines: vLLM's table, computed as vLLM does."""
+    exponent = torch.arange(0, geometry.head_dim, 2, dtype=torch.float64) / geometry.head_dim
+    angle = torch.arange(positions)[:, None] * geometry.rope_theta**-exponent
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
