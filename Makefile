@@ -1,4 +1,5 @@
 # make demo: from nothing to a served compressed model.   make test: everything that CI runs.
+# make gpu: build, test and measure the kernels on a GPU.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,9 @@ PACKAGE := $(VENV)/.package
 
 export RECALKV_TEST_MODEL ?= $(abspath $(MODEL))
 
-.PHONY: demo test lint install model clean
+OUT ?= .cache/gpu
+
+.PHONY: demo test gpu lint install model clean
 .DELETE_ON_ERROR:
 
 demo: install model
@@ -26,6 +29,19 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# On a machine with an NVIDIA GPU, nvcc and a CUDA build of torch; vLLM need not be there.
+gpu:
+	mkdir -p $(OUT)
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m pytest -q tests/ops tests/kernels tests/cuda
+	recalkv bench kernel --geometry llama-3.1-8b --compression 0.5 0.75 --group-size 1 2 \
+		--spans split joint --context 1024 8192 32768 131072 --batch 1 8 32 --seconds 0.3 \
+		--plot $(OUT)/llama.png --json > $(OUT)/llama.json
+	recalkv bench kernel --geometry all --compression 0.5 0.7 --spans split joint \
+		--context 32768 --batch 8 --seconds 0.3 --plot $(OUT)/all.png --json > $(OUT)/all.json
+	RECALKV_KERNEL=triton recalkv bench kernel --geometry llama-3.1-8b --group-size 1 2 \
+		--spans split joint --context 32768 --batch 8 --seconds 0.3 --json > $(OUT)/triton.json
 
 install: $(PACKAGE)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from recalkv_vllm.checkpoint import SPAN_MULTIPLE
 
 Span = tuple[int, int]
@@ -26,6 +28,10 @@ class Geometry:
     def dense_width(self) -> int:
         """Numbers that an uncompressed cache holds per token and layer."""
         return 2 * self.num_kv_heads * self.head_dim
+
+    def cache_bytes(self, context: int, batch: int, dtype: torch.dtype) -> int:
+        """Bytes of one layer's uncompressed cache."""
+        return context * batch * self.dense_width * dtype.itemsize
 
 
 SPANS = ("split", "shared-v", "joint")

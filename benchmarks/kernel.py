@@ -8,16 +8,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from recalkv_vllm.compression.errors import InputError
 
-from . import kernel_cpu
+from . import kernel_cpu, kernel_gpu
 from .geometries import GEOMETRIES, Geometry, Latent, latent_of
 from .kernel_plot import plot
-from .roofline import Roof, alternate, attention_work, measure_cpu
+from .roofline import Roof, alternate, attention_work, measure_roof
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -29,7 +30,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         InputError: an unknown geometry, nothing to measure, or no stock kernel.
     """
     dtype = DTYPES[options.dtype]
-    roof = measure_cpu(dtype)
+    device = _device(options.device)
+    roof = measure_roof(device, dtype)
     rows = []
     for geometry, compression, group_size, spans, context, batch in itertools.product(
         _geometries(options.geometry),
@@ -40,7 +42,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.batch,
     ):
         what = f"{geometry.name} {compression:.0%} s={group_size} {spans} {context}x{batch}"
-        reason = _skip_reason(geometry, compression, group_size, context, batch, options)
+        reason = _skip_reason(geometry, compression, group_size, context, batch, device, options)
         if reason is not None:
             print(f"recalkv: {what}: skipped: {reason}", file=sys.stderr)
             continue
@@ -54,7 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 "spans": spans,
                 "context": context,
                 "batch": batch,
-                **_measure(geometry, latent, context, batch, dtype, roof, options),
+                **_measure(geometry, latent, context, batch, device, roof, options),
             }
         )
     if not rows:
@@ -62,12 +64,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     result = {
         "rows": rows,
         "roof": {"gb_per_s": roof.bytes_per_s / 1e9, "tflop_per_s": roof.flop_per_s / 1e12},
-        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads",
         "dtype": options.dtype,
     }
     if options.plot is not None:
         plot(result, options.plot)
     return result
+
+
+def _device(name: str) -> torch.device:
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise InputError("--device cuda: torch finds no CUDA device")
+    return torch.device("cuda" if gpu and name != "cpu" else "cpu")
+
+
+def _platform(device: torch.device) -> ModuleType:
+    return kernel_gpu if device.type == "cuda" else kernel_cpu
 
 
 def _geometries(names: list[str]) -> list[Geometry]:
@@ -87,6 +102,7 @@ def _skip_reason(
     group_size: int,
     context: int,
     batch: int,
+    device: torch.device,
     options: argparse.Namespace,
 ) -> str | None:
     if not 0 <= compression < 1:
@@ -99,8 +115,8 @@ def _skip_reason(
     heads = geometry.num_kv_heads
     if heads % group_size:
         return f"{heads} KV heads do not divide into groups of {group_size}"
-    size = kernel_cpu.stock_bytes(geometry, context, batch, DTYPES[options.dtype])
-    if size > 4 * kernel_cpu.CACHE_BYTES:
+    size = geometry.cache_bytes(context, batch, DTYPES[options.dtype])
+    if size > _platform(device).LARGEST_CACHE_BYTES:
         return f"one layer's uncompressed cache takes {size / 2**30:.0f} GiB"
     return None
 
@@ -110,13 +126,17 @@ def _measure(
     latent: Latent,
     context: int,
     batch: int,
-    dtype: torch.dtype,
+    device: torch.device,
     roof: Roof,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    runs = kernel_cpu.build(geometry, latent, context, batch, options.queries, dtype)
-    ours, stock = alternate([runs.ours, runs.stock], options.seconds)
-    (value_up,) = alternate([runs.value_up], 0.1)
+    dtype = DTYPES[options.dtype]
+    runs = _platform(device).build(geometry, latent, context, batch, options.queries, dtype)
+    ours, *baselines = alternate([runs.ours, *runs.stock.values()], options.seconds, runs.calls)
+    stocks = dict(zip(runs.stock, baselines, strict=True))
+    best = min(stocks, key=lambda name: stocks[name].median)
+    stock = stocks[best]
+    (value_up,) = alternate([runs.value_up], 0.1, runs.calls)
     work = attention_work(geometry, latent, context, batch, options.queries, dtype.itemsize)
     row = {
         "kernel": runs.kernel,
@@ -124,8 +144,10 @@ def _measure(
         "rank": latent.rank,
         "ours_us": ours.median * 1e6,
         "ours_quartiles_us": [ours.low * 1e6, ours.high * 1e6],
+        "stock": best,
         "stock_us": stock.median * 1e6,
         "stock_quartiles_us": [stock.low * 1e6, stock.high * 1e6],
+        "all_stock_us": {name: timing.median * 1e6 for name, timing in stocks.items()},
         "ratio": ours.median / stock.median,
         "value_up_us": value_up.median * 1e6,
         "gb_per_s": work.bytes / ours.median / 1e9,
@@ -134,7 +156,7 @@ def _measure(
         "roof_fraction": roof.seconds(work) / ours.median,
     }
     if options.reference:
-        (slow,) = alternate([runs.reference], 0, least=3)
+        (slow,) = alternate([runs.reference], 0, runs.calls, least=3)
         row["reference_us"] = slow.median * 1e6
     return row
 
@@ -148,6 +170,7 @@ COLUMNS = (
     ("batch", "{}"),
     ("ours_us", "{:.0f}"),
     ("stock_us", "{:.0f}"),
+    ("stock", "{}"),
     ("ratio", "{:.2f}"),
     ("value_up_us", "{:.0f}"),
     ("gb_per_s", "{:.1f}"),
@@ -167,6 +190,6 @@ def show(result: dict[str, Any]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     roof = result["roof"]
     print(
-        f"{result['rows'][0]['kernel']}, {result['dtype']}, {result['threads']} threads; roofs: "
+        f"{result['rows'][0]['kernel']}, {result['dtype']}, {result['device']}; roofs: "
         f"{roof['gb_per_s']:.1f} GB/s, {roof['tflop_per_s']:.3f} TFLOP/s"
     )

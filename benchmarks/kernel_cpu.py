@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -19,26 +18,12 @@ from recalkv_vllm.ops import cpu, reference
 
 from .geometries import Geometry, Latent
 from .inputs import latent_layer
+from .runs import Runs
 
 BLOCK_SIZE = 128
 #: Layers take turns up to this much memory per kernel.
 CACHE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """Functions to time; each call moves on to the next layer's cache."""
-
-    kernel: str
-    ours: Callable[[], object]
-    stock: Callable[[], object]
-    value_up: Callable[[], object]
-    reference: Callable[[], object]
-
-
-def stock_bytes(geometry: Geometry, context: int, batch: int, dtype: torch.dtype) -> int:
-    """Bytes of one layer's uncompressed cache."""
-    return context * batch * geometry.dense_width * dtype.itemsize
+LARGEST_CACHE_BYTES = 4 << 30
 
 
 def build(
@@ -55,7 +40,7 @@ def build(
         InputError: vLLM's CPU kernels cannot be imported.
     """
     blocks = -(-context // BLOCK_SIZE)
-    layers = max(1, CACHE_BYTES // stock_bytes(geometry, context, batch, dtype))
+    layers = max(1, CACHE_BYTES // geometry.cache_bytes(context, batch, dtype))
     layers = min(layers, geometry.layers)
     block_table = torch.randperm(blocks * batch, dtype=torch.int32).view(batch, blocks)
     seq_lens = torch.full((batch,), context, dtype=torch.int32)
@@ -73,8 +58,9 @@ def build(
     v_up = torch.randn(geometry.num_kv_heads, geometry.head_dim, latent.v_width).to(dtype)
     return Runs(
         kernel=f"cpu {cpu.instruction_set(dtype)}",
+        calls=1,
         ours=lambda: attend(q, next(caches), *call),
-        stock=_stock(geometry, q, layers, *call),
+        stock={"vLLM CPU_ATTN": _stock(geometry, q, layers, *call)},
         value_up=lambda: ops.latent_value_up(o_lat, v_up),
         reference=lambda: slow(q, next(caches), *call),
     )

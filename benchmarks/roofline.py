@@ -43,22 +43,27 @@ def attention_work(
     return Work(bytes=tokens * latent.rank * itemsize, flop=tokens * (rebuild + attend))
 
 
-def measure_cpu(dtype: torch.dtype) -> Roof:
-    """Read bandwidth of a sum over 512 MiB, and torch's product of two 1024 x 1024 matrices."""
-    data = torch.ones(1 << 27)
-    a = torch.randn(1024, 1024).to(dtype)
+def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
+    """Read bandwidth of a sum, and torch's matrix product: 512 MiB and 1024 x 1024 on a CPU, 4 GiB
+    and 8192 x 8192 on a GPU."""
+    gpu = device.type == "cuda"
+    data = torch.ones(1 << (30 if gpu else 27), device=device)
+    size = 8192 if gpu else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
     return Roof(
-        bytes_per_s=data.numel() * 4 / _best(data.sum, 5),
-        flop_per_s=2 * 1024**3 / _best(lambda: a @ a, 30),
+        bytes_per_s=data.numel() * 4 / _best(data.sum, 10, device),
+        flop_per_s=2 * size**3 / _best(lambda: a @ a, 30, device),
     )
 
 
-def _best(run: Callable[[], object], repeats: int) -> float:
+def _best(run: Callable[[], object], repeats: int, device: torch.device) -> float:
     """The shortest time: a roof is what the machine can do, not what it does on average."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
         run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return min(times)
 
@@ -72,10 +77,13 @@ class Timing:
     high: float
 
 
-def alternate(runs: list[Callable[[], object]], seconds: float, least: int = 7) -> list[Timing]:
+def alternate(
+    runs: list[Callable[[], object]], seconds: float, calls: int, least: int = 7
+) -> list[Timing]:
     """Time several functions in turn, so that what else the machine does hits all of them.
 
-    Runs until ``seconds`` have passed and each ran ``least`` times, after one untimed round.
+    Runs until ``seconds`` have passed and each ran ``least`` times, after one untimed round; times
+    are per call, of which a function makes ``calls``.
     """
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
@@ -85,7 +93,7 @@ def alternate(runs: list[Callable[[], object]], seconds: float, least: int = 7) 
         for run, spent in zip(runs, times, strict=True):
             start = time.perf_counter()
             run()
-            spent.append(time.perf_counter() - start)
+            spent.append((time.perf_counter() - start) / calls)
     timings = []
     for spent in times:
         low, median, high = statistics.quantiles(spent, n=4)

@@ -32,6 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("--context", nargs="+", type=int, default=[1024, 8192], metavar="N", help="cached tokens")
     add("--batch", nargs="+", type=int, default=[1], metavar="B", help="sequences")
     add("--queries", type=int, default=1, metavar="N", help="new tokens per sequence")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of all")
     add("--seconds", type=float, default=2.0, help="time to measure each combination")
     add("--reference", action="store_true", help="also time the torch reference, which is slow")

@@ -1,0 +1,138 @@
+"""The GPU side of the kernel benchmark: our attention against stock kernels on the same GPU.
+
+A timed call is a CUDA graph of all layers in turn, as serving replays it: no launch overhead, and
+each layer's cache comes from memory, not from the L2 of the call before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from recalkv_vllm import ops
+from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.ops import reference
+from recalkv_vllm.ops.dispatch import implementation
+from recalkv_vllm.ops.triton import reserve_workspace
+
+from .geometries import Geometry, Latent
+from .inputs import latent_layer
+from .runs import Runs
+from .stock_gpu import MAKERS, Attend, Problem, UnavailableError
+
+BLOCK_SIZE = 16
+#: Layers take turns up to this much memory per kernel: several times any L2.
+CACHE_BYTES = 4 << 30
+LARGEST_CACHE_BYTES = 24 << 30
+
+
+def build(
+    geometry: Geometry,
+    latent: Latent,
+    context: int,
+    batch: int,
+    queries: int,
+    dtype: torch.dtype,
+    device: str = "cuda",
+) -> Runs:
+    """Random inputs of one configuration.
+
+    Args:
+        device: other than a GPU's, calls run one by one (Triton's interpreter, for tests).
+
+    Raises:
+        InputError: no stock kernel runs here.
+    """
+    blocks = -(-context // BLOCK_SIZE)
+    layers = max(1, CACHE_BYTES // geometry.cache_bytes(context, batch, dtype))
+    layers = min(layers, geometry.layers)
+    table = torch.randperm(blocks * batch, dtype=torch.int32, device=device).view(batch, blocks)
+    seq_lens = torch.full((batch,), context, dtype=torch.int32, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
+    shape = (batch * queries, geometry.num_heads, geometry.head_dim)
+    q = torch.randn(shape, device=device).to(dtype)
+    call = (table, seq_lens, starts)
+
+    layer = latent_layer(geometry, latent, context, dtype, device)
+    attend = ops.bind_paged_latent_attention(layer)
+    slow = reference.bind_paged_latent_attention(layer)
+    hints = ops.BatchHints(batch, batch * queries, queries, context)
+    reserve_workspace(q.device, attend.workspace_bytes(geometry.num_heads, batch, queries, context))
+    caches = _random(layers, blocks * batch, BLOCK_SIZE, latent.rank, like=q)
+    o_lat, _ = attend(q, caches[0], *call, hints)
+    v_up = _random(geometry.num_kv_heads, geometry.head_dim, latent.v_width, like=q)
+    kv = (geometry.num_kv_heads, geometry.head_dim)
+    dense = _random(layers, 2, blocks * batch, BLOCK_SIZE, *kv, like=q)
+    problem = Problem(geometry, q, dense, *call, context, queries)
+    chosen = implementation(q.device, dtype, geometry.head_dim)
+    return Runs(
+        kernel=chosen.describe(q.device, dtype),
+        calls=layers,
+        ours=_replay(lambda i: attend(q, caches[i], *call, hints), layers, q.device),
+        stock={name: _replay(attend, layers, q.device) for name, attend in _stock(problem).items()},
+        value_up=_replay(lambda _: ops.latent_value_up(o_lat, v_up), layers, q.device),
+        reference=_eager(lambda i: slow(q, caches[i], *call), layers, q.device),
+    )
+
+
+def _random(*shape: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device).normal_()
+
+
+def _stock(problem: Problem) -> dict[str, Attend]:
+    """Stock kernels that run here; each has run once."""
+    found, reasons = {}, []
+    for name, make in MAKERS.items():
+        try:
+            attend = make(problem)
+            attend(0)
+        # Libraries refuse shapes and devices with whatever they like: that kernel is then left out.
+        except (UnavailableError, RuntimeError, ValueError, NotImplementedError) as error:
+            reasons.append(f"{name}: {str(error).splitlines()[0]}")
+        else:
+            found[name] = attend
+    if not found:
+        raise InputError(f"bench kernel: no stock kernel runs here ({'; '.join(reasons)})")
+    for reason in reasons:
+        print(f"recalkv: baseline left out: {reason}", file=sys.stderr)
+    return found
+
+
+def _eager(
+    attend: Callable[[int], object], layers: int, device: torch.device
+) -> Callable[[], object]:
+    """A function that attends all layers and waits for the end."""
+
+    def run() -> None:
+        for layer in range(layers):
+            attend(layer)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _replay(
+    attend: Callable[[int], object], layers: int, device: torch.device
+) -> Callable[[], object]:
+    """:func:`_eager` as a CUDA graph, on a GPU."""
+    eager = _eager(attend, layers, device)
+    if device.type != "cuda":
+        return eager
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        eager()  # compiles and loads what capture must not
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(layers):
+            attend(layer)
+
+    def run() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return run

@@ -1,0 +1,23 @@
+"""What a platform's side of the kernel benchmark hands over to be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Functions to time. Each attends ``calls`` times, every time another layer's cache.
+
+    Args:
+        kernel: the version of ours that runs.
+        stock: baselines by name; the fastest counts.
+    """
+
+    kernel: str
+    calls: int
+    ours: Callable[[], object]
+    stock: Mapping[str, Callable[[], object]]
+    value_up: Callable[[], object]
+    reference: Callable[[], object]
