@@ -15,7 +15,6 @@ from recalkv_vllm import ops
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.ops import reference
 from recalkv_vllm.ops.dispatch import implementation
-from recalkv_vllm.ops.triton import reserve_workspace
 
 from .geometries import Geometry, Latent
 from .inputs import latent_layer
@@ -59,7 +58,7 @@ def build(
     attend = ops.bind_paged_latent_attention(layer)
     slow = reference.bind_paged_latent_attention(layer)
     hints = ops.BatchHints(batch, batch * queries, queries, context)
-    reserve_workspace(q.device, attend.workspace_bytes(geometry.num_heads, batch, queries, context))
+    attend.reserve(geometry.num_heads, batch, queries, context)
     caches = _random(layers, blocks * batch, BLOCK_SIZE, latent.rank, like=q)
     o_lat, _ = attend(q, caches[0], *call, hints)
     v_up = _random(geometry.num_kv_heads, geometry.head_dim, latent.v_width, like=q)

@@ -131,6 +131,12 @@ class PagedLatentAttention(BoundAttention):
             self.k_starts, self.v_starts, self.k_width, self.v_width, v_block
         )
 
+    def reserve(
+        self, num_heads: int, max_num_seqs: int, max_decode_query_len: int, max_seq_len: int
+    ) -> None:
+        nbytes = self.workspace_bytes(num_heads, max_num_seqs, max_decode_query_len, max_seq_len)
+        reserve_workspace(self.constants["k_up"].device, nbytes)
+
     def workspace_bytes(
         self, num_heads: int, max_num_seqs: int, max_decode_query_len: int, max_seq_len: int
     ) -> int:

@@ -58,12 +58,10 @@ class CheckedAttention(BoundAttention):
         self._signature.check_call(q, kv_cache, block_table, seq_lens, query_start_loc)
         return self._attend(q, kv_cache, block_table, seq_lens, query_start_loc, hints)
 
-    def workspace_bytes(
+    def reserve(
         self, num_heads: int, max_num_seqs: int, max_decode_query_len: int, max_seq_len: int
-    ) -> int:
-        return self._attend.workspace_bytes(
-            num_heads, max_num_seqs, max_decode_query_len, max_seq_len
-        )
+    ) -> None:
+        self._attend.reserve(num_heads, max_num_seqs, max_decode_query_len, max_seq_len)
 
 
 #: Check and pack what is fixed once weights are loaded.

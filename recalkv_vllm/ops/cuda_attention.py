@@ -37,7 +37,7 @@ class DecodeAttention:
     """
 
     def __init__(self, layer: LatentLayer):
-        device = layer.k_up.device
+        self.device = device = layer.k_up.device
         sizes = Layer.of(layer)
         self.limits = device_limits(device)
         self.num_kv_heads, self.v_width = layer.num_kv_heads, layer.v_width
@@ -150,10 +150,13 @@ class CudaAttention(BoundAttention):
     def __init__(self, decode: DecodeAttention, prefill: PagedLatentAttention | None):
         self.decode, self.prefill = decode, prefill
 
-    def workspace_bytes(self, *batch: int) -> int:
-        """Workspace to reserve; see :meth:`PagedLatentAttention.workspace_bytes`."""
-        other = 0 if self.prefill is None else self.prefill.workspace_bytes(*batch)
-        return max(other, self.decode.workspace_bytes(*batch))
+    def reserve(
+        self, num_heads: int, max_num_seqs: int, max_decode_query_len: int, max_seq_len: int
+    ) -> None:
+        batch = (num_heads, max_num_seqs, max_decode_query_len, max_seq_len)
+        reserve_workspace(self.decode.device, self.decode.workspace_bytes(*batch))
+        if self.prefill is not None:
+            self.prefill.reserve(*batch)
 
     def __call__(
         self,

@@ -32,12 +32,11 @@ class BoundAttention(Protocol):
         hints: BatchHints = NO_HINTS,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-    def workspace_bytes(
+    def reserve(
         self, num_heads: int, max_num_seqs: int, max_decode_query_len: int, max_seq_len: int
-    ) -> int:
-        """Device memory to reserve (:func:`recalkv_vllm.ops.reserve_workspace`) before the first
-        call, for up to ``max_num_seqs`` decodes a call."""
-        return 0
+    ) -> None:
+        """Allocate what calls with up to ``max_num_seqs`` decodes need, before memory is profiled
+        and graphs are captured. Nothing, unless overridden."""
 
 
 class Implementation(Protocol):

@@ -13,7 +13,6 @@ from recalkv_vllm.kernels.heuristics import target_of
 from recalkv_vllm.kernels.launch import (
     INTERPRETED,
     cache_update_launch,
-    reserve_workspace,
     value_up_launch,
 )
 
@@ -22,7 +21,6 @@ __all__ = [
     "describe",
     "latent_cache_update",
     "latent_value_up",
-    "reserve_workspace",
     "unsupported_reason",
 ]
 

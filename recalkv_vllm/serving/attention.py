@@ -7,7 +7,7 @@ from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import _encode_layer_name
-from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from recalkv_vllm import ops
@@ -63,6 +63,7 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
             attn_metadata.block_table,
             attn_metadata.seq_lens,
             attn_metadata.query_start_loc,
+            attn_metadata.hints,
         )
         output[:tokens].copy_(layer.value_up(o_lat))
         return output
@@ -83,6 +84,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         shard: LatentShard,
         sliding_window: int | None,
         prefix: str,
+        soft_cap: float | None = None,
     ):
         super().__init__()
         vllm_config = get_current_vllm_config()
@@ -93,6 +95,12 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.shard = shard
         self.v_width = shard.v_spans[0][1] - shard.v_spans[0][0]
         self.sliding_window = sliding_window
+        self.soft_cap = soft_cap
+        self._largest_batch = (
+            vllm_config.scheduler_config.max_num_seqs,
+            max_decode_query_len(vllm_config),
+            vllm_config.model_config.max_model_len,
+        )
         self.attn_type = AttentionType.DECODER
         self.attn_backend = RecalkvBackend
         self.dtype = vllm_config.model_config.dtype
@@ -136,8 +144,10 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             k_norm_weight=k_norm_weight,
             k_norm_eps=k_norm_eps,
             sliding_window=self.sliding_window,
+            soft_cap=self.soft_cap,
         )
         self.attend = ops.bind_paged_latent_attention(layer)
+        self.attend.reserve(self.num_heads, *self._largest_batch)
         self._v_up, self._v_bias = v_up, v_bias
 
     def value_up(self, o_lat: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +15,10 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from recalkv_vllm.ops import BatchHints
 from recalkv_vllm.serving.registration import BACKEND_NAME
 
 SUPPORTED_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -77,16 +80,14 @@ class LatentMetadata(AttentionMetadata):
         seq_lens: ``[num_reqs]`` int32, cached tokens including this step's.
         block_table: ``[num_reqs, max_blocks]`` int32.
         num_actual_tokens: tokens of the batch without padding.
-        max_query_len: longest query, known on the host.
-        max_seq_len: longest sequence (or a bound), known on the host.
+        hints: what the host knows of the batch.
     """
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     num_actual_tokens: int
-    max_query_len: int
-    max_seq_len: int
+    hints: BatchHints
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
@@ -96,13 +97,20 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     what they build differs by the block table of their cache group only.
     """
 
-    # No kernel that runs under CUDA graphs is in place yet.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
-
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # Decodes first in the batch: kernels treat single-token queries apart from longer ones.
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
+        # Decodes, verification of speculated tokens among them, come first in the batch.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Decodes of one length: grids of the GPU kernels follow from the sizes of a batch alone.
+
+        The reference reads lengths on the host.
+        """
+        if os.environ.get("RECALKV_KERNEL") == "reference":
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_BATCH
 
     def build(
         self,
@@ -113,13 +121,14 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         common = common_attn_metadata
         built = getattr(common, "_recalkv_metadata", None)
         if built is None or built.block_table is not common.block_table_tensor:
+            threshold = self.reorder_batch_threshold
+            num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, threshold)
             built = LatentMetadata(
                 query_start_loc=common.query_start_loc,
                 seq_lens=common.seq_lens,
                 block_table=common.block_table_tensor,
                 num_actual_tokens=common.num_actual_tokens,
-                max_query_len=common.max_query_len,
-                max_seq_len=common.max_seq_len,
+                hints=BatchHints(num_decodes, num_decode_tokens, threshold, common.max_seq_len),
             )
             common._recalkv_metadata = built
         return built

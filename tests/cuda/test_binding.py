@@ -142,7 +142,7 @@ def test_kernel_and_plan_must_agree(configure: Configure, monkeypatch: pytest.Mo
 
 def test_workspace_covers_every_batch(configure: Configure) -> None:
     attention = bind(CASE)
-    reserved = attention.workspace_bytes(4, 8, 4, 2048)
+    reserved = attention.decode.workspace_bytes(4, 8, 4, 2048)
     used = []
     for seqs in range(1, 9):
         for queries in range(1, 5):
