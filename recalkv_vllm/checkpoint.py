@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from recalkv_vllm.latent_format import LatentFormat
+
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 FACTORS_FILE = "recalkv.safetensors"
@@ -193,7 +195,7 @@ class RecalkvConfig:
     layers: tuple[LatentLayout, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
-    latent_quantization: dict[str, Any] | None = None
+    latent_quantization: LatentFormat | None = None
     tool_versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -218,10 +220,16 @@ class RecalkvConfig:
             isinstance(raw["compression"], int | float) and 0 <= raw["compression"] < 1,
             f"{where}.compression: expected a number in [0, 1), found {raw['compression']!r}",
         )
-        _require(
-            raw["latent_quantization"] is None,
-            f"{where}.latent_quantization: expected null, found {raw['latent_quantization']!r}",
-        )
+        quantization = raw["latent_quantization"]
+        if quantization is not None:
+            _require(
+                isinstance(quantization, Mapping),
+                f"{where}.latent_quantization: expected null or an object, found {quantization!r}",
+            )
+            try:
+                quantization = LatentFormat.from_dict(quantization)
+            except ValueError as error:
+                raise CheckpointError(f"{where}.latent_quantization: {error}") from error
         geometry = AttentionGeometry.from_hf_config(config)
         layers = raw["layers"]
         found = len(layers) if isinstance(layers, list) else layers
@@ -234,7 +242,7 @@ class RecalkvConfig:
             layout = LatentLayout.from_dict(layer, f"{where}.layers[{i}]")
             layout.validate(geometry, f"{where}.layers[{i}]")
             parsed.append(layout)
-        return cls(**{**raw, "layers": tuple(parsed)})
+        return cls(**{**raw, "layers": tuple(parsed), "latent_quantization": quantization})
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; :meth:`from_hf_config` reads it back."""
@@ -352,18 +360,26 @@ def _some(names: list[str]) -> str:
 
 
 def compression_reached(config: RecalkvConfig, geometry: AttentionGeometry) -> float:
-    """Fraction of KV-cache numbers actually removed."""
-    dense = geometry.dense_width * geometry.num_layers
-    return 1 - config.cached_numbers_per_token() / dense
+    """Fraction of KV-cache bytes actually removed from a cache of 16-bit numbers."""
+    sizes = kv_bytes_per_token(config, geometry, 2)
+    return 1 - sizes["compressed"] / sizes["dense"]
 
 
 def kv_bytes_per_token(
     config: RecalkvConfig, geometry: AttentionGeometry, itemsize: int
 ) -> dict[str, int]:
-    """KV-cache bytes per token over all layers, for elements of ``itemsize`` bytes."""
+    """KV-cache bytes per token over all layers, for numbers of ``itemsize`` bytes.
+
+    Quantised latents take what their format takes, whatever the ``itemsize``.
+    """
+    form = config.latent_quantization
+    compressed = sum(
+        layer.rank * itemsize if form is None else form.slot_bytes(layer.rank)
+        for layer in config.layers
+    )
     return {
         "dense": geometry.dense_width * geometry.num_layers * itemsize,
-        "compressed": config.cached_numbers_per_token() * itemsize,
+        "compressed": compressed,
     }
 
 

@@ -23,6 +23,7 @@ from recalkv_vllm.checkpoint import (
     read_hf_config,
     save_factors,
 )
+from recalkv_vllm.latent_format import LatentFormat
 
 HF_CONFIG = {
     "num_hidden_layers": 2,
@@ -78,6 +79,17 @@ def test_sizes():
     }
     assert compression_reached(CONFIG, GEOMETRY) == pytest.approx(1 - 112 / 256)
     assert DISJOINT.reconstruct_flop(GEOMETRY) == 2 * 16 * 64
+    quantized = replace(CONFIG, latent_quantization=LatentFormat("int4", 32))
+    assert kv_bytes_per_token(quantized, GEOMETRY, 4) == {
+        "dense": 2 * 2 * 4 * 16 * 4,
+        "compressed": (32 + 2 * 2) + (24 + 2 * 2),
+    }
+    assert compression_reached(quantized, GEOMETRY) == pytest.approx(1 - 64 / 512)
+
+
+def test_quantised_config_is_read_back():
+    config = replace(CONFIG, latent_quantization=LatentFormat("int3", 0))
+    assert RecalkvConfig.from_hf_config(json.loads(json.dumps(hf_config(config)))) == config
 
 
 @given(st.integers(0, 999), st.integers(1, 80), st.integers(1, 16), st.sampled_from([64, 80, 128]))
@@ -106,7 +118,7 @@ def with_layer(**changes):
         (hf_config(replace(CONFIG, layers=(DISJOINT,))), "layers: expected 2 entries, found 1"),
         (
             hf_config(replace(CONFIG, latent_quantization={"bits": 4})),
-            "latent_quantization: expected null",
+            r"latent_quantization: expected dtype and group_size, found {'bits': 4}",
         ),
         (with_layer(rank=60), r"layers\[0\].rank: expected a positive multiple of 16, found 60"),
         (with_layer(k_group_size=3), "k_group_size: expected a divisor of 4 KV heads, found 3"),
