@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from recalkv_vllm.cli import bench, compress, evaluate, inspect
+from recalkv_vllm.cli import bench, compress, evaluate, inspect, plan
 from recalkv_vllm.version import __version__
 
 BAD_INPUT = 2
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="recalkv", description="Low-rank KV-cache compression for vLLM.")
     parser.add_argument("--version", action="version", version=f"recalkv {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (compress, evaluate, inspect, bench):
+    for module in (compress, evaluate, inspect, plan, bench):
         command = module.add_parser(commands)
         command.add_argument(
             "--json", action="store_true", help="print one JSON object on stdout, and nothing else"

@@ -1,0 +1,154 @@
+"""``recalkv plan``: how many tokens and requests fit, dense and compressed."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import asdict
+from typing import Any
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def size(text: str) -> int:
+    """Bytes, with a decimal (GB) or binary (GiB) unit."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected bytes such as 80GiB or 512MiB, found {text!r}")
+    return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the sub-command's parser."""
+    parser = commands.add_parser(
+        "plan",
+        help="how many tokens and requests fit, dense and compressed",
+        description="Work out KV-cache capacity from a model's config.json, or a checkpoint's; "
+        "no weights are loaded.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL_OR_CHECKPOINT", help="directory with a config.json, or a hub name")
+    memory = parser.add_mutually_exclusive_group(required=True)
+    memory.add_argument("--memory", type=size, metavar="SIZE", help="of one device, such as 80GiB")
+    memory.add_argument(
+        "--kv-cache-memory-bytes",
+        type=size,
+        metavar="SIZE",
+        help="of the KV cache alone, as vLLM's",
+    )
+    add("--max-model-len", type=int, required=True, metavar="N", help="tokens of one request")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices")
+    add("--compression", type=float, metavar="C", help="suppose one, for a model not compressed")
+    add("--gpu-memory-utilization", type=float, default=0.92, metavar="F", help="as vLLM's")
+    add(
+        "--overhead",
+        type=size,
+        default="3GiB",
+        metavar="SIZE",
+        help="activations and graphs of one device; only a start of vLLM can measure them",
+    )
+    add("--block-size", type=int, default=16, metavar="N", help="tokens per block (CPU: 128)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of weights and cached numbers")
+    return parser
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the sub-command; the JSON object.
+
+    Raises:
+        InputError: bad input, or not enough memory for the weights.
+    """
+    from recalkv_vllm.checkpoint import AttentionGeometry, RecalkvConfig, read_hf_config
+    from recalkv_vllm.compression import source
+    from recalkv_vllm.compression.errors import InputError
+    from recalkv_vllm.serving import capacity
+
+    for name in ("max_model_len", "tensor_parallel_size", "block_size"):
+        if getattr(options, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {getattr(options, name)}: expected at least 1")
+    directory = source.find_model(options.model)
+    hf_config = read_hf_config(directory)
+    geometry = AttentionGeometry.from_hf_config(hf_config)
+    dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    itemsize = DTYPES.get(dtype if options.dtype == "auto" else options.dtype, 2)
+    tp_size = options.tensor_parallel_size
+    recalkv = None
+    try:
+        if "recalkv" in hf_config:
+            recalkv = RecalkvConfig.from_hf_config(hf_config)
+        elif options.compression is not None:
+            recalkv = capacity.supposed_config(options.compression, geometry, tp_size)
+        latent_bytes = recalkv and capacity.latent_bytes_per_token(
+            recalkv, geometry, itemsize, tp_size
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+    per_token = {
+        "dense": capacity.dense_bytes_per_token(geometry, itemsize, tp_size),
+        "compressed": latent_bytes,
+    }
+    weights = {"dense": capacity.weight_bytes(directory, hf_config, itemsize) // tp_size}
+    if recalkv is not None:
+        factors = capacity.factor_bytes(recalkv, geometry, itemsize)
+        saved = capacity.projection_bytes(geometry, itemsize)
+        weights["compressed"] = weights["dense"] + (factors - saved) // tp_size
+    plans = {}
+    for kind, weight in weights.items():
+        cache_bytes = options.kv_cache_memory_bytes
+        if cache_bytes is None:
+            usable = int(options.memory * options.gpu_memory_utilization)
+            cache_bytes = usable - weight - options.overhead
+            if cache_bytes <= 0:
+                raise InputError(
+                    f"--memory {options.memory}: expected more than {weight} bytes of weights and "
+                    f"{options.overhead} of overhead, found {usable} bytes to use "
+                    f"({options.gpu_memory_utilization:.0%}) on each of {tp_size} devices"
+                )
+        plans[kind] = {
+            "weight_bytes": weight,
+            "kv_cache_bytes": cache_bytes,
+            **asdict(
+                capacity.capacity(
+                    per_token[kind], cache_bytes, options.block_size, options.max_model_len
+                )
+            ),
+        }
+    return {
+        "model": options.model,
+        "max_model_len": options.max_model_len,
+        "tensor_parallel_size": tp_size,
+        "supposed": recalkv is not None and "recalkv" not in hf_config,
+        **{key: {kind: plan[key] for kind, plan in plans.items()} for key in plans["dense"]},
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    kinds = list(result["kv_cache_tokens"])
+    table = Table(title=f"{result['model']}, per device of {result['tensor_parallel_size']}")
+    for heading in ("", *kinds):
+        table.add_column(heading, justify="right" if heading else "left")
+    gib = 2**30
+    rows = {
+        "weights": [f"{result['weight_bytes'][k] / gib:.2f} GiB" for k in kinds],
+        "KV cache": [f"{result['kv_cache_bytes'][k] / gib:.2f} GiB" for k in kinds],
+        "KV-cache bytes per token": [f"{result['bytes_per_token'][k]:,}" for k in kinds],
+        "KV-cache tokens": [f"{result['kv_cache_tokens'][k]:,}" for k in kinds],
+        f"requests of {result['max_model_len']:,} tokens": [
+            f"{result['max_concurrency'][k]:.2f}" for k in kinds
+        ],
+    }
+    for label, cells in rows.items():
+        table.add_row(label, *cells)
+    Console().print(table)
+    if result["supposed"]:
+        print("compressed: supposed; 'recalkv compress' has not been run on this model")
+    elif "compressed" not in result["kv_cache_tokens"]:
+        print("compressed: give --compression, or a compressed checkpoint")
