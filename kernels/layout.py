@@ -107,13 +107,15 @@ def local_rotation(
     table = torch.complex(*cos_sin_cache.float().split(rot_dim // 2, dim=1)).to(torch.complex128)
     offsets = table[:LARGEST_TILE] / table[0].real
     bases = torch.arange(0, positions - LARGEST_TILE + 1, LARGEST_TILE, device=table.device)
-    picked = bases[torch.linspace(0, len(bases) - 1, 64, device=table.device).long()]
+    picked = bases[
+        torch.linspace(0, len(bases) - 1, 64, dtype=torch.float64, device=table.device).long()
+    ]
     rows = picked[:, None] + torch.arange(LARGEST_TILE, device=table.device)
     error = (table[picked][:, None] * offsets - table[rows]).abs().max()
     rounding = torch.finfo(dtype).eps
     if not error <= 2 * rounding * table[0].real.abs().max():
         return None
-    packed = torch.zeros(LARGEST_TILE, 2, dim // 2, device=table.device)
+    packed = torch.zeros(LARGEST_TILE, 2, dim // 2, dtype=torch.float32, device=table.device)
     packed[:, 0] = 1
     packed[:, 0, : rot_dim // 2] = offsets.real
     packed[:, 1, : rot_dim // 2] = offsets.imag

@@ -81,7 +81,7 @@ def _expand(cos_sin_cache: torch.Tensor, head_dim: int) -> Expansion | None:
         return None
     whole = by_chunk(cos_sin_cache, span)
     # Columns that RoPE leaves alone are pairs that never turn.
-    still = torch.zeros(whole.shape[0], 2, (head_dim - cos_sin_cache.shape[1]) // 2, span)
+    still = whole.new_zeros(whole.shape[0], 2, (head_dim - cos_sin_cache.shape[1]) // 2, span)
     still[:, 0] = 1
     whole = torch.cat((whole, still), dim=2)
     allowed = EXPANSION_ERROR
@@ -90,7 +90,7 @@ def _expand(cos_sin_cache: torch.Tensor, head_dim: int) -> Expansion | None:
         binade = 2.0 ** math.ceil(math.log2(whole.max()))
         allowed += 1.5 * binade * torch.finfo(cos_sin_cache.dtype).eps / 4
     # Slow rows lie on few polynomials; the rest of a low-precision table is its rounding.
-    offset = torch.linspace(-1, 1, span)
+    offset = torch.linspace(-1, 1, span, dtype=torch.float32)
     smooth = torch.linalg.qr(offset[:, None] ** torch.arange(3 * terms)).Q
 
     def fit(exact: int, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

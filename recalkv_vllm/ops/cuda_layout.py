@@ -48,7 +48,7 @@ def rotation_tables(
     for a table that is not made of rotations by angles proportional to the position.
     """
     if cos_sin_cache is None:
-        still = torch.tensor([1.0, 0.0], device=device)
+        still = torch.tensor([1.0, 0.0], dtype=torch.float32, device=device)
         return still.expand(1, head_dim // 2, 2).contiguous(), still.expand(
             LARGEST_TILE, head_dim // 2, 2
         ).contiguous()
@@ -67,7 +67,7 @@ def rotation_tables(
         return None
 
     def padded(rows: torch.Tensor, count: int) -> torch.Tensor:
-        result = torch.zeros(count, head_dim // 2, 2, device=device)
+        result = torch.zeros(count, head_dim // 2, 2, dtype=torch.float32, device=device)
         result[..., 0] = 1
         result[: rows.shape[0], : rot_dim // 2] = torch.view_as_real(rows)
         return result

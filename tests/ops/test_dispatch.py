@@ -3,11 +3,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from recalkv_vllm import ops
 from recalkv_vllm.ops import KernelUnavailableError, cpu, dispatch, reference
+from tests.ops.cases import build, spanned
 
 CPU = torch.device("cpu")
 
@@ -78,3 +81,29 @@ def test_imports_neither_vllm_nor_triton() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.fixture
+def bfloat16_by_default():
+    """As while vLLM loads a model."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "triton", "reference"])
+def test_layers_are_bound_alike_under_any_default_dtype(
+    kernel: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Factors are packed while vLLM has made the model's dtype torch's default."""
+    monkeypatch.setenv("RECALKV_KERNEL", kernel)
+    case = spanned("default-dtype", (4, 2, 64), 1, 32, 2, 32, batch=((1, 300), (20, 40)))
+    dtype = torch.float16 if kernel == "triton" else torch.bfloat16
+    inputs = build(case, dtype)
+    expected = ops.bind_paged_latent_attention(inputs.layer)(**inputs.call)
+    # Tables are remembered by the tensor that they were made from.
+    layer = replace(inputs.layer, cos_sin_cache=inputs.cos_sin_cache.clone())
+    request.getfixturevalue("bfloat16_by_default")
+    bound = ops.bind_paged_latent_attention(layer)
+    for got, wanted in zip(bound(**inputs.call), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
