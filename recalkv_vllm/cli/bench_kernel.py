@@ -1,4 +1,4 @@
-"""``recalkv bench``: measurements against stock vLLM on this machine."""
+"""``recalkv bench kernel``: attention kernels against stock ones on this machine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the sub-command's parser."""
-    bench = commands.add_parser("bench", help="measure against stock vLLM")
-    benchmarks = bench.add_subparsers(metavar="BENCHMARK", required=True)
-    parser = benchmarks.add_parser(
+    parser = commands.add_parser(
         "kernel",
         help="attention kernels",
         description="Time attention over latents and the stock kernel alternately. "

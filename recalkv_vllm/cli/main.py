@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from recalkv_vllm.cli import bench, compress, evaluate, inspect, plan
+from recalkv_vllm.cli import bench_kernel, bench_serve, compress, evaluate, inspect, plan
 from recalkv_vllm.version import __version__
 
 BAD_INPUT = 2
@@ -34,8 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="recalkv", description="Low-rank KV-cache compression for vLLM.")
     parser.add_argument("--version", action="version", version=f"recalkv {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (compress, evaluate, inspect, plan, bench):
-        command = module.add_parser(commands)
+    bench = commands.add_parser("bench", help="measure against stock vLLM")
+    benchmarks = bench.add_subparsers(metavar="BENCHMARK", required=True)
+    modules = [(module, commands) for module in (compress, evaluate, inspect, plan)]
+    modules += [(module, benchmarks) for module in (bench_kernel, bench_serve)]
+    for module, group in modules:
+        command = module.add_parser(group)
         command.add_argument(
             "--json", action="store_true", help="print one JSON object on stdout, and nothing else"
         )

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from recalkv_vllm.cli import main
-from recalkv_vllm.cli.plan import size
+from recalkv_vllm.cli.sizes import size
 
 FEW = ["--num-samples", "4", "--seq-len", "32"]
 

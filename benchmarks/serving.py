@@ -1,0 +1,174 @@
+"""Stock vLLM and a compressed checkpoint, served with the same KV-cache bytes, under load.
+
+``recalkv bench serve`` runs it. The servers take turns, ``rounds`` times; what differs between
+rounds is the spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recalkv_vllm.checkpoint import RecalkvConfig, read_hf_config
+from recalkv_vllm.compression.errors import InputError
+
+from .load import measure
+from .serving_plot import plot
+from .vllm_server import ServerError, VllmServer
+from .workloads import WORKLOADS, Workload
+
+RESULT = "result.json"
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure; the JSON object, which is also in ``OUT/result.json`` with the plots beside it.
+
+    Raises:
+        InputError: bad input, or a server that failed; rows measured until then are in
+            ``OUT/result.json``, marked partial.
+    """
+    workloads = _workloads(options)
+    servers = _servers(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "partial": True,
+        "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
+        "num_prompts_per_concurrency": options.prompts,
+        "rounds": options.rounds,
+        "versions": {name: version(name) for name in ("vllm", "torch", "recalkv-vllm")},
+        "machine": _machine(),
+        "rows": [],
+    }
+    try:
+        for number in range(options.rounds):
+            for name, (model, extra) in servers.items():
+                log = options.out / f"{name}-{number}.log"
+                print(f"recalkv: serving {model} (log: {log})", file=sys.stderr)
+                with VllmServer(model, [*_serve_args(options), *extra], log) as server:
+                    for row in _measure_all(server, workloads, options, number):
+                        result["rows"].append({"server": name, "round": number, **row})
+                        _write(options.out, result)
+    except ServerError as error:
+        what, *log_lines = str(error).splitlines()
+        print("\n".join(log_lines), file=sys.stderr)
+        _write(options.out, result)
+        raise InputError(
+            f"{what.rstrip(':')} (see above); {len(result['rows'])} rows measured before that are "
+            f"in {options.out / RESULT}, marked partial"
+        ) from error
+    result["partial"] = False
+    _write(options.out, result)
+    plot(result, options.out)
+    return result
+
+
+def _workloads(options: argparse.Namespace) -> list[Workload]:
+    names = options.workload
+    if names == ["all"]:
+        chosen = [w for w in WORKLOADS.values() if w.longest <= options.max_model_len]
+    else:
+        unknown = [name for name in names if name not in WORKLOADS]
+        if unknown:
+            raise InputError(
+                f"--workload: expected all or some of {', '.join(WORKLOADS)}, found {unknown[0]!r}"
+            )
+        chosen = [WORKLOADS[name] for name in names]
+    for workload in chosen:
+        if workload.longest > options.max_model_len:
+            raise InputError(
+                f"--workload {workload.name}: needs {workload.longest} tokens per request, "
+                f"more than --max-model-len {options.max_model_len}"
+            )
+    for name, values in (("--concurrency", options.concurrency), ("--rounds", [options.rounds])):
+        if min(values) < 1:
+            raise InputError(f"{name}: expected at least 1, found {min(values)}")
+    return chosen
+
+
+def _servers(options: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
+    """Model and further options of every server, baseline first."""
+    servers: dict[str, tuple[str, list[str]]] = {}
+    for path in options.checkpoint:
+        config = read_hf_config(path)
+        recalkv = RecalkvConfig.from_hf_config(config, str(path / "config.json"))
+        base = options.base or recalkv.settings.get("base_model")
+        if not servers:
+            if base is None or not (Path(base).is_dir() or "/" in base):
+                raise InputError(
+                    f"--base: expected the directory or hub name of the model that {path} was made "
+                    f"from, found {base!r}"
+                )
+            servers["stock"] = (str(base), [])
+        servers[path.resolve().name] = (str(path), ["--attention-backend", "recalkv"])
+    if len(servers) <= len(options.checkpoint):
+        raise InputError("CHECKPOINT: expected directories of different names, none named stock")
+    return servers
+
+
+def _serve_args(options: argparse.Namespace) -> list[str]:
+    args = ["--kv-cache-memory-bytes", str(options.kv_cache_memory_bytes)]
+    args += ["--max-model-len", str(options.max_model_len), "--dtype", options.dtype]
+    args += ["--max-num-seqs", str(max(options.concurrency))]
+    # Compilation on a CPU costs minutes of start-up and changes attention's share little.
+    return args if torch.cuda.is_available() else [*args, "--enforce-eager"]
+
+
+def _measure_all(
+    server: VllmServer, workloads: list[Workload], options: argparse.Namespace, number: int
+) -> Iterator[dict[str, Any]]:
+    tokens = server.kv_cache_tokens()
+    for index, workload in enumerate(workloads):
+        for concurrency in (1,) if workload.alone else options.concurrency:
+            print(f"recalkv:   {workload.name}, {concurrency} at a time", file=sys.stderr)
+            # The same prompts for every server, but none twice for one: prefixes are cached.
+            seed = options.seed + 1000 * number + 100 * index + concurrency
+            prompts = 4 if workload.alone else options.prompts * concurrency
+            yield {
+                "workload": workload.name,
+                "input_len": workload.input_len,
+                "output_len": workload.output_len,
+                "concurrency": concurrency,
+                "kv_cache_tokens": tokens,
+                **measure(server, workload, concurrency, prompts, seed),
+            }
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def _write(directory: Path, result: dict[str, Any]) -> None:
+    (directory / RESULT).write_text(json.dumps(result, indent=1))
+
+
+COLUMNS = ("workload", "concurrency", "server", "kv_cache_tokens", "request_throughput",
+           "output_throughput", "ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99",
+           "preemptions", "peak_cache_use")  # fmt: skip
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people, rounds side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in COLUMNS:
+        table.add_column(column.replace("_", " "), justify="right")
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["workload"], row["concurrency"], row["server"]), []).append(row)
+    for key in sorted(groups):
+        rows = groups[key]
+        cells = [" / ".join(f"{row[c]:.4g}" for row in rows) for c in COLUMNS[4:]]
+        table.add_row(*map(str, key), f"{rows[0]['kv_cache_tokens']:,}", *cells)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
