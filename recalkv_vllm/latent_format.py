@@ -7,6 +7,7 @@ token after token, then all its scales, so that both stay aligned without paddin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,8 @@ BITS = {"int8": 8, "fp8": 8, "int4": 4, "int3": 3}
 FP8 = torch.float8_e4m3fn
 LARGEST_FP8 = torch.finfo(FP8).max
 SCALE_BYTES = 2
+#: Smaller scales are stored as zero: their inverse could be infinite, and zeros then not a number.
+SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
 #: Numbers per scale; a multiple of the 16 that spans start and end at.
 GROUP_SIZES = (16, 32, 64, 128)
 
@@ -80,24 +83,34 @@ class LatentFormat:
         Raises:
             ValueError: there is none.
         """
-        guess = slot_bytes * 8 // self.bits // 16 * 16
-        for rank in range(guess, 0, -16):
-            if self.slot_bytes(rank) == slot_bytes:
-                return rank
-            if self.slot_bytes(rank) < slot_bytes:
-                break
-        raise ValueError(f"expected the slot bytes of a rank in {self}, found {slot_bytes}")
+        return _rank_of(self, slot_bytes)
+
+    def split_cache(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed codes ``[num_blocks, block_size, code_bytes]`` and scales ``[…, groups]`` of a
+        paged cache ``[num_blocks, block_size, slot_bytes]``, as views of it.
+
+        Raises:
+            ValueError: no rank has such slots.
+            RuntimeError: blocks are not contiguous.
+        """
+        num_blocks, block_size, slot_bytes = kv_cache.shape
+        flat = kv_cache.view(num_blocks, block_size * slot_bytes)
+        cut = block_size * self.code_bytes(self.rank_of(slot_bytes))
+        codes, scales = flat[:, :cut], flat[:, cut:].view(torch.bfloat16)
+        return codes.unflatten(1, (block_size, -1)), scales.unflatten(1, (block_size, -1))
 
     def quantize(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes ``[..., rank]`` (unpacked, uint8) and scales ``[..., groups]`` (bfloat16) of ``z``.
 
-        Codes are chosen for the rounded scale. A group of zeros has scale zero.
+        Codes are chosen for the rounded scale. A group of zeros, or of numbers so small that the
+        scale would not be a normal number, has scale zero.
         """
         groups = self._grouped(z.float())
         largest = groups.abs().amax(dim=-1, keepdim=True)
         half = 1 << (self.bits - 1)
         steps = LARGEST_FP8 if self.dtype == "fp8" else half
         scale = (largest / steps).to(torch.bfloat16)
+        scale = torch.where(scale < SMALLEST_SCALE, 0.0, scale)
         inverse = torch.where(scale == 0, 0.0, 1 / scale.float())
         scaled = groups * inverse
         if self.dtype == "fp8":
@@ -146,6 +159,17 @@ class LatentFormat:
         size = self.group_size or rank
         padded = torch.nn.functional.pad(z, (0, -rank % size))
         return padded.unflatten(-1, (-1, size))
+
+
+@functools.cache
+def _rank_of(form: LatentFormat, slot_bytes: int) -> int:
+    guess = slot_bytes * 8 // form.bits // 16 * 16
+    for rank in range(guess, 0, -16):
+        if form.slot_bytes(rank) == slot_bytes:
+            return rank
+        if form.slot_bytes(rank) < slot_bytes:
+            break
+    raise ValueError(f"expected the slot bytes of a rank in {form}, found {slot_bytes}")
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

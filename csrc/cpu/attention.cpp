@@ -10,6 +10,7 @@
 #include "elements.h"
 #include "isa.h"
 #include "ops.h"
+#include "quantization.h"
 #include "schedule.h"
 #include "workspace.h"
 
@@ -73,11 +74,11 @@ std::tuple<at::Tensor, at::Tensor> paged_latent_attention(
     const std::optional<at::Tensor>& coefficients, const std::optional<at::Tensor>& pair_factors,
     at::IntArrayRef k_starts, at::IntArrayRef v_starts, int64_t v_width, int64_t max_position,
     bool is_neox, double scale, double k_norm_eps, double soft_cap, int64_t window,
-    std::string_view isa) {
-  const Element element = element_of(kv_cache.scalar_type(), "kv_cache");
+    std::string_view isa, std::string_view latent_dtype, int64_t group_size, int64_t rank) {
+  const Element element = element_of(q.scalar_type(), "q");
   const Kernels* kernels = find_isa(std::string(isa));
   TORCH_CHECK_VALUE(kernels && kernels->run[element], "isa: expected one that this processor and ",
-                    kv_cache.scalar_type(), " support, found ", isa);
+                    q.scalar_type(), " support, found ", isa);
   const int32_t* lengths = seq_lens.const_data_ptr<int32_t>();
   const int32_t* starts = query_start_loc.const_data_ptr<int32_t>();
   const int num_seqs = static_cast<int>(block_table.size(0));
@@ -112,6 +113,7 @@ std::tuple<at::Tensor, at::Tensor> paged_latent_attention(
   layer.scale = static_cast<float>(scale);
   layer.soft_cap = static_cast<float>(soft_cap);
   layer.window = window;
+  layer.quantization = quantization_of(latent_dtype, rank, group_size);
   const Batch batch{q.const_data_ptr(),     q.stride(0),
                     kv_cache.const_data_ptr(), kv_cache.stride(0),
                     kv_cache.stride(1),     static_cast<int>(kv_cache.size(1))};

@@ -20,6 +20,18 @@ constexpr int kSpan = 128;
 // A dot-product operand is made of 32-bit units: one float, or two neighbouring bf16.
 using Unit = uint32_t;
 
+// What the cache holds of a latent: its numbers, in the type of the queries, or codes and scales.
+enum class Codec { kNumbers, kInt8, kFp8, kInt4, kInt3 };
+
+// Codes and scales as recalkv_vllm/latent_format.py lays them out: a block's codes, then its scales.
+struct Quantization {
+  Codec codec;
+  int rank;
+  int code_bytes;   // of a token
+  int group_shift;  // column >> group_shift is the index of its scale
+  int groups;       // scales of a token
+};
+
 // One layer's constants; pointers belong to the bound tensors.
 struct Layer {
   int num_heads;
@@ -50,6 +62,7 @@ struct Layer {
   float scale;
   float soft_cap;  // 0 is none
   int64_t window;  // 0 is none
+  Quantization quantization;
 };
 
 // The paged cache and the queries of one call.
@@ -57,7 +70,7 @@ struct Batch {
   const void* q;  // [tokens][num_heads][head_dim], rows of a token contiguous
   int64_t q_stride;
   const void* cache;
-  int64_t block_stride;
+  int64_t block_stride;  // in numbers, or in bytes of quantised latents
   int64_t token_stride;
   int block_size;
 };

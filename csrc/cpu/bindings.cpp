@@ -31,7 +31,9 @@ TORCH_LIBRARY(recalkv_cpu, m) {
   m.def("best_isa(ScalarType dtype) -> str", &recalkv::best_isa_of);
   m.def("isa_supported(str name) -> bool", &recalkv::isa_supported);
   m.def("table_sizes() -> int[]", &recalkv::table_sizes);
-  m.def("latent_cache_update(Tensor z, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
+  m.def(
+      "latent_cache_update(Tensor z, Tensor(a!) kv_cache, Tensor slot_mapping, "
+      "str latent_dtype, int group_size) -> ()");
   m.def(
       "latent_value_up(Tensor o_lat, Tensor v_up, Tensor? v_bias, ScalarType out_dtype, str isa) "
       "-> Tensor");
@@ -40,7 +42,8 @@ TORCH_LIBRARY(recalkv_cpu, m) {
       "Tensor query_start_loc, Tensor k_factors, Tensor? k_bias, Tensor? k_norm_weight, "
       "Tensor? rope, Tensor? basis, Tensor? coefficients, Tensor? pair_factors, int[] k_starts, "
       "int[] v_starts, int v_width, int max_position, bool is_neox, float scale, "
-      "float k_norm_eps, float soft_cap, int window, str isa) -> (Tensor, Tensor)");
+      "float k_norm_eps, float soft_cap, int window, str isa, str latent_dtype, int group_size, "
+      "int rank) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(recalkv_cpu, CPU, m) {

@@ -1,31 +1,45 @@
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
 #include <cstring>
+#include <vector>
 
 #include "ops.h"
+#include "quantization.h"
 
 namespace recalkv {
 namespace {
 
-// Copying less than this many bytes is not worth waking a thread.
+// Copying less than this many bytes is not worth waking a thread,
 constexpr int64_t kBytesPerThread = 1 << 16;
+// nor is quantising fewer numbers.
+constexpr int64_t kNumbersPerThread = 1 << 12;
+
+int64_t tokens_per_thread(int64_t share, int64_t row) {
+  return std::max<int64_t>(1, share / std::max<int64_t>(1, row));
+}
 
 template <class Slot>
-void update(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_mapping) {
+const Slot* checked_slots(const at::Tensor& slot_mapping, int64_t capacity) {
   const Slot* slots = slot_mapping.const_data_ptr<Slot>();
-  const int64_t tokens = slot_mapping.size(0);
-  const int64_t block_size = kv_cache.size(1), capacity = kv_cache.size(0) * block_size;
-  for (int64_t i = 0; i < tokens; ++i)
+  for (int64_t i = 0; i < slot_mapping.size(0); ++i)
     TORCH_CHECK_VALUE(slots[i] < capacity, "slot_mapping[", i, "]: expected a slot of kv_cache ",
                       "(below ", capacity, ") or a negative number, found ", slots[i]);
+  return slots;
+}
+
+template <class Slot>
+void copy(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_mapping) {
+  const int64_t block_size = kv_cache.size(1);
+  const Slot* slots = checked_slots<Slot>(slot_mapping, kv_cache.size(0) * block_size);
   const int64_t item = z.element_size(), row = z.size(1) * item;
   const char* from = static_cast<const char*>(z.const_data_ptr());
   char* to = static_cast<char*>(kv_cache.mutable_data_ptr());
   const int64_t z_stride = z.stride(0) * item, block_stride = kv_cache.stride(0) * item,
                 token_stride = kv_cache.stride(1) * item;
-  const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, row));
-  at::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = tokens_per_thread(kBytesPerThread, row);
+  at::parallel_for(0, slot_mapping.size(0), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (slots[i] < 0) continue;
       std::memcpy(to + slots[i] / block_size * block_stride + slots[i] % block_size * token_stride,
@@ -34,15 +48,42 @@ void update(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_ma
   });
 }
 
+template <class Number, class Slot>
+void quantize_all(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_mapping,
+                  const Quantization& how) {
+  const int64_t block_size = kv_cache.size(1), block_stride = kv_cache.stride(0);
+  const Slot* slots = checked_slots<Slot>(slot_mapping, kv_cache.size(0) * block_size);
+  const Number* from = z.const_data_ptr<Number>();
+  uint8_t* to = kv_cache.mutable_data_ptr<uint8_t>();
+  const int64_t grain = tokens_per_thread(kNumbersPerThread, how.rank);
+  at::parallel_for(0, slot_mapping.size(0), grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> numbers(how.rank);
+    std::vector<uint8_t> units(how.rank);
+    for (int64_t i = begin; i < end; ++i) {
+      if (slots[i] < 0) continue;
+      const Number* row = from + i * z.stride(0);
+      for (int j = 0; j < how.rank; ++j) numbers[j] = static_cast<float>(row[j]);
+      uint8_t* block = to + slots[i] / block_size * block_stride;
+      const int64_t offset = slots[i] % block_size;
+      uint16_t* scales = reinterpret_cast<uint16_t*>(block + block_size * how.code_bytes);
+      quantize(how, numbers.data(), units.data(), block + offset * how.code_bytes,
+               scales + offset * how.groups);
+    }
+  });
+}
+
 }  // namespace
 
 void latent_cache_update(const at::Tensor& z, at::Tensor& kv_cache,
-                         const at::Tensor& slot_mapping) {
-  if (slot_mapping.scalar_type() == at::kInt) {
-    update<int32_t>(z, kv_cache, slot_mapping);
-  } else {
-    update<int64_t>(z, kv_cache, slot_mapping);
-  }
+                         const at::Tensor& slot_mapping, std::string_view latent_dtype,
+                         int64_t group_size) {
+  const Quantization how = quantization_of(latent_dtype, z.size(1), group_size);
+  AT_DISPATCH_INDEX_TYPES(slot_mapping.scalar_type(), "latent_cache_update", [&] {
+    if (how.codec == Codec::kNumbers) return copy<index_t>(z, kv_cache, slot_mapping);
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, z.scalar_type(), "latent_cache_update",
+        [&] { quantize_all<scalar_t, index_t>(z, kv_cache, slot_mapping, how); });
+  });
 }
 
 }  // namespace recalkv

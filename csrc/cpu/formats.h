@@ -59,6 +59,8 @@ struct Float32Dot {
   static RECALKV_INLINE void narrow(const float* row, Unit* out, int width) {
     for (int i = 0; i < width; i += kLanes) store_units(out + i, RECALKV_ISA::load(row + i));
   }
+  // A vector of numbers as the cache would hold them.
+  static RECALKV_INLINE void store_latent(Raw* out, Vec v) { Source::store(out, v); }
   // Units along tokens: rows of the tile as they are.
   static RECALKV_INLINE void interleave(const Raw* even, const Raw* odd, Unit* out, int width) {
     widen(even, out, width);
@@ -96,6 +98,7 @@ struct BFloat16Dot {
   static RECALKV_INLINE void narrow(const float* row, Unit* out, int width) {
     for (int i = 0; i < width; i += kLanes) store_row(out, i, RECALKV_ISA::load(row + i));
   }
+  static RECALKV_INLINE void store_latent(Raw* out, Vec v) { to_bf16(out, v); }
   static RECALKV_INLINE void interleave(const Raw* even, const Raw* odd, Unit* out, int width) {
     for (int i = 0; i < width; i += 16) {
       const __m512i low = _mm512_cvtepu16_epi32(

@@ -8,23 +8,33 @@ namespace recalkv::RECALKV_ISA {
 
 // Where the latents of tokens [first, first + valid) lie; null past them.
 template <class Format>
-void Attention<Format>::locate(int64_t first, int valid, const Raw** latents) const {
-  const Raw* cache = static_cast<const Raw*>(batch.cache);
+void Attention<Format>::locate(int64_t first, int valid, Tile& tile) const {
   int64_t block = first / batch.block_size;
   int offset = static_cast<int>(first % batch.block_size);
   for (int t = 0; t < valid; ++t) {
-    latents[t] = cache + task.blocks[block] * batch.block_stride + offset * batch.token_stride;
+    const int64_t from = task.blocks[block] * batch.block_stride;
+    if (quantized()) {
+      const Quantization& how = layer.quantization;
+      const uint8_t* codes = static_cast<const uint8_t*>(batch.cache) + from;
+      const uint8_t* scales = codes + int64_t{batch.block_size} * how.code_bytes;
+      tile.codes[t] = codes + int64_t{offset} * how.code_bytes;
+      tile.scales[t] = reinterpret_cast<const uint16_t*>(scales) + int64_t{offset} * how.groups;
+      tile.latents[t] = dequantized + t * dequantized_stride;
+    } else {
+      tile.latents[t] =
+          static_cast<const Raw*>(batch.cache) + from + offset * batch.token_stride;
+    }
     if (++offset == batch.block_size) {
       offset = 0;
       ++block;
     }
   }
-  for (int t = valid; t < kTile; ++t) latents[t] = nullptr;
+  for (int t = valid; t < kTile; ++t) tile.latents[t] = nullptr;
 }
 
 // The parts of a latent that this task reads, merged where they touch.
 template <class Format>
-void Attention<Format>::plan_prefetch() {
+void Attention<Format>::plan_parts() {
   num_parts = 0;
   for (int group = task.group_begin; group < task.group_end; ++group)
     add_part(layer.k_starts[group], layer.k_width);
@@ -51,10 +61,15 @@ template <class Format>
 RECALKV_INLINE void Attention<Format>::prefetch_some() {
   constexpr int kLine = 64 / sizeof(Raw);
   const int until = prefetched + prefetch_step < kTile ? prefetched + prefetch_step : kTile;
-  for (; prefetched < until && next[prefetched]; ++prefetched)
+  for (; prefetched < until && next->latents[prefetched]; ++prefetched) {
+    if (quantized()) {
+      prefetch_codes(prefetched);
+      continue;
+    }
     for (int part = 0; part < num_parts; ++part)
       for (int64_t i = parts[part].begin; i < parts[part].end; i += kLine)
-        __builtin_prefetch(next[prefetched] + i, 0, 2);
+        __builtin_prefetch(next->latents[prefetched] + i, 0, 2);
+  }
 }
 
 template <class Format>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attend.h"
+#include "dequantize.h"
 #include "expansion.h"
 #include "gather.h"
 #include "reconstruct.h"

@@ -11,7 +11,8 @@
 namespace recalkv {
 
 void latent_cache_update(const at::Tensor& z, at::Tensor& kv_cache,
-                         const at::Tensor& slot_mapping);
+                         const at::Tensor& slot_mapping, std::string_view latent_dtype,
+                         int64_t group_size);
 
 at::Tensor latent_value_up(const at::Tensor& o_lat, const at::Tensor& v_up,
                            const std::optional<at::Tensor>& v_bias, at::ScalarType out_dtype,
@@ -25,6 +26,6 @@ std::tuple<at::Tensor, at::Tensor> paged_latent_attention(
     const std::optional<at::Tensor>& coefficients, const std::optional<at::Tensor>& pair_factors,
     at::IntArrayRef k_starts, at::IntArrayRef v_starts, int64_t v_width, int64_t max_position,
     bool is_neox, double scale, double k_norm_eps, double soft_cap, int64_t window,
-    std::string_view isa);
+    std::string_view isa, std::string_view latent_dtype, int64_t group_size, int64_t rank);
 
 }  // namespace recalkv

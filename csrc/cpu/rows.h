@@ -40,7 +40,7 @@ void Attention<Format>::reorder(const T* in, T* out, int pairs) const {
 template <class Format>
 void Attention<Format>::start() {
   load_queries();
-  plan_prefetch();
+  plan_parts();
   const int widest = layer.k_width > layer.v_width ? layer.k_width : layer.v_width;
   for (int i = 0; i < widest; ++i) zeros[i] = 0;
   for (int head = 0; head < num_heads; ++head) {

@@ -46,13 +46,21 @@ struct Attention {
   Unit* turned;         // [rows][kTerms][expanded_pairs], see absorb()
   Unit* absorbed;       // [num_heads][rows][kTerms][k_units]
   float* offsets;       // [num_heads][rows][kTerms], the key bias' share
+  Raw* dequantized;     // [kTile][dequantized_stride], where the cache is quantised
+  int64_t dequantized_stride;
   struct Part {
     int64_t begin, end;
   };
-  Part* parts;             // [num_parts], see plan_prefetch()
+  Part* parts;          // [num_parts], see plan_parts()
   int num_parts = 0;
-  const Raw* const* next;  // the next tile's latents
-  int prefetched = 0;      // of its tokens
+  // Where a tile's tokens lie; latents are null past the end.
+  struct Tile {
+    const Raw* latents[kTile];  // in the cache, or in `dequantized` once dequantize() ran
+    const uint8_t* codes[kTile];
+    const uint16_t* scales[kTile];
+  };
+  const Tile* next;     // the tile to prefetch
+  int prefetched = 0;   // of its tokens
   int prefetch_step;
 
   Attention(const Layer& l, const Batch& b, const Task& t, Scratch& scratch)
@@ -79,6 +87,11 @@ struct Attention {
     const int widest = layer.k_width > layer.v_width ? layer.k_width : layer.v_width;
     zeros = scratch.take<Raw>(widest);
     parts = scratch.take<Part>(layer.k_groups + layer.v_groups);
+    if (quantized()) {
+      // A line more than a row, or the rows of large ranks would share few sets of the cache.
+      dequantized_stride = layer.quantization.rank + 64 / static_cast<int64_t>(sizeof(Raw));
+      dequantized = scratch.take<Raw>(kTile * dequantized_stride);
+    }
     prefetch_step = kTile / (num_heads * (exact_rows / kRows + 1)) + 1;
     if (expanded) {
       turned = scratch.take<Unit>(rows * kTerms * round_up(layer.expanded_pairs));
@@ -95,6 +108,8 @@ struct Attention {
            row % layer.queries_per_kv;
   }
 
+  RECALKV_INLINE bool quantized() const { return layer.quantization.codec != Codec::kNumbers; }
+
   RECALKV_INLINE const Raw* span(const Raw* latent, int64_t start) const {
     return latent == nullptr ? zeros : latent + start;
   }
@@ -107,12 +122,18 @@ struct Attention {
   void finish();
 
   // gather.h
-  void locate(int64_t first, int valid, const Raw** latents) const;
-  void plan_prefetch();
+  void locate(int64_t first, int valid, Tile& tile) const;
+  void plan_parts();
   void add_part(int64_t begin, int width);
   RECALKV_INLINE void prefetch_some();
   void gather_columns(const Raw* const* latents, int64_t start);
   void gather_values(const Raw* const* latents, int64_t start);
+
+  // dequantize.h
+  void dequantize(const Tile& tile, int valid);
+  template <Codec kCodec>
+  void dequantize_from(const Tile& tile, int valid);
+  RECALKV_INLINE void prefetch_codes(int token) const;
 
   // reconstruct.h
   void reconstruct(int head, int64_t tile);
@@ -135,22 +156,23 @@ struct Attention {
 
   void run() {
     start();
-    const Raw* buffers[2][kTile];
-    const Raw** latents = buffers[0];
-    const Raw** following = buffers[1];
+    Tile buffers[2];
+    Tile* tile = &buffers[0];
+    Tile* following = &buffers[1];
     const int heads_per_v_group = layer.num_kv_heads / layer.v_groups;
-    locate(task.kv_begin, tile_tokens(task.kv_begin), latents);
+    locate(task.kv_begin, tile_tokens(task.kv_begin), *tile);
     for (int64_t first = task.kv_begin; first < task.kv_end; first += kTile) {
-      locate(first + kTile, tile_tokens(first + kTile), following);
+      locate(first + kTile, tile_tokens(first + kTile), *following);
       next = following;
       prefetched = 0;
+      if (quantized()) dequantize(*tile, tile_tokens(first));
       int gathered = -1;
       for (int head = 0; head < num_heads; ++head) {
         const int global = first_head + head;
         if (global % layer.group_heads == 0)
-          gather_columns(latents, layer.k_starts[global / layer.group_heads]);
+          gather_columns(tile->latents, layer.k_starts[global / layer.group_heads]);
         if (const int group = global / heads_per_v_group; group != gathered) {
-          gather_values(latents, layer.v_starts[group]);
+          gather_values(tile->latents, layer.v_starts[group]);
           gathered = group;
         }
         if (expanded) {
@@ -160,8 +182,8 @@ struct Attention {
         reconstruct(global, first / kTile);
         attend(head, first, tile_tokens(first));
       }
-      const Raw** done = latents;
-      latents = following;
+      Tile* done = tile;
+      tile = following;
       following = done;
     }
     finish();

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import validation
 from recalkv_vllm.ops.dispatch import BoundAttention, KernelUnavailableError, implementation
 from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
@@ -30,11 +31,15 @@ Span = tuple[int, int]
 
 
 def latent_cache_update(
-    z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    z: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    latent_format: LatentFormat | None = None,
 ) -> None:
     """Write latents into their slots; see :func:`reference.latent_cache_update`."""
-    validation.check_cache_update(z, kv_cache, slot_mapping)
-    implementation(kv_cache.device, kv_cache.dtype).latent_cache_update(z, kv_cache, slot_mapping)
+    validation.check_cache_update(z, kv_cache, slot_mapping, latent_format)
+    chosen = implementation(kv_cache.device, z.dtype)
+    chosen.latent_cache_update(z, kv_cache, slot_mapping, latent_format)
 
 
 class CheckedAttention(BoundAttention):

@@ -10,6 +10,7 @@ import os
 
 import torch
 
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import cpu_tables
 from recalkv_vllm.ops.dispatch import BoundAttention
 from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
@@ -62,10 +63,14 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def latent_cache_update(
-    z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    z: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    latent_format: LatentFormat | None = None,
 ) -> None:
     """See :func:`recalkv_vllm.ops.reference.latent_cache_update`."""
-    torch.ops.recalkv_cpu.latent_cache_update(z, kv_cache, slot_mapping)
+    how = ("", 0) if latent_format is None else (latent_format.dtype, latent_format.group_size)
+    torch.ops.recalkv_cpu.latent_cache_update(z, kv_cache, slot_mapping, *how)
 
 
 def pair_order(head_dim: int, rot_dim: int, is_neox: bool) -> torch.Tensor:
@@ -95,6 +100,7 @@ class CpuAttention(BoundAttention):
                 slow = k_factors[:, 2 * expansion.exact_pairs :]
                 pair_factors = slow.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
         bias, norm = layer.k_bias, layer.k_norm_weight
+        self._format = layer.latent_format
         self._constants = (
             k_factors,
             None if bias is None else bias[:, order].float().contiguous(),
@@ -124,8 +130,11 @@ class CpuAttention(BoundAttention):
         query_start_loc: torch.Tensor,
         hints: BatchHints = NO_HINTS,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        how: tuple[str, int, int] = ("", 0, kv_cache.shape[2])
+        if (form := self._format) is not None:
+            how = (form.dtype, form.group_size, form.rank_of(kv_cache.shape[2]))
         return torch.ops.recalkv_cpu.paged_latent_attention.default(
-            q, kv_cache, block_table, seq_lens, query_start_loc, *self._constants
+            q, kv_cache, block_table, seq_lens, query_start_loc, *self._constants, *how
         )
 
 
@@ -153,7 +162,7 @@ def latent_value_up(
 if _import_error is None:
 
     @torch.library.register_fake("recalkv_cpu::latent_cache_update")
-    def _(z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def _(z, kv_cache, slot_mapping, latent_dtype, group_size) -> None:
         return None
 
     @torch.library.register_fake("recalkv_cpu::latent_value_up")

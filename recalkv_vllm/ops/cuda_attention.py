@@ -37,6 +37,10 @@ class DecodeAttention:
     """
 
     def __init__(self, layer: LatentLayer):
+        if layer.latent_format is not None:
+            raise KernelUnavailableError(
+                f"latent_format: expected None, found {layer.latent_format.dtype}"
+            )
         self.device = device = layer.k_up.device
         sizes = Layer.of(layer)
         self.limits = device_limits(device)

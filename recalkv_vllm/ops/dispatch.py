@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
 
 logger = logging.getLogger("recalkv_vllm.ops")
@@ -54,7 +55,10 @@ class Implementation(Protocol):
 
     @staticmethod
     def latent_cache_update(
-        z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+        z: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        latent_format: LatentFormat | None = None,
     ) -> None: ...
 
     @staticmethod

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from recalkv_vllm.latent_format import LatentFormat
+
 Span = tuple[int, int]
 
 
@@ -29,6 +31,7 @@ class LatentLayer:
     k_norm_eps: float = 1e-6
     sliding_window: int | None = None
     soft_cap: float | None = None
+    latent_format: LatentFormat | None = None
 
     @property
     def k_group_size(self) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops.dispatch import BoundAttention
 from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
 
@@ -18,19 +19,45 @@ Span = tuple[int, int]
 
 
 def latent_cache_update(
-    z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    z: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    latent_format: LatentFormat | None = None,
 ) -> None:
     """Write latents into their slots of the paged cache.
 
     Args:
         z: ``[tokens, rank]`` latents.
-        kv_cache: ``[num_blocks, block_size, rank]``, any strides; written in place.
+        kv_cache: ``[num_blocks, block_size, rank]``, any strides; written in place. With a
+            ``latent_format``, uint8 ``[num_blocks, block_size, slot_bytes]``, each block contiguous
+            and laid out as :mod:`recalkv_vllm.latent_format` says.
         slot_mapping: ``[tokens]`` integers, ``block · block_size + offset``; negative is padding.
+        latent_format: codes and scales to store instead of the numbers.
     """
     real = slot_mapping >= 0
     slots = slot_mapping[real].long()
+    latents = z[: real.shape[0]][real]
     block_size = kv_cache.shape[1]
-    kv_cache[slots // block_size, slots % block_size] = z[: real.shape[0]][real].to(kv_cache.dtype)
+    where = (slots // block_size, slots % block_size)
+    if latent_format is None:
+        kv_cache[where] = latents.to(kv_cache.dtype)
+        return
+    all_codes, all_scales = latent_format.split_cache(kv_cache)
+    codes, all_scales[where] = latent_format.quantize(latents)
+    all_codes[where] = latent_format.pack(codes)
+
+
+def read_latents(
+    kv_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    offsets: torch.Tensor,
+    latent_format: LatentFormat | None,
+) -> torch.Tensor:
+    """Latents ``[tokens, rank]`` of the slots ``blocks, offsets: [tokens]``."""
+    if latent_format is None:
+        return kv_cache[blocks, offsets]
+    codes, scales = (part[blocks, offsets] for part in latent_format.split_cache(kv_cache))
+    return latent_format.dequantize(latent_format.unpack(codes), scales)
 
 
 def apply_rope(
@@ -112,6 +139,7 @@ def paged_latent_attention(
     k_norm_eps: float = 1e-6,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    latent_format: LatentFormat | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of rotated queries over a paged cache of latents.
@@ -119,7 +147,8 @@ def paged_latent_attention(
     Args:
         q: ``[tokens, h_q, d]``, already normed and rotated. Sequence ``i`` owns the rows
             ``query_start_loc[i]:query_start_loc[i + 1]``, its newest tokens.
-        kv_cache: ``[num_blocks, block_size, rank]``, any strides.
+        kv_cache: ``[num_blocks, block_size, rank]``, any strides; with a ``latent_format`` as
+            :func:`latent_cache_update` writes it.
         block_table: ``[num_seqs, max_blocks]`` int32.
         seq_lens: ``[num_seqs]`` int32, cached tokens including this call's; 0 is padding.
         query_start_loc: ``[num_seqs + 1]`` int32.
@@ -134,6 +163,7 @@ def paged_latent_attention(
         k_norm_eps: its epsilon.
         sliding_window: a query sees this many newest keys, itself included.
         soft_cap: logits become ``cap · tanh(logit / cap)``.
+        latent_format: how latents are quantised in the cache.
         compute_dtype: precision of all arithmetic.
 
     Returns:
@@ -158,7 +188,8 @@ def paged_latent_attention(
             continue
         positions = torch.arange(length, device=q.device)
         blocks = block_table[seq].long()[positions // block_size]
-        z = kv_cache[blocks, positions % block_size].to(compute_dtype)
+        z = read_latents(kv_cache, blocks, positions % block_size, latent_format)
+        z = z.to(compute_dtype)
         keys = reconstruct_keys(
             z,
             positions,

@@ -15,6 +15,7 @@ from recalkv_vllm.kernels.launch import (
     cache_update_launch,
     value_up_launch,
 )
+from recalkv_vllm.latent_format import LatentFormat
 
 __all__ = [
     "bind_paged_latent_attention",
@@ -50,11 +51,14 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def latent_cache_update(
-    z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    z: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    latent_format: LatentFormat | None = None,
 ) -> None:
     """See :func:`recalkv_vllm.ops.reference.latent_cache_update`."""
     if slot_mapping.shape[0]:
-        cache_update_launch(z, kv_cache, slot_mapping).run()
+        cache_update_launch(z, kv_cache, slot_mapping, latent_format).run()
 
 
 bind_paged_latent_attention = PagedLatentAttention

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops.layer import LatentLayer
 
 Span = tuple[int, int]
@@ -74,6 +75,7 @@ class AttentionSignature:
     dtype: torch.dtype
     device: torch.device
     max_position: int | None
+    latent_format: LatentFormat | None
 
     @classmethod
     def of(cls, layer: LatentLayer) -> AttentionSignature:
@@ -144,6 +146,7 @@ class AttentionSignature:
             dtype=k_up.dtype,
             device=k_up.device,
             max_position=None if layer.cos_sin_cache is None else layer.cos_sin_cache.shape[0],
+            latent_format=layer.latent_format,
         )
 
     def check_call(
@@ -162,13 +165,11 @@ class AttentionSignature:
             _require(False, "q", f"a multiple of {self.num_kv_heads} heads", q.shape[1])
         if q.shape[0] and (q.stride(2) != 1 or q.stride(1) != self.head_dim):
             _require(False, "q", "the heads of a token contiguous", f"strides {q.stride()}")
-        check_cache(kv_cache)
-        if kv_cache.dtype != self.dtype:
+        rank = check_cache(kv_cache, self.latent_format)
+        if self.latent_format is None and kv_cache.dtype != self.dtype:
             _require_dtype(kv_cache, "kv_cache", self.dtype)
-        if kv_cache.shape[2] < self.rank:
-            _require(
-                False, "kv_cache", f"a rank of {self.rank} or more, for spans", kv_cache.shape[2]
-            )
+        if rank < self.rank:
+            _require(False, "kv_cache", f"a rank of {self.rank} or more, for spans", rank)
         _require_shape(block_table, "block_table", "num_seqs", "max_blocks")
         num_seqs = block_table.shape[0]
         _require_shape(seq_lens, "seq_lens", num_seqs)
@@ -229,25 +230,45 @@ class AttentionSignature:
                 )
 
 
-def check_cache(kv_cache: torch.Tensor) -> None:
-    """Check shape, dtype and strides of a paged cache of latents."""
-    _require_shape(kv_cache, "kv_cache", "num_blocks", "block_size", "rank")
-    if kv_cache.dtype not in DTYPES:
-        _require_dtype(kv_cache, "kv_cache", *DTYPES)
-    _, block_size, rank = kv_cache.shape
-    if rank == 0 or rank % MULTIPLE:
-        _require(False, "kv_cache", f"a rank that is a multiple of {MULTIPLE}", rank)
+def check_cache(kv_cache: torch.Tensor, latent_format: LatentFormat | None = None) -> int:
+    """Check shape, dtype and strides of a paged cache of latents; returns their rank."""
+    last = "rank" if latent_format is None else "slot_bytes"
+    _require_shape(kv_cache, "kv_cache", "num_blocks", "block_size", last)
+    dtypes = DTYPES if latent_format is None else (torch.uint8,)
+    if kv_cache.dtype not in dtypes:
+        _require_dtype(kv_cache, "kv_cache", *dtypes)
+    _, block_size, width = kv_cache.shape
     if block_size == 0 or block_size % MULTIPLE:
         _require(False, "kv_cache", f"a block_size that is a multiple of {MULTIPLE}", block_size)
     if kv_cache.stride(2) != 1:
         _require(False, "kv_cache", "a contiguous last dimension", f"strides {kv_cache.stride()}")
+    if latent_format is None:
+        if width == 0 or width % MULTIPLE:
+            _require(False, "kv_cache", f"a rank that is a multiple of {MULTIPLE}", width)
+        return width
+    if kv_cache.stride(1) != width:
+        _require(False, "kv_cache", "contiguous blocks", f"strides {kv_cache.stride()}")
+    if kv_cache.stride(0) % MULTIPLE or kv_cache.storage_offset() % MULTIPLE:
+        found = f"offset {kv_cache.storage_offset()} and strides {kv_cache.stride()}"
+        _require(False, "kv_cache", f"blocks at multiples of {MULTIPLE} bytes", found)
+    try:
+        return latent_format.rank_of(width)
+    except ValueError as error:
+        raise ValueError(f"kv_cache: {error}") from None
 
 
-def check_cache_update(z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+def check_cache_update(
+    z: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    latent_format: LatentFormat | None = None,
+) -> None:
     """Check the arguments of ``latent_cache_update``; raises as above."""
-    check_cache(kv_cache)
-    _require_shape(z, "z", "tokens", kv_cache.shape[2])
-    if z.dtype != kv_cache.dtype:
+    rank = check_cache(kv_cache, latent_format)
+    _require_shape(z, "z", "tokens", rank)
+    if latent_format is not None:
+        _require_dtype(z, "z", *DTYPES)
+    elif z.dtype != kv_cache.dtype:
         _require_dtype(z, "z", kv_cache.dtype)
     if z.stride(1) != 1:
         _require(False, "z", "a contiguous last dimension", f"strides {z.stride()}")

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from recalkv_vllm.ops import LatentLayer
+from recalkv_vllm.latent_format import BITS, LatentFormat
+from recalkv_vllm.ops import LatentLayer, reference
 
 Span = tuple[int, int]
 BLOCK = 16
@@ -33,6 +34,7 @@ class AttentionCase:
         rot_dim: rotated columns of a head; 0 is no RoPE at all.
         cache: ``dense`` is contiguous, ``blocks`` leaves gaps between blocks, ``tokens`` also
             between tokens, as views of a storage that several layers share do.
+        latent_format: how the cache is quantised; ``tokens`` is then not possible.
         padding_rows: rows of ``q`` that belong to no sequence.
     """
 
@@ -54,6 +56,7 @@ class AttentionCase:
     sliding_window: int | None = None
     soft_cap: float | None = None
     cache: Literal["dense", "blocks", "tokens"] = "dense"
+    latent_format: LatentFormat | None = None
     padding_rows: int = 0
 
     def __str__(self) -> str:
@@ -95,6 +98,17 @@ def joint(
     """A case whose K group ``g`` and V group ``g`` read the same span."""
     case = spanned(name, heads, k_group_size, width, heads[1] // k_group_size, width, **rest)
     return replace(case, rank=case.k_spans[-1][1], v_spans=case.k_spans)
+
+
+def quantized(
+    cases: Sequence[AttentionCase], dtype: str, group_size: int
+) -> tuple[AttentionCase, ...]:
+    """The cases on a cache of quantised latents."""
+    form = LatentFormat(dtype, group_size)
+    return tuple(
+        replace(case, name=f"{case.name}-{dtype}-{group_size}", latent_format=form)
+        for case in cases
+    )
 
 
 DECODE_LENGTHS = tuple((1, n) for n in (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 77))
@@ -179,6 +193,30 @@ CASES: tuple[AttentionCase, ...] = (
 )
 
 
+#: Spans at odd multiples of 16, so that they start and end inside groups of 32 and 64 numbers.
+ODD_SPANS = (
+    spanned("odd-split", (4, 2, 64), 1, 48, 2, 16, batch=(*DECODE_LENGTHS, *MIXED)),
+    joint("odd-joint", (9, 3, 64), 3, 176, batch=MIXED, padding_rows=2),
+    spanned("odd-overlapping", (4, 2, 64), 2, 80, 1, 112, overlap=48, batch=MIXED, cache="blocks"),
+    AttentionCase(
+        "odd-with-gaps",
+        rank=208,
+        k_spans=((112, 160), (16, 64)),
+        v_spans=((176, 208), (80, 112)),
+        batch=MIXED,
+        block_size=48,
+        key_norm=True,
+    ),
+)
+
+QUANTIZED_CASES: tuple[AttentionCase, ...] = tuple(
+    case
+    for dtype in BITS
+    for i, group_size in enumerate((0, 16, 32, 64))
+    for case in quantized((ODD_SPANS[i], ODD_SPANS[i - 1]), dtype, group_size)
+)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
     """Tensors of one call; ``bind`` and ``call`` are the op's two groups of arguments."""
@@ -199,6 +237,7 @@ class AttentionInputs:
     k_norm_eps: float
     sliding_window: int | None
     soft_cap: float | None
+    latent_format: LatentFormat | None
 
     @property
     def call(self) -> dict[str, Any]:
@@ -224,15 +263,21 @@ class AttentionInputs:
 def paged_cache(
     case: AttentionCase, num_blocks: int, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
-    """An all-NaN cache ``[num_blocks, block_size, rank]`` with the case's strides."""
+    """An all-NaN cache ``[num_blocks, block_size, rank]`` with the case's strides.
+
+    Quantised, all its bytes are 0xFF, which makes scales NaN.
+    """
     block_size, rank = case.block_size, case.rank
+    poison: float = torch.nan
+    if case.latent_format is not None:
+        dtype, rank, poison = torch.uint8, case.latent_format.slot_bytes(rank), 0xFF
     if case.cache == "dense":
         shape: tuple[int, ...] = (num_blocks, block_size, rank)
     elif case.cache == "blocks":
         shape = (num_blocks, 3, block_size, rank)
     else:
         shape = (num_blocks, block_size, 2, rank + 32)
-    storage = torch.full(shape, torch.nan, dtype=dtype, device=device)
+    storage = torch.full(shape, poison, dtype=dtype, device=device)
     if case.cache == "dense":
         return storage
     return storage[:, 1] if case.cache == "blocks" else storage[:, :, 1, 16 : 16 + rank]
@@ -273,7 +318,9 @@ def build(
         block_table[row, :count] = torch.tensor(blocks, dtype=torch.int32)
         for i, block in enumerate(blocks):
             filled = min(case.block_size, length - i * case.block_size)
-            cache[block, :filled] = normal(filled, case.rank).to(cache)
+            slots = block * case.block_size + torch.arange(filled, device=device)
+            z = normal(filled, case.rank).to(device, dtype)
+            reference.latent_cache_update(z, cache, slots, case.latent_format)
 
     queries = [count for count, _ in case.batch]
     starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
@@ -306,4 +353,5 @@ def build(
         k_norm_eps=1e-6,
         sliding_window=case.sliding_window,
         soft_cap=case.soft_cap,
+        latent_format=case.latent_format,
     )

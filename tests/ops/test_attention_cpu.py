@@ -10,8 +10,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recalkv_vllm.ops import bind_paged_latent_attention, cpu, cpu_tables, paged_latent_attention
-from tests.ops.cases import CASES, MIXED, AttentionCase, build, joint, spanned
+from recalkv_vllm.latent_format import BITS, LatentFormat
+from recalkv_vllm.ops import (
+    bind_paged_latent_attention,
+    cpu,
+    cpu_tables,
+    latent_cache_update,
+    paged_latent_attention,
+)
+from tests.ops.cases import (
+    CASES,
+    MIXED,
+    QUANTIZED_CASES,
+    AttentionCase,
+    build,
+    joint,
+    quantized,
+    spanned,
+)
 from tests.ops.checks import assert_matches_oracle, difference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,7 +53,7 @@ def poison_free_memory(case: AttentionCase) -> None:
 
 
 @pytest.mark.parametrize(("isa", "dtype"), VERSIONS, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + QUANTIZED_CASES, ids=str)
 def test_matrix(
     case: AttentionCase, isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,9 +64,11 @@ def test_matrix(
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("name", ["decode-long", "mixed", "one-v-group-many-k", "prefill"])
+@pytest.mark.parametrize(
+    "name", ["decode-long", "mixed", "one-v-group-many-k", "prefill", "odd-joint-int4-32"]
+)
 def test_splits_between_threads(name: str, threads: int) -> None:
-    case = next(case for case in CASES if case.name == name)
+    case = next(case for case in CASES + QUANTIZED_CASES if case.name == name)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -86,6 +104,9 @@ def random_cases(draw: st.DrawFn) -> AttentionCase:
         "sliding_window": draw(st.sampled_from((None, 5, 64, 65))),
         "cache": draw(st.sampled_from(("dense", "blocks", "tokens"))),
     }
+    if draw(st.booleans()):
+        rest["latent_format"] = LatentFormat(draw(st.sampled_from(tuple(BITS))), pick(0, 16, 128))
+        rest["cache"] = draw(st.sampled_from(("dense", "blocks")))
     if draw(st.booleans()):
         return joint("random", heads, group, pick(16, 80), **rest)
     v_groups = draw(st.sampled_from([n for n in (1, 2, 3) if kv_heads % n == 0]))
@@ -136,6 +157,20 @@ def test_nan_in_the_cache_reaches_the_output() -> None:
     case = spanned("nan", (4, 2, 64), 1, 32, 2, 32, batch=((1, 20),))
     inputs = build(case, torch.bfloat16)
     inputs.kv_cache[inputs.block_table[0, 0], 3] = torch.nan
+    o_lat, lse = paged_latent_attention(**inputs.arguments)
+    assert o_lat.isnan().all()
+    assert lse.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_nan_in_a_quantised_latent_reaches_the_output(dtype: str) -> None:
+    plain = spanned("nan", (4, 2, 64), 1, 32, 2, 32, batch=((1, 20),))
+    (case,) = quantized([plain], dtype, 0)
+    inputs = build(case, torch.bfloat16)
+    z = torch.zeros(1, case.rank, dtype=torch.bfloat16)
+    z[0, 77] = torch.nan
+    slot = inputs.block_table[0, :1] * case.block_size + 3
+    latent_cache_update(z, inputs.kv_cache, slot, case.latent_format)
     o_lat, lse = paged_latent_attention(**inputs.arguments)
     assert o_lat.isnan().all()
     assert lse.isnan().all()
@@ -236,5 +271,8 @@ def test_opcheck() -> None:
         0.0,
         0,
         cpu.instruction_set(torch.float32),
+        "",
+        0,
+        128,
     )
     torch.library.opcheck(torch.ops.recalkv_cpu.paged_latent_attention.default, arguments)

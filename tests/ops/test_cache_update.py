@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops import latent_cache_update, reference
 from tests.ops.cases import AttentionCase, paged_cache
 
@@ -27,6 +28,34 @@ def test_writes_its_slots_and_nothing_else(
     assert int((~caches[0].isnan()).all(-1).sum()) == int((slots >= 0).sum())
 
 
+@pytest.mark.parametrize("group_size", [0, 16, 64])
+@pytest.mark.parametrize("latent_dtype", BITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantises_bit_for_bit(dtype: torch.dtype, latent_dtype: str, group_size: int) -> None:
+    form = LatentFormat(latent_dtype, group_size)
+    case = AttentionCase("update", rank=336, block_size=16, cache="blocks", latent_format=form)
+    caches = [paged_cache(case, 40, dtype, "cpu") for _ in range(2)]
+    z = torch.randn(302, 336 + 16).to(dtype)[:, :336]
+    z[:40] *= 2.0 ** torch.arange(-28, 12).unsqueeze(1)
+    z[40:50, :100] = 0
+    z[50:60, 100:] *= torch.tensor(1e-38).to(dtype)  # scales that are not normal numbers
+    z[60:70] = z[60:70].round()  # on the edges between codes
+    slots = torch.randperm(40 * 16)[:300]
+    slots[::7] = -1
+    latent_cache_update(z, caches[0], slots, form)
+    reference.latent_cache_update(z, caches[1], slots, form)
+    assert torch.equal(*caches)
+    untouched = (caches[0] == 0xFF).all(dim=(1, 2))
+    assert not untouched.all()
+    codes, scales = (part.flatten(0, 1)[slots[slots >= 0]] for part in form.split_cache(caches[0]))
+    back = form.dequantize(form.unpack(codes), scales)
+    expected = form.round_trip(z[:300][slots >= 0].float())
+    torch.testing.assert_close(back, expected, rtol=0, atol=0)
+    _, scales = form.split_cache(caches[0])
+    written = (~scales.isnan()).all(-1).flatten()
+    assert int(written.sum()) == int((slots >= 0).sum())
+
+
 def test_no_tokens() -> None:
     cache = torch.zeros(2, 16, 32)
     latent_cache_update(torch.ones(0, 32), cache, torch.zeros(0, dtype=torch.int64))
@@ -43,5 +72,5 @@ def test_slot_outside_the_cache() -> None:
 def test_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.recalkv_cpu.latent_cache_update.default,
-        (torch.ones(2, 32), torch.zeros(2, 16, 32), torch.tensor([3, -1])),
+        (torch.ones(2, 32), torch.zeros(2, 16, 32), torch.tensor([3, -1]), "", 0),
     )
