@@ -1,8 +1,10 @@
-"""``recalkv eval``: perplexity of a base model or a compressed checkpoint."""
+"""``recalkv eval``: accuracy of a base model or a compressed checkpoint."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -11,7 +13,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "eval",
         help="measure a model's accuracy",
-        description="Perplexity over consecutive windows of a text.",
+        description="Measure perplexity over consecutive windows of a text, agreement with the "
+        "base model on them, or retrieval of a number hidden in long text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -19,11 +22,17 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--dataset",
         metavar="NAME|PATH",
-        required=True,
-        help="a .txt, .jsonl or .parquet file, a datasets name NAME[:CONFIG[:SPLIT]], or builtin",
+        help="for ppl and agreement: a .txt, .jsonl or .parquet file, a datasets name "
+        "NAME[:CONFIG[:SPLIT]], or builtin",
     )
     add("--text-column", metavar="C", default="text", help="column of a table that holds the text")
-    add("--metric", choices=("ppl",), default="ppl", help="what to measure")
+    add("--metric", choices=tuple(METRICS), default="ppl", help="what to measure")
+    add("--base", metavar="MODEL", help="for agreement: the model to agree with")
+    add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="of passkey")
+    depths = [0.0, 0.25, 0.5, 0.75, 1.0]
+    add("--depths", nargs="+", type=float, default=depths, metavar="D", help="of passkey, 0 to 1")
+    add("--samples", type=int, default=2, metavar="N", help="of passkey, per length and depth")
+    add("--seed", type=int, default=0, help="of passkey")
     add("--seq-len", metavar="N", type=int, default=2048, help="tokens per window")
     add("--max-tokens", metavar="N", type=int, help="use no more than N tokens of the text")
     add(
@@ -41,33 +50,113 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from recalkv_vllm.cli.libraries import quiet_libraries
     from recalkv_vllm.compression.errors import InputError
     from recalkv_vllm.compression.reader import check_factors
-    from recalkv_vllm.compression.source import find_model, load_tokenizer
-    from recalkv_vllm.compression.text import describe, documents
-    from recalkv_vllm.evaluation.perplexity import cut_windows, load_engine, perplexity
+    from recalkv_vllm.compression.source import find_model
 
     quiet_libraries()
-    for name, value in (("--seq-len", options.seq_len), ("--max-tokens", options.max_tokens)):
-        if value is not None and value < 2:
-            raise InputError(f"{name} {value}: expected at least 2")
+    numbers = {"--seq-len": [options.seq_len], "--max-tokens": [options.max_tokens or 2]}
+    for name, values in numbers.items():
+        if min(values) < 2:
+            raise InputError(f"{name} {min(values)}: expected at least 2")
+    if options.samples < 1:
+        raise InputError(f"--samples {options.samples}: expected at least 1")
     directory = find_model(options.model)
     if "recalkv" in read_hf_config(directory):
         check_factors(directory)
-    engine = load_engine(options.engine)
-    text = documents(options.dataset, options.text_column)
-    windows = cut_windows(text, load_tokenizer(directory), options.seq_len, options.max_tokens)
     return {
         "model": options.model,
-        "dataset": describe(options.dataset),
         "metric": options.metric,
         "engine": options.engine,
-        "seq_len": options.seq_len,
-        **perplexity(engine, directory, windows),
+        **METRICS[options.metric](options, directory),
     }
+
+
+def _windows(
+    options: argparse.Namespace, directory: Path
+) -> tuple[dict[str, Any], list[list[int]]]:
+    from recalkv_vllm.compression.errors import InputError
+    from recalkv_vllm.compression.source import load_tokenizer
+    from recalkv_vllm.compression.text import describe, documents
+    from recalkv_vllm.evaluation.perplexity import cut_windows
+
+    if options.dataset is None:
+        raise InputError(f"--dataset: expected a text for --metric {options.metric}, found none")
+    text = documents(options.dataset, options.text_column)
+    windows = cut_windows(text, load_tokenizer(directory), options.seq_len, options.max_tokens)
+    return {"dataset": describe(options.dataset), "seq_len": options.seq_len}, windows
+
+
+def _perplexity(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    from recalkv_vllm.evaluation.engines import load_engine
+    from recalkv_vllm.evaluation.perplexity import perplexity
+
+    engine = load_engine(options.engine)
+    provenance, windows = _windows(options, directory)
+    return {**provenance, **perplexity(engine, directory, windows)}
+
+
+def _agreement(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    from recalkv_vllm.compression.errors import InputError
+    from recalkv_vllm.compression.source import find_model
+    from recalkv_vllm.evaluation.agreement import agreement
+
+    if options.base is None:
+        raise InputError("--base: expected the model to agree with, found none")
+    if options.engine != "transformers":
+        raise InputError(
+            f"--engine {options.engine}: expected transformers for --metric agreement, which "
+            "compares whole distributions"
+        )
+    provenance, windows = _windows(options, directory)
+    base = find_model(options.base)
+    return {"base": options.base, **provenance, **agreement(directory, base, windows)}
+
+
+def _passkey(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    from recalkv_vllm.compression.source import load_tokenizer
+    from recalkv_vllm.evaluation.engines import load_engine
+    from recalkv_vllm.evaluation.passkey import passkey
+
+    engine = load_engine(options.engine)
+    tokenizer = load_tokenizer(directory)
+    grid = (options.lengths, options.depths, options.samples, options.seed)
+    return passkey(engine, directory, tokenizer, *grid)
+
+
+METRICS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+    "ppl": _perplexity,
+    "agreement": _agreement,
+    "passkey": _passkey,
+}
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the result for people."""
-    print(
-        f"{result['model']}: perplexity {result['perplexity']:.4f} (nll {result['nll']:.5f}) "
-        f"over {result['tokens']} tokens of {result['dataset']}"
-    )
+    name = result["model"]
+    if result["metric"] == "ppl":
+        print(
+            f"{name}: perplexity {result['perplexity']:.4f} (nll {result['nll']:.5f}) "
+            f"over {result['tokens']} tokens of {result['dataset']}"
+        )
+    elif result["metric"] == "agreement":
+        print(
+            f"{name}: the same most likely token as {result['base']} at {result['top1']:.2%} of "
+            f"{result['tokens']} tokens of {result['dataset']}; KL divergence {result['kl']:.5f}, "
+            f"nll {result['nll']:.5f} against {result['base_nll']:.5f}"
+        )
+    else:
+        _show_grid(result)
+
+
+def _show_grid(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    found = {(row["length"], row["depth"]): row["accuracy"] for row in result["rows"]}
+    depths = sorted({depth for _, depth in found})
+    table = Table(title=f"{result['model']}: pass keys found by length and depth")
+    for heading in ("tokens", *(f"{depth:g}" for depth in depths)):
+        table.add_column(heading, justify="right")
+    for length in sorted({length for length, _ in found}):
+        table.add_row(f"{length:,}", *(f"{found[length, depth]:.0%}" for depth in depths))
+    Console().print(table)
+    print(f"{result['accuracy']:.1%} of {result['prompts']}")

@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.samples import start_tokens, tokenize
-
-#: ``engine(model directory, windows of token ids)`` gives, per window, the sum of the negative
-#: log-likelihoods (nats) of the tokens after its first, and their count.
-Engine = Callable[[Path, list[list[int]]], list[tuple[float, int]]]
-
-#: Engine name to module; each has a function ``score_windows``. Loaded only when asked for.
-ENGINES = {
-    "transformers": "recalkv_vllm.evaluation.transformers_engine",
-    "vllm": "recalkv_vllm.evaluation.vllm_engine",
-}
-
-
-def load_engine(name: str) -> Engine:
-    """Import an engine.
-
-    Raises:
-        InputError: an unknown engine, or one whose libraries are not installed.
-    """
-    if name not in ENGINES:
-        raise InputError(f"engine {name!r}: unknown; expected one of {', '.join(ENGINES)}")
-    try:
-        return importlib.import_module(ENGINES[name]).score_windows
-    except ModuleNotFoundError as error:
-        raise InputError(f"engine {name}: {error.name} is not installed") from error
+from recalkv_vllm.evaluation.engines import Engine
 
 
 def cut_windows(
@@ -69,7 +45,7 @@ def perplexity(engine: Engine, model: Path, windows: list[list[int]]) -> dict[st
     Raises:
         InputError: the model's likelihoods are not finite.
     """
-    scores = engine(model, windows)
+    scores = engine.score_windows(model, windows)
     tokens = sum(count for _, count in scores)
     nll = math.fsum(total for total, _ in scores) / tokens
     if not math.isfinite(nll):

@@ -1,4 +1,5 @@
-"""Likelihoods by plain ``transformers``: a compressed checkpoint's dense products are its model."""
+"""Evaluation by plain ``transformers``: a compressed checkpoint's dense products are its model,
+with its latents rounded as the cache does."""
 
 from __future__ import annotations
 
@@ -7,23 +8,41 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from recalkv_vllm.compression.architectures import CausalLM
 from recalkv_vllm.compression.progress import track
 from recalkv_vllm.compression.source import choose_device, load_model
+from recalkv_vllm.evaluation.latent_rounding import round_latents
+
+
+def load_served(model: Path) -> CausalLM:
+    """The model in float32, its keys and values as they are when it is served."""
+    network = load_model(model, torch.float32, choose_device("auto")).eval()
+    round_latents(network, model)
+    return network
 
 
 @torch.inference_mode()
 def score_windows(model: Path, windows: list[list[int]]) -> list[tuple[float, int]]:
-    """Score token windows in float32.
-
-    Returns:
-        Per window: the summed negative log-likelihood of all tokens but its first, and their count.
-    """
-    device = choose_device("auto")
-    network = load_model(model, torch.float32, device).eval()
+    """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
+    network = load_served(model)
     scores = []
     for window in track(windows, "evaluating", total=len(windows)):
-        ids = torch.tensor([window], device=device)
+        ids = torch.tensor([window], device=network.device)
         logits = network(ids, use_cache=False).logits[0, :-1]
         nll = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
         scores.append((nll.item(), len(window) - 1))
     return scores
+
+
+@torch.inference_mode()
+def generate(model: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
+    network = load_served(model)
+    answers = []
+    for prompt in track(prompts, "generating", total=len(prompts)):
+        ids = torch.tensor([prompt], device=network.device)
+        out = network.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+        )
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers

@@ -1,0 +1,41 @@
+"""The engines that run a model for an evaluation; each is loaded only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Protocol
+
+from recalkv_vllm.compression.errors import InputError
+
+MODULES = {
+    "transformers": "recalkv_vllm.evaluation.transformers_engine",
+    "vllm": "recalkv_vllm.evaluation.vllm_engine",
+}
+
+
+class Engine(Protocol):
+    """A module that runs models in float32, as they are served."""
+
+    @staticmethod
+    def score_windows(model: Path, windows: list[list[int]]) -> list[tuple[float, int]]:
+        """Per window of token ids: the summed negative log-likelihood (nats) of all tokens but its
+        first, and their count."""
+
+    @staticmethod
+    def generate(model: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        """Greedy continuations of prompts, ``max_tokens`` token ids or fewer each."""
+
+
+def load_engine(name: str) -> Engine:
+    """Import an engine.
+
+    Raises:
+        InputError: an unknown engine, or one whose libraries are not installed.
+    """
+    if name not in MODULES:
+        raise InputError(f"engine {name!r}: unknown; expected one of {', '.join(MODULES)}")
+    try:
+        return importlib.import_module(MODULES[name])
+    except ModuleNotFoundError as error:
+        raise InputError(f"engine {name}: {error.name} is not installed") from error
