@@ -101,7 +101,7 @@ def flash_attention_library(problem: Problem) -> Attend:
 
     def attend(layer: int) -> torch.Tensor:
         keys, values = problem.cache[layer]
-        # By position, as vLLM's flash_attn_interface.py calls it.
+        # By position: its arguments have no defaults (vLLM 0.32).
         return forward(
             problem.q,
             keys,
