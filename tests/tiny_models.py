@@ -44,6 +44,10 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    return train_tokenizer()
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer trained on text that is always there."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -25,18 +25,38 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         required=True,
         help="fraction of the KV cache to remove, in [0, 1); 0 is full rank and exact",
     )
-    add("--method", default="recalkv", help="recalkv, palu or svd")
+    add("--method", default="kfac", help="kfac, recalkv, palu or svd")
     add(
         "--k-group-size",
         metavar="N",
         type=group_size,
         default="auto",
-        help="KV heads per K group; auto: the largest divisor of the KV heads up to 4",
+        help="KV heads per K group; auto: kfac's of the least expected loss within --target, "
+        "the other methods' largest divisor of the KV heads up to 4",
     )
     add("--v-groups", metavar="N", type=int, help="V groups (default: the method's)")
     add(
+        "--spans",
+        choices=("nested", "joint", "split"),
+        help="kfac: one latent for K and V of a group, of which K reads what --target pays for "
+        "(nested, the default) or everything (joint), or a latent each (split)",
+    )
+    add(
+        "--target",
+        metavar="NAME|N",
+        default="h100",
+        help="kfac: most FLOP that rebuilding keys may cost per cached byte: that of h100, a100 "
+        "or cpu, none, or a number",
+    )
+    add(
+        "--output-refit",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="kfac: refit o_proj to the dense model's attention output",
+    )
+    add(
         "--rank-allocation",
-        choices=("fisher", "uniform"),
+        choices=("loss", "fisher", "uniform"),
         help="how ranks are split over layers (default: the method's)",
     )
     add(

@@ -9,23 +9,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from recalkv_vllm.compression.errors import InputError
 
 #: ``model_type`` of the base config to the architecture name of the compressed checkpoint.
 ARCHITECTURES = {
+    "gemma2": "RecalkvGemma2ForCausalLM",
+    "gemma3_text": "RecalkvGemma3ForCausalLM",
+    "granite": "RecalkvGraniteForCausalLM",
     "llama": "RecalkvLlamaForCausalLM",
     "mistral": "RecalkvMistralForCausalLM",
+    "mixtral": "RecalkvMixtralForCausalLM",
+    "phi3": "RecalkvPhi3ForCausalLM",
     "qwen2": "RecalkvQwen2ForCausalLM",
+    "qwen3": "RecalkvQwen3ForCausalLM",
+    "qwen3_moe": "RecalkvQwen3MoeForCausalLM",
 }
+#: Fields of a config that change attention in a way that latents are not served with.
+UNSUPPORTED_FIELDS = ("dual_chunk_attention_config", "llama_4_scaling")
 
 
 def compressed_architecture(config: Mapping[str, Any]) -> str:
     """Architecture name of the compressed form of a Hugging Face config.
 
     Raises:
-        InputError: the model type is not supported, or the model is compressed already.
+        InputError: the model is not supported, or compressed already.
     """
     if "recalkv" in config:
         raise InputError("the model is already compressed by recalkv; expected its base model")
@@ -35,6 +45,11 @@ def compressed_architecture(config: Mapping[str, Any]) -> str:
             f"model_type {model_type!r} is not supported; expected one of "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
+    for field in UNSUPPORTED_FIELDS:
+        if config.get(field) is not None:
+            raise InputError(f"{model_type} with {field} is not supported")
+    if not config.get("is_causal", True):
+        raise InputError("is_causal false: expected a decoder, found bidirectional attention")
     if "quantization_config" in config:
         raise InputError(
             "the model's weights are quantised; expected a model with floating-point weights"
@@ -58,3 +73,30 @@ class Attention(Protocol):
 def attention_modules(model: CausalLM) -> list[Attention]:
     """The attention module of every decoder layer, first layer first."""
     return [layer.self_attn for layer in model.model.layers]
+
+
+class SplitProjection(nn.Module):
+    """A fused ``qkv_proj`` (Phi-3) as three projections that can be watched one by one."""
+
+    def __init__(self, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear):
+        super().__init__()
+        self.parts = nn.ModuleList((q_proj, k_proj, v_proj))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def split_fused_projections(model: CausalLM) -> None:
+    """Give attention modules with a fused ``qkv_proj`` the projections that others have."""
+    config = model.config
+    for attention in attention_modules(model):
+        fused = getattr(attention, "qkv_proj", None)
+        if fused is None:
+            continue
+        kv_rows = config.num_key_value_heads * attention.head_dim
+        rows = (config.num_attention_heads * attention.head_dim, kv_rows, kv_rows)
+        for name, weight in zip(("q", "k", "v"), fused.weight.data.split(rows), strict=True):
+            part = nn.Linear(*weight.T.shape, bias=False, device="meta")
+            part.weight = nn.Parameter(weight)
+            setattr(attention, f"{name}_proj", part)
+        attention.qkv_proj = SplitProjection(attention.q_proj, attention.k_proj, attention.v_proj)

@@ -1,7 +1,9 @@
-"""Factors of all layers, made one layer at a time and put into the model."""
+"""Factors of all layers, made one layer at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,29 +14,51 @@ from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.factors import LayerFactors, LayerInputs, reorder_rows
 from recalkv_vllm.compression.linalg import relative_error
 from recalkv_vllm.compression.methods import Method
+from recalkv_vllm.compression.output_refit import OutputRefit
 from recalkv_vllm.compression.progress import track
-from recalkv_vllm.compression.ranks import LayerRanks
+from recalkv_vllm.compression.ranks import LayerPlan
 from recalkv_vllm.compression.statistics import Statistics
-from recalkv_vllm.compression.writer import install_factors
+
+
+class ModelLayers(Sequence[LayerInputs]):
+    """What there is to factor in each layer of a model, made when asked for."""
+
+    def __init__(self, model: CausalLM, geometry: AttentionGeometry, statistics: Statistics | None):
+        self._attention = attention_modules(model)
+        self._num_kv_heads = geometry.num_kv_heads
+        self.statistics = statistics
+
+    def __len__(self) -> int:
+        return len(self._attention)
+
+    def __getitem__(self, layer):
+        attention = self._attention[layer]  # ends iteration by IndexError
+        return LayerInputs(
+            k_weight=attention.k_proj.weight.data.double(),
+            v_weight=attention.v_proj.weight.data.double(),
+            num_kv_heads=self._num_kv_heads,
+            statistics=self.statistics.inputs(layer) if self.statistics else None,
+            fisher=self.statistics.kronecker(layer) if self.statistics else None,
+        )
 
 
 def factor_layers(
-    model: CausalLM,
     geometry: AttentionGeometry,
     method: Method,
-    ranks: list[LayerRanks],
-    statistics: Statistics | None,
+    plans: list[LayerPlan],
+    layers: ModelLayers,
     dtype: torch.dtype,
+    refit: OutputRefit | None = None,
 ) -> tuple[list[LayerFactors], dict[str, Any]]:
-    """Factor every layer of ``model`` and install the factors there.
+    """Factor every layer.
 
     Args:
-        model: the base model in its own dtype; changed in place.
         geometry: of the model.
         method: how to factor.
-        ranks: per layer.
-        statistics: what the method asked for.
+        plans: per layer.
+        layers: the model's, not factored yet.
         dtype: of the factors.
+        refit: of ``o_proj``, if it is to follow the factors.
 
     Returns:
         Factors rounded to ``dtype``, and the relative errors that they leave: ``k`` and ``v`` per
@@ -47,15 +71,8 @@ def factor_layers(
     factors: list[LayerFactors] = []
     k_errors: list[float] = []
     v_errors: list[float] = []
-    modules = attention_modules(model)
-    for layer, attention in enumerate(track(modules, "factoring", total=len(modules))):
-        inputs = LayerInputs(
-            k_weight=attention.k_proj.weight.data.double(),
-            v_weight=attention.v_proj.weight.data.double(),
-            num_kv_heads=geometry.num_kv_heads,
-            statistics=statistics.inputs(layer) if statistics else None,
-        )
-        part = method.factor(inputs, ranks[layer]).to(dtype)
+    for layer, inputs in enumerate(track(layers, "factoring", total=len(layers))):
+        part = method.factor(inputs, plans[layer]).to(dtype)
         part.layout.validate(geometry, f"layer {layer}")
         if not all(t.isfinite().all() for t in (part.down, part.k_up, part.v_up)):
             raise InputError(f"layer {layer}: factors overflow {dtype}; choose another --dtype")
@@ -65,7 +82,8 @@ def factor_layers(
             (inputs.k_weight, inputs.v_weight), part.products(), (k_errors, v_errors), strict=True
         ):
             errors.append(relative_error(reorder_rows(weight, order), product.double(), metric))
-        install_factors(attention, part)
+        if refit is not None:
+            part = replace(part, output=refit.refit(layer, part))
         factors.append(part)
-    of = "outputs" if statistics else "weights"
+    of = "outputs" if layers.statistics else "weights"
     return factors, {"of": of, "k": k_errors, "v": v_errors}

@@ -33,7 +33,11 @@ def head_similarity(
     Returns:
         ``[heads, heads]``, symmetric, values in [0, 1].
     """
-    covariance = weight @ (second_moment - torch.outer(mean, mean)) @ weight.T
+    return block_alignment(weight @ (second_moment - torch.outer(mean, mean)) @ weight.T, num_heads)
+
+
+def block_alignment(covariance: torch.Tensor, num_heads: int) -> np.ndarray:
+    """``‖C_ij‖_F² / (‖C_ii‖_F ‖C_jj‖_F)`` of the blocks of ``C: [heads · n, heads · n]``."""
     blocks = covariance.unflatten(0, (num_heads, -1)).unflatten(2, (num_heads, -1))
     alignment = blocks.square().sum(dim=(1, 3))
     norms = alignment.diagonal().sqrt()

@@ -9,11 +9,11 @@ import torch
 DAMPING = 1e-6
 
 
-def damped(second_moment: torch.Tensor) -> torch.Tensor:
+def damped(second_moment: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """``A + ε·mean(λ)·I`` for ``A: [H, H]``."""
     mean_eigenvalue = second_moment.diagonal().mean()
-    eye = torch.eye(len(second_moment), dtype=second_moment.dtype)
-    return second_moment + DAMPING * mean_eigenvalue * eye
+    eye = torch.eye(len(second_moment), dtype=second_moment.dtype, device=second_moment.device)
+    return second_moment + damping * mean_eigenvalue * eye
 
 
 def output_moment(weight: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:

@@ -18,8 +18,9 @@ from recalkv_vllm.compression import source
 from recalkv_vllm.compression.architectures import compressed_architecture
 from recalkv_vllm.compression.card import model_card
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.compression.factoring import factor_layers
-from recalkv_vllm.compression.methods import METHODS, Method
+from recalkv_vllm.compression.factoring import ModelLayers, factor_layers
+from recalkv_vllm.compression.methods import METHODS, Method, MethodOptions
+from recalkv_vllm.compression.output_refit import OutputRefit
 from recalkv_vllm.compression.samples import draw_samples
 from recalkv_vllm.compression.statistics import (
     Statistics,
@@ -28,6 +29,7 @@ from recalkv_vllm.compression.statistics import (
     samples_digest,
 )
 from recalkv_vllm.compression.summary import summarize
+from recalkv_vllm.compression.targets import flop_per_byte
 from recalkv_vllm.compression.text import describe, documents
 from recalkv_vllm.compression.writer import (
     appearing,
@@ -38,9 +40,6 @@ from recalkv_vllm.version import __version__
 
 log = logging.getLogger(__name__)
 
-#: ``--k-group-size auto``: the paper's group size, or the largest divisor of h_kv below it.
-LARGEST_AUTO_GROUP = 4
-
 
 @dataclass(frozen=True, slots=True)
 class CompressOptions:
@@ -49,10 +48,13 @@ class CompressOptions:
     model: str
     out: Path
     compression: float
-    method: str = "recalkv"
+    method: str = "kfac"
     k_group_size: int | None = None
     v_groups: int | None = None
     rank_allocation: str | None = None
+    spans: str | None = None
+    target: str = "h100"
+    output_refit: bool = True
     dataset: str = "builtin"
     text_column: str = "text"
     num_samples: int = 256
@@ -60,6 +62,15 @@ class CompressOptions:
     seed: int = 42
     device: str = "auto"
     dtype: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """Calibration samples ``[samples, seq_len]``, their statistics, and where they are from."""
+
+    samples: torch.Tensor
+    statistics: Statistics
+    provenance: dict[str, Any]
 
 
 def compress(options: CompressOptions) -> dict[str, Any]:
@@ -88,11 +99,18 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     method.check(options.compression)
     device = source.choose_device(options.device)
 
-    statistics, calibration = _calibrate(options, directory, geometry, method, device)
-    ranks = method.ranks(options.compression, statistics)
-    model = source.load_model(directory, "auto", "cpu")
-    dtype = model.dtype if options.dtype == "auto" else source.DTYPES[options.dtype]
-    factors, errors = factor_layers(model, geometry, method, ranks, statistics, dtype)
+    calibrated = _calibrate(options, directory, geometry, method, device)
+    statistics = calibrated.statistics if calibrated else None
+    own = source.own_dtype(directory)
+    dtype = own if options.dtype == "auto" else source.DTYPES[options.dtype]
+    refits = calibrated is not None and method.refits_output and options.output_refit
+    model = source.load_model(
+        directory, source.calibration_dtype(own, device) if refits else own, "cpu"
+    )
+    layers = ModelLayers(model, geometry, statistics)
+    plans = method.plan(options.compression, layers, statistics)
+    refit = OutputRefit(model, calibrated.samples, device) if calibrated and refits else None
+    factors, errors = factor_layers(geometry, method, plans, layers, dtype, refit)
     recalkv = RecalkvConfig(
         method=method.name,
         compression=options.compression,
@@ -101,12 +119,12 @@ def compress(options: CompressOptions) -> dict[str, Any]:
             "base_model": directory.resolve().name
             if Path(options.model).exists()
             else options.model,
-            "k_group_size": method.k_group_size,
-            "v_groups": method.v_groups,
+            **method.settings(),
+            "output_refit": refit is not None,
             "rank_allocation": method.rank_allocation if options.compression else "full",
             "relative_error": errors,
         },
-        calibration=calibration,
+        calibration=calibrated.provenance if calibrated else {},
         tool_versions={
             "recalkv_vllm": __version__,
             "safetensors": safetensors.__version__,
@@ -116,8 +134,8 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     )
     summary = summarize(recalkv, geometry, dtype.itemsize)
     with appearing(options.out) as partial:
-        model.to(dtype)
-        write_checkpoint(partial, directory, model, config, recalkv, factors)
+        convert = options.dtype != "auto"
+        write_checkpoint(partial, directory, config, recalkv, factors, dtype, convert)
         card = model_card(options.out.name, recalkv.settings["base_model"], recalkv, summary)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return {**summary, "seconds": time.monotonic() - began}
@@ -133,18 +151,14 @@ def choose_method(options: CompressOptions, geometry: AttentionGeometry) -> Meth
         raise InputError(
             f"method {options.method!r}: unknown; expected one of {', '.join(sorted(METHODS))}"
         )
-    heads = geometry.num_kv_heads
-    group_size = options.k_group_size
-    if group_size is None:
-        group_size = max(n for n in range(1, LARGEST_AUTO_GROUP + 1) if heads % n == 0)
-    for name, value in (("--k-group-size", group_size), ("--v-groups", options.v_groups)):
-        if value is not None and (value < 1 or heads % value):
-            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise InputError(
-                f"{name} {value}: does not divide the model's {heads} KV heads; "
-                f"expected one of {divisors}"
-            )
-    return METHODS[options.method](geometry, group_size, options.v_groups, options.rank_allocation)
+    chosen = MethodOptions(
+        options.k_group_size,
+        options.v_groups,
+        options.rank_allocation,
+        options.spans,
+        flop_per_byte(options.target),
+    )
+    return METHODS[options.method](geometry, chosen)
 
 
 def _calibrate(
@@ -153,11 +167,11 @@ def _calibrate(
     geometry: AttentionGeometry,
     method: Method,
     device: str,
-) -> tuple[Statistics | None, dict[str, Any]]:
-    """Statistics that the method needs, and their provenance."""
+) -> Calibrated | None:
+    """What the method needs of the calibration text; None if nothing."""
     observers = method.observers(options.compression)
     if not observers:
-        return None, {}
+        return None
     tokenizer = source.load_tokenizer(directory)
     text = documents(options.dataset, options.text_column)
     samples = draw_samples(text, tokenizer, options.num_samples, options.seq_len, options.seed)
@@ -172,7 +186,7 @@ def _calibrate(
         key=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
         load_model=lambda: source.load_model(directory, arithmetic, device),
     )
-    return statistics, {
+    provenance = {
         "dataset": describe(options.dataset),
         "samples": len(samples),
         "seq_len": options.seq_len,
@@ -180,3 +194,4 @@ def _calibrate(
         "samples_digest": digest,
         "dtype": str(arithmetic).removeprefix("torch."),
     }
+    return Calibrated(samples, statistics, provenance)

@@ -35,9 +35,10 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerRanks:
-    """Width of every K span and every V span of one layer."""
+class LayerPlan:
+    """Order of KV heads, and width of every K span and every V span, of one layer."""
 
+    head_order: tuple[int, ...]
     k_width: int
     v_width: int
 
@@ -109,16 +110,24 @@ def check_compression(
                 f"compression {compression}: a group of {heads} heads of {geometry.head_dim} is "
                 f"{width} wide, expected {need}; choose another --{kind}"
             )
+    check_budget(compression, geometry, f"{k_groups} K and {v_groups} V", k_groups + v_groups)
+
+
+def check_budget(compression: float, geometry: AttentionGeometry, kinds: str, groups: int) -> None:
+    """Raise :class:`InputError` unless each of ``groups`` latents per layer can get rank 16.
+
+    ``kinds`` names them. The message names the largest possible compression.
+    """
     budget = rank_budget(compression, geometry)
-    least = geometry.num_layers * SPAN_MULTIPLE * (k_groups + v_groups)
+    least = geometry.num_layers * SPAN_MULTIPLE * groups
     if budget < least:
         dense = geometry.dense_width * geometry.num_layers
         # Rounded down to four digits: the number named must itself be accepted.
         possible = np.floor((1 - least / dense) * 1e4) / 1e4
         raise InputError(
             f"compression {compression}: leaves {budget} cached numbers per token, less than the "
-            f"{least} of rank {SPAN_MULTIPLE} in each of {k_groups} K and {v_groups} V groups per "
-            f"layer; the largest possible compression with these groups is {possible:g}"
+            f"{least} of rank {SPAN_MULTIPLE} in each of {kinds} groups per layer; the largest "
+            f"possible compression with these groups is {possible:g}"
         )
 
 
@@ -128,8 +137,8 @@ def allocate_layers(
     k_group_size: int,
     v_groups: int,
     compression: float,
-) -> list[LayerRanks]:
-    """Ranks of all layers for a compression, by sensitivity of each key and value projection.
+) -> list[tuple[int, int]]:
+    """Widths of all layers (K, V) for a compression, by sensitivity of each projection.
 
     Args:
         sensitivity: ``[layers, 2]`` (K, V).
@@ -153,6 +162,5 @@ def allocate_layers(
     ]
     numbers = allocate(shares, rank_budget(compression, geometry))
     return [
-        LayerRanks(k // k_groups, v // v_groups)
-        for k, v in zip(numbers[::2], numbers[1::2], strict=True)
+        (k // k_groups, v // v_groups) for k, v in zip(numbers[::2], numbers[1::2], strict=True)
     ]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recalkv_vllm.checkpoint import CONFIG_FILE
-from recalkv_vllm.compression.architectures import CausalLM
+from recalkv_vllm.compression.architectures import CausalLM, split_fused_projections
 from recalkv_vllm.compression.errors import InputError
 
 DTYPES = {
@@ -70,6 +70,7 @@ def load_model(directory: Path, dtype: torch.dtype | str, device: str) -> Causal
     except Exception as error:  # safetensors, JSON and shape errors all have classes of their own
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model {directory}: cannot be loaded ({reason})") from error
+    split_fused_projections(model)
     return model.to(device)
 
 

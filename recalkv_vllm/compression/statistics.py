@@ -16,13 +16,21 @@ from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.architectures import CausalLM
 from recalkv_vllm.compression.calibration import run_pass, sum_shapes
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.compression.observers import OBSERVERS
+from recalkv_vllm.compression.kronecker import KroneckerFactors, mean_factors
+from recalkv_vllm.compression.observers import FisherDiagonal, InputMoments, Observer
 from recalkv_vllm.compression.store import SumStore, is_complete, read_complete
 
 log = logging.getLogger(__name__)
 
 #: Part of every cache key: raise it when an observer sums something else under the same name.
-STATISTICS_VERSION = 3
+STATISTICS_VERSION = 4
+
+#: Observers by the name that methods ask for.
+OBSERVERS: dict[str, type[Observer]] = {
+    "moments": InputMoments,
+    "fisher": FisherDiagonal,
+    "kronecker": KroneckerFactors,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,19 @@ class InputStatistics:
     mean: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class FisherFactors:
+    """Kronecker factors of one layer's Fisher information, float64 (:mod:`.kronecker`).
+
+    Args:
+        inputs: ``A: [H, H]``.
+        outputs: ``G: [2·h_kv·d, 2·h_kv·d]``; rows of K, then of V, heads in natural order.
+    """
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+
+
 class Statistics:
     """Finished statistics; a layer is read from disk when asked for."""
 
@@ -51,12 +72,28 @@ class Statistics:
                         "overflows in this precision (try --device cpu or another --dtype)"
                     )
 
-    def inputs(self, layer: int) -> InputStatistics:
-        """Input moments of a layer (observer ``moments``)."""
-        tokens = self._counts["tokens"]
-        outer = torch.from_numpy(self._sums["input_outer"][layer].astype(np.float64))
-        total = torch.from_numpy(self._sums["input"][layer].astype(np.float64))
-        return InputStatistics(second_moment=outer / tokens, mean=total / tokens)
+    def inputs(self, layer: int) -> InputStatistics | None:
+        """Input moments of a layer, if there (observer ``moments``)."""
+        if "input_outer" not in self._sums:
+            return None
+        return InputStatistics(
+            second_moment=self._mean("input_outer", layer), mean=self._mean("input", layer)
+        )
+
+    def kronecker(self, layer: int) -> FisherFactors | None:
+        """Kronecker factors of a layer, if there (observer ``kronecker``)."""
+        if "kronecker_input" not in self._sums:
+            return None
+        outer_x, outer_g, weight = (
+            torch.tensor(self._sums[name][layer], dtype=torch.float64)
+            for name in KroneckerFactors.SUMS
+        )
+        return FisherFactors(*mean_factors(outer_x, outer_g, float(weight), self._counts["tokens"]))
+
+    def _mean(self, name: str, layer: int) -> torch.Tensor:
+        """Mean over tokens, float64."""
+        total = self._sums[name][layer].astype(np.float64)
+        return torch.from_numpy(total) / self._counts["tokens"]
 
     def fisher(self, layer: int) -> np.ndarray:
         """Diagonal Fisher information ``[2, h_kv · d, H]`` of a layer's key and value projection

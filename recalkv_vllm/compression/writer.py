@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from recalkv_vllm.checkpoint import (
     CONFIG_FILE,
@@ -21,15 +21,20 @@ from recalkv_vllm.checkpoint import (
     factor_name,
     save_factors,
 )
-from recalkv_vllm.compression.architectures import Attention, CausalLM, compressed_architecture
+from recalkv_vllm.compression.architectures import compressed_architecture
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.factors import LayerFactors, reorder_rows
+from recalkv_vllm.compression.weights import Change, copy_weights
 
 #: Files of the base model that are copied as they are.
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template*", "generation_config.json",
 )  # fmt: skip
+#: The same names in all supported families; ``qkv`` is Phi-3's.
+ATTENTION_TENSOR = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.self_attn\.(?P<projection>q|k|v|o|qkv)_proj\.(?P<parameter>\w+)"
+)
 
 
 def check_absent(out: Path) -> None:
@@ -58,47 +63,71 @@ def appearing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def install_factors(attention: Attention, factors: LayerFactors) -> None:
-    """Put one layer's dense products and head order into the model.
+def dense_form(factors: list[LayerFactors], dtype: torch.dtype, convert: bool) -> Change:
+    """How base weights become those of a plain model that computes what is served.
 
-    ``k_proj`` and ``v_proj`` become the products of the (rounded) factors in the factors' dtype.
-    Query heads, output columns and all biases move with their KV heads.
+    ``k_proj`` and ``v_proj`` become the products of the (rounded) factors. Query heads, output
+    columns and all biases move with their KV heads. Other tensors stay as they are.
+
+    Args:
+        factors: rounded, one per layer.
+        dtype: of the products.
+        convert: whether all other floating-point tensors become ``dtype`` too.
     """
-    dtype, order = factors.down.dtype, factors.layout.head_order
-    for projection, product in zip(
-        (attention.k_proj, attention.v_proj), factors.products(), strict=True
-    ):
-        projection.weight = nn.Parameter(product.to(dtype), requires_grad=False)
-        if projection.bias is not None:
-            projection.bias.data = reorder_rows(projection.bias.data, order)
-    query = attention.q_proj
-    query.weight.data = reorder_rows(query.weight.data, order)
-    if query.bias is not None:
-        query.bias.data = reorder_rows(query.bias.data, order)
-    # o_proj's columns are heads; its bias is not per head.
-    output = attention.o_proj
-    output.weight.data = reorder_rows(output.weight.data.T, order).T.contiguous()
+
+    def change(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        if convert and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        found = ATTENTION_TENSOR.fullmatch(name)
+        if found is None:
+            yield name, tensor
+            return
+        layer = factors[int(found["layer"])]
+        order = layer.layout.head_order
+        match found["projection"], found["parameter"]:
+            case "qkv", "weight":
+                keys, values = (product.to(dtype) for product in layer.products())
+                queries = reorder_rows(tensor[: -2 * len(keys)], order)
+                yield name, torch.cat((queries, keys, values))
+            case "k" | "v", "weight":
+                keys, values = layer.products()
+                yield name, (keys if found["projection"] == "k" else values).to(dtype)
+            case "q", "weight" | "bias":
+                yield name, reorder_rows(tensor, order)
+            case "k" | "v", "bias":
+                yield name, reorder_rows(tensor, order)
+            case "o", "weight":
+                if layer.output is not None:
+                    tensor = layer.output
+                # Columns are heads; o_proj's bias is not per head.
+                yield name, reorder_rows(tensor.T, order).T
+            case _:
+                yield name, tensor
+
+    return change
 
 
 def write_checkpoint(
     directory: Path,
     source: Path,
-    model: CausalLM,
     base_config: Mapping[str, Any],
     recalkv: RecalkvConfig,
     factors: list[LayerFactors],
+    dtype: torch.dtype,
+    convert: bool,
 ) -> None:
     """Write all files but the model card.
 
     Args:
         directory: empty.
         source: the base model's directory.
-        model: with factors installed, in the dtype to write.
         base_config: the base model's ``config.json``.
         recalkv: what to record.
         factors: rounded, one per layer.
+        dtype: of the written model.
+        convert: see :func:`dense_form`.
     """
-    model.save_pretrained(directory)
+    copy_weights(source, directory, dense_form(factors, dtype, convert))
     for pattern in COPIED:
         for path in source.glob(pattern):
             shutil.copyfile(path, directory / path.name)
@@ -108,7 +137,7 @@ def write_checkpoint(
         "recalkv": recalkv.to_dict(),
     }
     dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[dtype_key] = str(model.dtype).removeprefix("torch.")
+    config[dtype_key] = str(dtype).removeprefix("torch.")
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors: dict[str, torch.Tensor] = {}
     for layer, part in enumerate(factors):

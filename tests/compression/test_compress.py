@@ -51,12 +51,14 @@ def weights(directory) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["recalkv", "palu", "svd"])
+@pytest.mark.parametrize("method", ["kfac", "recalkv", "palu", "svd"])
 def test_checkpoint_holds_what_it_says(tiny_models, tmp_path, family, method):
     base, out = tiny_models[family], tmp_path / "out"
     summary = compress(CompressOptions(str(base), out, 0.5, method=method, k_group_size=2, **FEW))
     recalkv, geometry, factors = read(out)
-    assert {len(layout.v_spans) for layout in recalkv.layers} == {2 if method == "palu" else 1}
+    assert {len(layout.v_spans) for layout in recalkv.layers} == {
+        2 if method in ("kfac", "palu") else 1
+    }
     config, base_config = read_hf_config(out), read_hf_config(base)
 
     assert config["model_type"] == base_config["model_type"]
@@ -101,7 +103,7 @@ def test_biases_move_with_their_heads(tiny_models, tmp_path, family, monkeypatch
         "recalkv_vllm.compression.methods.recalkv.group_heads", lambda *_: [[0, 2], [1, 3]]
     )
     base, out = tiny_models[family], tmp_path / "out"
-    compress(CompressOptions(str(base), out, 0.5, k_group_size=2, **FEW))
+    compress(CompressOptions(str(base), out, 0.5, "recalkv", k_group_size=2, **FEW))
     before, after = weights(base), weights(out)
     assert set(before) == set(after)
     order = [0, 2, 1, 3]
@@ -123,7 +125,7 @@ def test_full_rank_gives_the_same_model(tiny_models, tmp_path, family, order, mo
     """Compression 0 is exact: identities, the very weights, and the same logits in any order."""
     monkeypatch.setattr("recalkv_vllm.compression.methods.recalkv.group_heads", lambda *_: order)
     base, out = tiny_models[family], tmp_path / "out"
-    summary = compress(CompressOptions(str(base), out, 0.0, k_group_size=2, **FEW))
+    summary = compress(CompressOptions(str(base), out, 0.0, "recalkv", k_group_size=2, **FEW))
     recalkv, _, factors = read(out)
     before, after = weights(base), weights(out)
     flat = [head for group in order for head in group]
@@ -153,7 +155,7 @@ def test_planted_copies_of_heads_share_groups(make_model, tmp_path):
     model.save_pretrained(base)
     out = tmp_path / "out"
     options = CompressOptions(
-        str(base), out, 0.25, k_group_size=2, rank_allocation="uniform", **FEW
+        str(base), out, 0.25, "recalkv", k_group_size=2, rank_allocation="uniform", **FEW
     )
     compress(options)
     recalkv, _, _ = read(out)
@@ -161,14 +163,17 @@ def test_planted_copies_of_heads_share_groups(make_model, tmp_path):
         assert sorted(sorted(head_order(recalkv, i)[a : a + 2]) for a in (0, 2)) == [[0, 3], [1, 2]]
 
 
-@pytest.mark.parametrize("method", ["recalkv", "palu", "svd"])
-def test_error_falls_with_rank(tiny, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "allocation"),
+    [("kfac", None), ("recalkv", "uniform"), ("palu", "uniform"), ("svd", None)],
+)
+def test_error_falls_with_rank(tiny, tmp_path, method, allocation):
     errors = []
     for compression in (0.7, 0.5, 0.2):
         out = tmp_path / str(compression)
         summary = compress(
             CompressOptions(
-                str(tiny), out, compression, method=method, rank_allocation="uniform", **FEW
+                str(tiny), out, compression, method=method, rank_allocation=allocation, **FEW
             )
         )
         errors.append(sum(layer["k_error"] + layer["v_error"] for layer in summary["layers"]))

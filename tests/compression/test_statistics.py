@@ -50,7 +50,8 @@ def test_fisher_is_the_squared_gradient_of_the_loss(geometry, load, monkeypatch,
     expected = np.zeros((geometry.num_layers, 2, 64, geometry.hidden_size))
     for sample in SAMPLES:
         model.zero_grad()
-        model(sample[None], labels=sample[None]).loss.backward()
+        loss = model(sample[None], labels=sample[None]).loss * (len(sample) - 1)  # of the sum
+        loss.backward()
         for layer, attention in enumerate(attention_modules(model)):
             for column, projection in enumerate((attention.k_proj, attention.v_proj)):
                 expected[layer, column] += projection.weight.grad.square().numpy()

@@ -1,10 +1,11 @@
 """Compression methods by name."""
 
-from recalkv_vllm.compression.methods.base import ALLOCATIONS, Method
+from recalkv_vllm.compression.methods.base import Method, MethodOptions
+from recalkv_vllm.compression.methods.kfac import Kfac
 from recalkv_vllm.compression.methods.palu import Palu
 from recalkv_vllm.compression.methods.recalkv import Recalkv
 from recalkv_vllm.compression.methods.svd import Svd
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Recalkv, Palu, Svd)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Kfac, Recalkv, Palu, Svd)}
 
-__all__ = ["ALLOCATIONS", "METHODS", "Method"]
+__all__ = ["METHODS", "Method", "MethodOptions"]

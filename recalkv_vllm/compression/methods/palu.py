@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.linalg import damped, truncated_factors
-from recalkv_vllm.compression.methods.base import SplitMethod
+from recalkv_vllm.compression.methods.split import SplitMethod
 from recalkv_vllm.compression.statistics import InputStatistics
 
 
@@ -14,12 +13,11 @@ class Palu(SplitMethod):
     """Group-head low-rank decomposition (sections 3.1 and 3.2), ranks by Fisher information."""
 
     name = "palu"
-    default_allocation = "fisher"
+    allocations = ("fisher", "uniform")
 
-    @staticmethod
-    def default_v_groups(geometry: AttentionGeometry, k_group_size: int) -> int:
+    def default_v_groups(self) -> int:
         """Values are grouped as keys are."""
-        return geometry.num_kv_heads // k_group_size
+        return self.geometry.num_kv_heads // self.k_group_size
 
     def observers(self, compression: float) -> set[str]:
         return super().observers(compression) | ({"moments"} if compression > 0 else set())

@@ -9,7 +9,7 @@ import torch
 from recalkv_vllm.compression.factors import LayerInputs
 from recalkv_vllm.compression.grouping import group_heads, head_similarity
 from recalkv_vllm.compression.linalg import damped, truncated_factors
-from recalkv_vllm.compression.methods.base import SplitMethod
+from recalkv_vllm.compression.methods.split import SplitMethod
 from recalkv_vllm.compression.ovc import value_factors
 from recalkv_vllm.compression.statistics import InputStatistics
 
@@ -18,7 +18,7 @@ class Recalkv(SplitMethod):
     """HSR and whitened grouped SVD for keys, OVC for values, ranks by Fisher information."""
 
     name = "recalkv"
-    default_allocation = "fisher"
+    allocations = ("fisher", "uniform")
 
     @property
     def _reorders(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from recalkv_vllm.compression.linalg import truncated_factors
-from recalkv_vllm.compression.methods.base import SplitMethod
+from recalkv_vllm.compression.methods.split import SplitMethod
 from recalkv_vllm.compression.statistics import InputStatistics
 
 
@@ -13,7 +13,7 @@ class Svd(SplitMethod):
     """Grouped SVD for keys in natural head order, joint SVD for values, uniform ranks."""
 
     name = "svd"
-    default_allocation = "uniform"
+    allocations = ("uniform",)
 
     def key_factors(
         self, weight: torch.Tensor, rank: int, statistics: InputStatistics | None

@@ -1,0 +1,160 @@
+"""Closed-form refit of ``o_proj``: it costs no cached byte and no time in serving.
+
+Layer after layer, the calibration text runs through the dense and the compressed model side by
+side. Once a layer's keys and values are factored, its output projection becomes the least-squares
+fit from the compressed model's attention heads to the dense model's attention output, and so makes
+up for losses of this layer and of those before it.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from recalkv_vllm.compression.architectures import CausalLM, attention_modules
+from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.factors import LayerFactors, natural_rows
+
+#: Pull towards the model's own weights, relative to the mean square of the heads' outputs.
+RIDGE = 1e-3
+
+
+class _HeadsReached(Exception):  # noqa: N818 (not an error)
+    """Ends a layer's forward pass where its output projection begins."""
+
+
+class OutputRefit:
+    """Hidden states of all samples in both models, in front of the next layer to refit.
+
+    Args:
+        model: the base model; its layers are changed one after the other.
+        samples: ``[samples, seq_len]`` token ids.
+        device: where layers run, one at a time.
+    """
+
+    def __init__(self, model: CausalLM, samples: torch.Tensor, device: str):
+        self._layers = model.model.layers
+        self._attention = attention_modules(model)
+        self._device = device
+        self._arguments = _layer_arguments(model, samples[:1])
+        embedding = model.get_input_embeddings()
+        with torch.inference_mode():
+            self._dense = [embedding(sample[None]) for sample in samples]
+        self._compressed = list(self._dense)
+
+    @torch.inference_mode()
+    def refit(self, index: int, factors: LayerFactors) -> torch.Tensor:
+        """Refit one layer, the next of all, and move both streams beyond it.
+
+        Args:
+            index: of the layer.
+            factors: its rounded factors.
+
+        Returns:
+            The weight of ``o_proj``, heads in natural order, in the factors' dtype.
+
+        Raises:
+            InputError: hidden states that are not finite.
+        """
+        layer, attention = self._layers[index].to(self._device), self._attention[index]
+        output = attention.o_proj
+        dense = attention.k_proj.weight, attention.v_proj.weight
+        compressed = [
+            nn.Parameter(natural_rows(product, factors.layout.head_order).to(weight))
+            for product, weight in zip(factors.products(), dense, strict=True)
+        ]
+        heads_outer = torch.zeros(output.in_features, output.in_features, device=self._device)
+        residual_outer = torch.zeros_like(output.weight, dtype=torch.float32)
+        for i, hidden in enumerate(self._dense):
+            attention.k_proj.weight, attention.v_proj.weight = dense
+            self._dense[i], target = self._run(index, hidden)
+            attention.k_proj.weight, attention.v_proj.weight = compressed
+            heads = self._heads(index, self._compressed[i])
+            residual = (target - output(heads)).flatten(0, -2).float()
+            heads = heads.flatten(0, -2).float()
+            heads_outer += heads.T @ heads
+            residual_outer += residual.T @ heads
+        if not residual_outer.isfinite().all():
+            raise InputError(
+                f"refit of o_proj: hidden states of layer {index} are not finite; the model "
+                "overflows in this precision (try --device cpu, or --no-output-refit)"
+            )
+        change = _ridge_regression(heads_outer.double(), residual_outer.double())
+        weight = (output.weight.double() + change).to(factors.down.dtype)
+        output.weight = nn.Parameter(weight.to(output.weight.dtype))
+        for i, hidden in enumerate(self._compressed):
+            self._compressed[i], _ = self._run(index, hidden)
+        layer.to("cpu")
+        return weight.cpu()
+
+    def _run(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states after a layer, and the output of its ``o_proj``."""
+        seen: list[torch.Tensor] = []
+        handle = self._attention[index].o_proj.register_forward_hook(
+            lambda _, args, output: seen.append(output)
+        )
+        try:
+            output = self._call(index, hidden)
+        finally:
+            handle.remove()
+        return output.to(hidden.device), seen[0]
+
+    def _heads(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What goes into a layer's ``o_proj``: ``[1, tokens, h_q · d]``."""
+        seen: list[torch.Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _HeadsReached
+
+        handle = self._attention[index].o_proj.register_forward_pre_hook(stop)
+        try:
+            with suppress(_HeadsReached):
+                self._call(index, hidden)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def _call(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        arguments = _to_device(self._arguments[index], self._device)
+        output = self._layers[index](hidden.to(self._device), **arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _layer_arguments(model: CausalLM, sample: torch.Tensor) -> list[dict[str, Any]]:
+    """Keyword arguments of every decoder layer (masks, rotations), equal for all samples."""
+    seen: list[dict[str, Any]] = []
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _, args, arguments: seen.append(arguments), with_kwargs=True
+        )
+        for layer in model.model.layers
+    ]
+    try:
+        with torch.inference_mode():
+            model.model(sample, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _to_device(value: Any, device: str) -> Any:
+    match value:
+        case torch.Tensor():
+            return value.to(device)
+        case tuple():
+            return tuple(_to_device(part, device) for part in value)
+        case dict():
+            return {name: _to_device(part, device) for name, part in value.items()}
+    return value
+
+
+def _ridge_regression(outer: torch.Tensor, residual_outer: torch.Tensor) -> torch.Tensor:
+    """``Σ r cᵀ (Σ c cᵀ + ε·mean(λ)·I)⁻¹``: ``[H, n]``, the change that fits residuals ``r``."""
+    ridge = RIDGE * outer.diagonal().mean()
+    eye = torch.eye(len(outer), dtype=outer.dtype, device=outer.device)
+    return torch.linalg.solve(outer + ridge * eye, residual_outer.T).T
