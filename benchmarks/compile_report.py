@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 import triton
@@ -30,18 +31,33 @@ from recalkv_vllm.kernels.launch import (
     merge_launch,
     value_up_launch,
 )
+from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops.layer import LatentLayer
 
-#: (query heads, KV heads, head size, key norm)
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A model's attention, as far as kernels depend on it."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    key_bias: bool = False
+    key_norm: bool = False
+
+
 GEOMETRIES = {
-    "SmolLM2-135M": (9, 3, 64, False),
-    "Llama-3.1-8B": (32, 8, 128, False),
-    "Llama-2-7B": (32, 32, 128, False),
-    "Qwen2.5-7B": (28, 4, 128, False),
-    "Qwen3-8B": (32, 8, 128, True),
+    "SmolLM2-135M": Geometry(9, 3, 64),
+    "Llama-3.1-8B": Geometry(32, 8, 128),
+    "Llama-2-7B": Geometry(32, 32, 128),
+    "Qwen2.5-7B": Geometry(28, 4, 128, key_bias=True),
+    "Qwen3-8B": Geometry(32, 8, 128, key_norm=True),
 }
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
 SPANS = ("split", "shared-v", "joint")
+#: Geometry and K group size whose kernels are also compiled for quantised latents.
+QUANTISED = ("Llama-3.1-8B", 1)
+LATENT_DTYPES = ("bf16", *BITS)
 #: Multiprocessors only decide splits, which do not change the code.
 TARGETS = {80: heuristics.Target(80, 108), 90: heuristics.Target(90, 132),
            100: heuristics.Target(100, 148)}  # fmt: skip
@@ -59,6 +75,11 @@ class Case:
     compression: float
     group_size: int
     spans: str
+    latent_dtype: str = "bf16"
+
+    @property
+    def latent_format(self) -> LatentFormat | None:
+        return None if self.latent_dtype == "bf16" else LatentFormat(self.latent_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +128,18 @@ def cases(geometries: list[str]) -> Iterator[Case]:
     for name, compression, size, spans in itertools.product(
         geometries, COMPRESSIONS, (1, 2, 3, 4), SPANS
     ):
-        heads = GEOMETRIES[name][1]
+        heads = GEOMETRIES[name].kv_heads
         if heads % size == 0 and (size != 3 or heads == 3):
             yield Case(name, compression, size, spans)
+            if (name, size) == QUANTISED:
+                for latent_dtype in BITS:
+                    yield Case(name, compression, size, spans, latent_dtype)
 
 
 def bind(case: Case, target: heuristics.Target) -> PagedLatentAttention:
     """An attention of the case with zero factors: only shapes matter here."""
-    _, kv_heads, head_dim, key_norm = GEOMETRIES[case.geometry]
+    model = GEOMETRIES[case.geometry]
+    kv_heads, head_dim = model.kv_heads, model.head_dim
     groups = kv_heads // case.group_size
     kept = round((1 - case.compression) * 2 * case.group_size * head_dim)
     k_width = max(16, (kept if case.spans == "joint" else kept // 2) // 16 * 16)
@@ -134,18 +159,23 @@ def bind(case: Case, target: heuristics.Target) -> PagedLatentAttention:
         head_dim=head_dim,
         scale=head_dim**-0.5,
         cos_sin_cache=torch.cat((angle.cos(), angle.sin()), dim=1),
-        k_norm_weight=torch.ones(head_dim, dtype=dtype) if key_norm else None,
+        k_bias=torch.zeros(kv_heads, head_dim, dtype=dtype) if model.key_bias else None,
+        k_norm_weight=torch.ones(head_dim, dtype=dtype) if model.key_norm else None,
+        latent_format=case.latent_format,
     )
     return PagedLatentAttention(layer, target)
 
 
 def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launch]:
     """Every launch of one layer, attention first."""
-    heads, kv_heads, head_dim, _ = GEOMETRIES[case.geometry]
+    model = GEOMETRIES[case.geometry]
+    heads, kv_heads, head_dim = model.heads, model.kv_heads, model.head_dim
     attend = bind(case, target)
     queries, dtype = MODES[mode], torch.bfloat16
     rank = max(attend.k_starts[-1] + attend.k_width, attend.v_starts[-1] + attend.v_width)
-    cache = torch.zeros(2, 16, rank, dtype=dtype)
+    cache = z = torch.zeros(2, 16, rank, dtype=dtype)
+    if (form := case.latent_format) is not None:
+        cache = torch.zeros(2, 16, form.slot_bytes(rank), dtype=torch.uint8)
     q = torch.zeros(queries, heads, head_dim, dtype=dtype)
     o_lat = torch.zeros(queries, heads, attend.v_width)
     lse = torch.zeros(queries, heads)
@@ -156,11 +186,12 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     if mode == "prefill":
         return
     yield merge_launch(o_lat[None], lse[None], o_lat, lse)
-    yield cache_update_launch(cache[0, :1], cache, torch.zeros(1, dtype=torch.int64))
+    yield cache_update_launch(z[0, :1], cache, torch.zeros(1, dtype=torch.int64), form)
     v_up = torch.zeros(kv_heads, head_dim, attend.v_width, dtype=dtype)
     yield value_up_launch(o_lat, v_up, None, torch.zeros_like(q))
 
 
+@cache
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of stack (Triton's kernels have no stack but for spills)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -213,6 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compression", nargs="*", type=float, default=COMPRESSIONS)
     parser.add_argument("--group-size", nargs="*", type=int, default=(1, 2, 3, 4))
     parser.add_argument("--spans", nargs="*", choices=SPANS, default=SPANS)
+    parser.add_argument("--latent-dtype", nargs="*", choices=LATENT_DTYPES, default=LATENT_DTYPES)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(arguments)
     wanted = [
@@ -221,6 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         if case.compression in options.compression
         and case.group_size in options.group_size
         and case.spans in options.spans
+        and case.latent_dtype in options.latent_dtype
     ]
     rows = []
     faulty = 0
@@ -231,8 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
         faulty += bool(faults)
         line = (
             f"sm_{row.arch:<3} {case.geometry:12} {case.compression} s={case.group_size} "
-            f"{case.spans:8} {row.mode:7} {row.kernel:16} reg {row.registers:3} "
-            f"smem {row.shared:6} {row.tensor_core:15} {row.config} {'; '.join(faults)}"
+            f"{case.spans:8} {case.latent_dtype} {row.mode:7} {row.kernel:16} "
+            f"reg {row.registers:3} smem {row.shared:6} {row.tensor_core:15} {row.config} "
+            f"{'; '.join(faults)}"
         )
         print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:

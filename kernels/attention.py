@@ -28,8 +28,8 @@ import triton.language as tl
 
 from recalkv_vllm.kernels.tiles import (
     find_sequence,
-    load_columns,
     load_factor,
+    load_latents,
     load_rotation,
     rotate_pairs,
     zeros,
@@ -43,6 +43,7 @@ from recalkv_vllm.kernels.tiles import (
 def latent_attention(
     q,
     kv_cache,
+    scales,
     block_table,
     seq_lens,
     query_start_loc,
@@ -62,6 +63,8 @@ def latent_attention(
     stride_q_head,
     stride_block,
     stride_slot,
+    stride_scale_block,
+    stride_scale_slot,
     stride_table,
     stride_rope,
     stride_out_split,
@@ -85,6 +88,9 @@ def latent_attention(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    CODEC: tl.constexpr,
+    RANK: tl.constexpr,
+    SCALE_SHIFT: tl.constexpr,
     WINDOW: tl.constexpr,
     LOCAL_ROPE: tl.constexpr,
     SEARCH: tl.constexpr,
@@ -95,7 +101,8 @@ def latent_attention(
 
     ``HEADS`` KV heads per program, in K groups of ``GROUP``; ``DIM`` is ``HEAD_DIM`` padded.
     ``K_CHUNKS`` holds ``(offset, size, index of the V chunk with the same columns or -1)``,
-    ``V_CHUNKS`` ``(offset, size)``.
+    ``V_CHUNKS`` ``(offset, size)``. With a ``CODEC``, ``kv_cache`` and ``scales`` are the parts of
+    a quantised cache of latents of ``RANK`` numbers.
     ``SEARCH`` maps programs to query blocks of any batch; without it sequence ``i`` is program
     ``i`` and has at most ``QUERY_BLOCK`` queries. ``out`` and ``lse`` start at row ``first_token``.
     """
@@ -174,10 +181,26 @@ def latent_attention(
         page = block_table + seq.to(tl.int64) * stride_table + position // BLOCK_SIZE
         page = tl.load(page, mask=live, other=0).to(tl.int64)
         token_rows = kv_cache + page * stride_block + (position % BLOCK_SIZE) * stride_slot
+        scale_rows = scales
+        if CODEC is not None:
+            offset_in_page = (position % BLOCK_SIZE) * stride_scale_slot
+            scale_rows = scales + page * stride_scale_block + offset_in_page
         values = ()
         for c in tl.static_range(len(V_CHUNKS)):
             values = values + (
-                load_columns(token_rows, live, v_first, V_CHUNKS[c][0], V_CHUNKS[c][1]),
+                load_latents(
+                    token_rows,
+                    scale_rows,
+                    live,
+                    v_first,
+                    0,
+                    V_CHUNKS[c][0],
+                    V_CHUNKS[c][1],
+                    CODEC,
+                    RANK,
+                    SCALE_SHIFT,
+                    q.dtype.element_ty,
+                ),
             )
 
         turned = query_rows
@@ -194,6 +217,9 @@ def latent_attention(
                 rope_table, position.to(tl.int64), live, stride_rope, ROT_HALF, DIM // 2
             )
 
+        # Adds zero, so that the compiler does not load bias and norm weight once, before the loop,
+        # and hold them in registers that the kernel has none of to spare.
+        each_tile = component + tl.minimum(base, 0)
         scores = tl.zeros([TILE, ROWS], tl.float32)
         for g in tl.static_range(HEADS // GROUP):
             k_first = tl.load(first_columns + (first_head + g * GROUP) * 2)
@@ -204,10 +230,25 @@ def latent_attention(
                         latents = latents + (values[K_CHUNKS[c][2]],)
                     else:
                         latents = latents + (
-                            load_columns(token_rows, live, k_first, K_CHUNKS[c][0], K_CHUNKS[c][1]),
+                            load_latents(
+                                token_rows,
+                                scale_rows,
+                                live,
+                                k_first,
+                                0,
+                                K_CHUNKS[c][0],
+                                K_CHUNKS[c][1],
+                                CODEC,
+                                RANK,
+                                SCALE_SHIFT,
+                                q.dtype.element_ty,
+                            ),
                         )
             for j in tl.static_range(g * GROUP, g * GROUP + GROUP):
                 keys = tl.zeros([TILE, DIM], tl.float32)
+                if k_bias is not None:
+                    bias = tl.load(k_bias + (first_head + j) * DIM + each_tile)
+                    keys += bias.to(tl.float32)[None, :]
                 if RESIDENT:
                     for c in tl.static_range(len(K_CHUNKS)):
                         up = factors[j * len(K_CHUNKS) + c]
@@ -215,15 +256,24 @@ def latent_attention(
                 else:
                     factor = k_up + (first_head + j) * DIM * K_WIDTH
                     for first in tl.range(0, K_WIDTH, STREAM, num_stages=STAGES):
-                        z = load_columns(token_rows + first, live, k_first, 0, STREAM)
+                        z = load_latents(
+                            token_rows,
+                            scale_rows,
+                            live,
+                            k_first,
+                            first,
+                            0,
+                            STREAM,
+                            CODEC,
+                            RANK,
+                            SCALE_SHIFT,
+                            q.dtype.element_ty,
+                        )
                         up = load_factor(factor + first, 0, STREAM, DIM, K_WIDTH)
                         keys = tl.dot(z, up, keys, input_precision="ieee")
-                if k_bias is not None:
-                    bias = tl.load(k_bias + (first_head + j) * DIM + component)
-                    keys += bias.to(tl.float32)[None, :]
                 if k_norm_weight is not None:
                     inverse = tl.rsqrt(tl.sum(keys * keys, axis=1) / HEAD_DIM + norm_eps)
-                    weight = tl.load(k_norm_weight + component).to(tl.float32)
+                    weight = tl.load(k_norm_weight + each_tile).to(tl.float32)
                     keys *= inverse[:, None] * weight[None, :]
                 if rope_table is not None:
                     keys = rotate_pairs(keys, cos, sin, TILE, DIM)
@@ -248,7 +298,7 @@ def latent_attention(
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(weights, axis=0)
         row_max = new_max
-        weights = weights.to(kv_cache.dtype.element_ty)
+        weights = weights.to(q.dtype.element_ty)
         decayed = ()
         for c in tl.static_range(len(V_CHUNKS)):
             rescaled = acc[c] * decay[None, :]

@@ -46,6 +46,7 @@ class PagedLatentAttention(BoundAttention):
         self.heads_per_v = self.num_kv_heads // len(layer.v_spans)
         self.dim = max(16, layout.next_power_of_2(layer.head_dim))
         self.rot_half = layer.rot_dim // 2
+        self.latent_format = layer.latent_format
         heads = range(self.num_kv_heads)
         self.k_starts = tuple(layer.k_spans[h // self.group_size][0] for h in heads)
         self.v_starts = tuple(layer.v_spans[h // self.heads_per_v][0] for h in heads)
@@ -199,6 +200,9 @@ class PagedLatentAttention(BoundAttention):
             out = numbers[:cut].view(splits, len(part.tokens), num_heads, self.v_width)
             out_lse = numbers[cut:].view(splits, len(part.tokens), num_heads)
         columns = self.columns(config.v_block)
+        form, codes, scales = self.latent_format, kv_cache, None
+        if form is not None:
+            codes, scales = form.split_cache(kv_cache)
         head_blocks = self.num_kv_heads // config.heads
         v_blocks = self.v_width // config.v_block
         yield Launch(
@@ -207,7 +211,8 @@ class PagedLatentAttention(BoundAttention):
             {
                 **self.constants,
                 "q": q,
-                "kv_cache": kv_cache,
+                "kv_cache": codes,
+                "scales": scales,
                 "block_table": block_table[part.first :],
                 "seq_lens": seq_lens[part.first :],
                 "query_start_loc": query_start_loc[part.first :],
@@ -219,8 +224,10 @@ class PagedLatentAttention(BoundAttention):
                 "first_token": part.tokens.start if splits > 1 else 0,
                 "stride_q_token": q.stride(0),
                 "stride_q_head": q.stride(1),
-                "stride_block": kv_cache.stride(0),
-                "stride_slot": kv_cache.stride(1),
+                "stride_block": codes.stride(0),
+                "stride_slot": codes.stride(1),
+                "stride_scale_block": 0 if scales is None else scales.stride(0),
+                "stride_scale_slot": 0 if scales is None else scales.stride(1),
                 "stride_table": block_table.stride(0),
                 "stride_out_split": out.stride(0) if splits > 1 else 0,
                 "stride_lse_split": out_lse.stride(0) if splits > 1 else 0,
@@ -240,6 +247,9 @@ class PagedLatentAttention(BoundAttention):
                 "ROWS": config.rows,
                 "TILE": config.tile,
                 "BLOCK_SIZE": block_size,
+                "CODEC": None if form is None else form.dtype,
+                "RANK": 0 if form is None else form.rank_of(kv_cache.shape[2]),
+                "SCALE_SHIFT": 0 if form is None else form.scale_shift,
                 "LOCAL_ROPE": config.local_rope,
                 "SEARCH": search,
                 "STREAM": config.stream,

@@ -114,9 +114,9 @@ class Rule:
         stream: factors are streamed from L2, not kept in shared memory.
         factor: largest ``k_width · dim`` of one head, and of several heads together.
         rows: most query rows.
-        out: largest ``rows · v_block``.
+        v_block: most value columns.
         columns: most latent columns of a tile, half as many for several heads.
-        with_norm: share of ``out`` and ``columns`` that a key norm leaves.
+        ragged: also for widths that :func:`ragged` tells of.
     """
 
     families: tuple[int, ...]
@@ -126,9 +126,9 @@ class Rule:
     stream: bool
     factor: tuple[int, int]
     rows: int
-    out: int
+    v_block: int
     columns: int
-    with_norm: float
+    ragged: bool
 
 
 ANY = 1 << 30
@@ -138,21 +138,20 @@ WIDE = (9, 10)
 #: 64 tokens is what wgmma takes at least; with 32 half the accumulators are live. tcgen05 keeps
 #: them in tensor memory, which eight warps read in smaller pieces.
 RULES = (
-    Rule((9,), 64, 4, True, False, (128 * 128, 128 * 128), 16, 16 * 256, 512, 0.5),
-    Rule((9,), 64, 4, False, False, (256 * 128, 64 * 128), 16, 16 * 256, 512, 0.5),
-    Rule((9,), 64, 4, False, False, (64 * 128, 0), 64, 64 * 64, 256, 0.5),
-    Rule((10,), 64, 8, True, False, (256 * 128, 128 * 128), 16, 16 * 256, 512, 1),
-    Rule((10,), 64, 8, False, False, (256 * 128, 64 * 128), 16, 16 * 256, 512, 1),
-    Rule((10,), 64, 8, False, False, (128 * 128, 0), 64, 64 * 128, 256, 1),
-    Rule(EVERY, 64, 4, False, False, (128 * 128, 0), 16, 16 * 128, 256, 0.5),
-    Rule(EVERY, 32, 4, False, False, (256 * 128, 0), 16, 16 * 256, 512, 0.5),
-    Rule(EVERY, 32, 8, False, False, (256 * 128, 0), 16, 16 * 256, 512, 1),
-    Rule(WIDE, 32, 4, False, False, (128 * 128, 0), 64, 64 * 128, 256, 1),
-    Rule((8, 12), 32, 8, False, False, (128 * 128, 0), 32, 32 * 128, 256, 1),
-    Rule(WIDE, 32, 8, False, False, (512 * 128, 0), 16, 16 * 512, 512, 0),
-    Rule(EVERY, 32, 4, False, True, (ANY, 0), 16, 16 * 256, 256, 1),
-    Rule(WIDE, 32, 4, False, True, (ANY, 0), 64, 32 * 128, 128, 1),
-    Rule((8, 12), 32, 4, False, True, (ANY, 0), 32, 32 * 64, 128, 1),
+    Rule((9,), 64, 4, True, False, (128 * 128, 128 * 128), 16, 256, 512, True),
+    Rule((9,), 64, 4, False, False, (256 * 128, 64 * 128), 16, 256, 512, True),
+    Rule((9,), 64, 4, False, False, (64 * 128, 0), 64, 64, 256, False),
+    Rule((10,), 64, 8, True, False, (256 * 128, 128 * 128), 16, 256, 512, True),
+    Rule((10,), 64, 8, False, False, (256 * 128, 64 * 128), 16, 256, 512, True),
+    Rule((10,), 64, 8, False, False, (128 * 128, 0), 64, 128, 256, True),
+    Rule(EVERY, 64, 4, False, False, (128 * 128, 0), 16, 128, 128, True),
+    Rule(EVERY, 32, 8, False, False, (256 * 128, 0), 16, 256, 512, True),
+    Rule(EVERY, 32, 8, False, False, (512 * 128, 0), 16, 512, 512, False),
+    Rule(WIDE, 32, 4, False, False, (128 * 128, 0), 64, 128, 256, True),
+    Rule((8, 12), 32, 8, False, False, (128 * 128, 0), 32, 128, 256, True),
+    Rule(EVERY, 32, 8, False, True, (ANY, 0), 16, 512, 512, True),
+    Rule(WIDE, 32, 4, False, True, (ANY, 0), 64, 64, 128, True),
+    Rule((8, 12), 32, 4, False, True, (ANY, 0), 32, 64, 128, True),
 )
 
 
@@ -176,45 +175,64 @@ def shared_memory(shape: AttentionShape, config: AttentionConfig, target: Target
     return (buffers * buffered + kept + operands) * shape.itemsize + 2048
 
 
+def ragged(width: int) -> bool:
+    """Whether a width ends in chunks below wgmma's 64: operands of mma.sync are in registers."""
+    return width % 64 != 0 and width & (width - 1) != 0
+
+
 def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:
     """Whether the configuration is within what the rule was found to compile well for."""
     several = config.heads > 1
-    # Widths in chunks below 64 fall back from wgmma to mma.sync, whose operands are registers.
-    ragged_k, ragged_v = (w < 64 and w & (w - 1) != 0 for w in (shape.k_width, config.v_block))
-    if (several and ragged_k) or (shape.key_norm and ragged_v and config.tile == 64):
-        return False
-    most_rows = 16 if ragged_v and config.tile == 64 else rule.rows
+    columns = tile_columns(shape, config)
+    if several and shape.key_norm:
+        return False  # 40 bytes and more spilled on sm_90
+    if ragged(shape.k_width) or ragged(config.v_block):
+        # A joint span of 48: the products of both spans are mma.sync's, beside wgmma's for scores.
+        narrow = rule.local_rope and rule.warps == 4 and columns < 64
+        if several or narrow or not rule.ragged:
+            return False
     largest = rule.factor[several] * 2 // shape.itemsize
-    share = rule.with_norm if shape.key_norm else 1
     return (
         config.heads * shape.k_width * shape.dim <= largest
-        and config.rows <= most_rows
-        and config.rows * config.v_block <= share * rule.out
-        and tile_columns(shape, config) * (2 if several else 1) <= share * rule.columns
+        and config.rows <= rule.rows
+        and config.v_block <= rule.v_block
+        and columns * (2 if several else 1) <= rule.columns
     )
+
+
+def work(shape: AttentionShape, config: AttentionConfig) -> float:
+    """FLOP / 2 per token and query row: every block of value columns rebuilds and scores keys.
+
+    A streamed factor is read from L2 once per tile, which at 32 tokens is 32 FLOP per byte: it
+    counts as four times the work.
+    """
+    rows = config.query_block * shape.queries_per_kv
+    rebuild = shape.k_width * shape.dim / rows * (4 if config.stream else 1)
+    return shape.v_width / config.v_block * (rebuild + shape.dim) + shape.v_width
 
 
 @cache
 def attention_config(shape: AttentionShape, target: Target, queries: int) -> AttentionConfig:
     """Launch parameters for blocks of up to ``queries`` queries per sequence.
 
-    Prefers many rows (each reconstructed key serves them all), then few blocks of value columns
-    (each reconstructs all keys), then many heads per program (latents are read less often), then
-    the order of :data:`RULES`; prefetches deeper while two programs still fit on a multiprocessor.
+    Prefers little work, then many heads per program (latents are read less often), then the order
+    of :data:`RULES`; prefetches deeper while two programs still fit on a multiprocessor.
     """
     if target is INTERPRETER:
         heads = next(head_counts(shape))
         v_block = v_blocks(shape.v_width, 256)
         return _config(shape, heads, v_block, queries, PREFILL_ROWS, RULES[0])
-    for config, rule in _candidates(shape, target, queries):
+    candidates = sorted(_candidates(shape, target, queries), key=lambda each: work(shape, each[0]))
+    for config, rule in candidates:
         if (
             spill_free(shape, config, rule)
             and shared_memory(shape, config, target) <= target.shared_bytes
         ):
             deeper = replace(config, stages=5)
             roomy = 2 * shared_memory(shape, deeper, target) <= target.shared_bytes
-            # With more rows, heads or columns the addresses of several tiles would spill.
+            # With more rows, heads or chunks the addresses of several tiles would spill.
             light = config.rows == 16 and config.heads == 1 and tile_columns(shape, config) <= 256
+            light &= config.warps == 8 or not ragged(config.v_block)
             return deeper if roomy and light else config
     raise ValueError(f"no launch parameters for sm_{target.arch} fit {shape}")
 

@@ -12,7 +12,9 @@ from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.cache_update import write_latents
 from recalkv_vllm.kernels.layout import next_power_of_2
 from recalkv_vllm.kernels.merge import merge_splits
+from recalkv_vllm.kernels.quantise import write_quantised_latents
 from recalkv_vllm.kernels.value_up import project_values
+from recalkv_vllm.latent_format import LatentFormat
 
 #: Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -65,9 +67,14 @@ def reserve_workspace(device: torch.device, nbytes: int) -> torch.Tensor:
 
 
 def cache_update_launch(
-    z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    z: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    latent_format: LatentFormat | None = None,
 ) -> Launch:
     """The launch of ``cache_update.py``; at least one slot."""
+    if latent_format is not None:
+        return quantised_update_launch(z, kv_cache, slot_mapping, latent_format)
     rank = kv_cache.shape[2]
     columns = min(1024, next_power_of_2(rank))
     return Launch(
@@ -83,6 +90,41 @@ def cache_update_launch(
             "RANK": rank,
             "BLOCK_SIZE": kv_cache.shape[1],
             "COLUMNS": columns,
+        },
+        warps=1 if columns <= 256 else 4,
+    )
+
+
+def quantised_update_launch(
+    z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor, form: LatentFormat
+) -> Launch:
+    """The launch of ``quantise.py``; at least one slot."""
+    rank = z.shape[1]
+    codes, scales = form.split_cache(kv_cache)
+    groups = form.num_groups(rank)
+    group = form.group_size or next_power_of_2(rank)
+    # As many whole groups per program as make up some 512 numbers.
+    groups_per_program = min(next_power_of_2(groups), max(1, 512 // group))
+    columns = groups_per_program * group
+    return Launch(
+        write_quantised_latents,
+        (slot_mapping.shape[0], triton.cdiv(groups, groups_per_program)),
+        {
+            "z": z,
+            "codes": codes,
+            "scales": scales,
+            "slot_mapping": slot_mapping,
+            "stride_z": z.stride(0),
+            "stride_block": codes.stride(0),
+            "stride_slot": codes.stride(1),
+            "stride_scale_block": scales.stride(0),
+            "stride_scale_slot": scales.stride(1),
+            "RANK": rank,
+            "CODEC": form.dtype,
+            "GROUP": group,
+            "GROUPS": groups,
+            "GROUPS_PER_PROGRAM": groups_per_program,
+            "BLOCK_SIZE": kv_cache.shape[1],
         },
         warps=1 if columns <= 256 else 4,
     )

@@ -46,6 +46,72 @@ def load_columns(token_rows, live, first, OFFSET: tl.constexpr, SIZE: tl.constex
 
 
 @triton.jit
+def load_codes(rows, live, first, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """``[tile, SIZE]`` fields of ``BITS`` bits from ``first`` on, earlier ones in lower bits."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    source = rows[:, None] + (first // PER_BYTE + tl.arange(0, SIZE // PER_BYTE))[None, :]
+    packed = tl.load(source, mask=live[:, None], other=0)
+    if BITS == 8:
+        codes = packed
+    elif BITS == 4:
+        codes = tl.reshape(tl.join(packed & 15, packed >> 4), [rows.shape[0], SIZE])
+    else:
+        shifted = packed.to(tl.int32)[:, :, None] >> (BITS * tl.arange(0, PER_BYTE))[None, None, :]
+        codes = tl.reshape(shifted & ((1 << BITS) - 1), [rows.shape[0], SIZE])
+    return codes
+
+
+@triton.jit
+def load_units(rows, live, column, SIZE: tl.constexpr, CODEC: tl.constexpr, RANK: tl.constexpr):
+    """``[tile, SIZE]`` codes from ``column`` on, as numbers of float32 for a scale of one."""
+    if CODEC == "int8":
+        units = load_codes(rows, live, column, SIZE, 8).to(tl.float32) - 127.5
+    elif CODEC == "int4":
+        units = load_codes(rows, live, column, SIZE, 4).to(tl.float32) - 7.5
+    elif CODEC == "int3":
+        low = load_codes(rows, live, column, SIZE, 2)
+        high = load_codes(rows + RANK // 4, live, column, SIZE, 1)
+        units = (low | (high << 2)).to(tl.float32) - 3.5
+    else:
+        # e4m3 in the bits of a half has 8 less in the exponent's bias.
+        bits = load_codes(rows, live, column, SIZE, 8).to(tl.int16)
+        halves = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        units = halves.to(tl.float16, bitcast=True).to(tl.float32) * 256
+    return units
+
+
+@triton.jit
+def load_latents(
+    rows,
+    scale_rows,
+    live,
+    first,
+    more,
+    OFFSET: tl.constexpr,
+    SIZE: tl.constexpr,
+    CODEC: tl.constexpr,
+    RANK: tl.constexpr,
+    SCALE_SHIFT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """``[tile, SIZE]`` latents from column ``16 * first + more + OFFSET`` on; zero where not live.
+
+    With a ``CODEC`` they are dequantised: column ``c`` has the scale ``c >> SCALE_SHIFT`` of its
+    token. Scales are loaded once per 16 columns, which share one wherever a span starts.
+    """
+    if CODEC is None:
+        latents = load_columns(rows + more, live, first, OFFSET, SIZE)
+    else:
+        units = load_units(rows, live, first * 16 + more + OFFSET, SIZE, CODEC, RANK)
+        sixteens = first + (more + OFFSET) // 16 + tl.arange(0, SIZE // 16)
+        source = scale_rows[:, None] + (sixteens >> (SCALE_SHIFT - 4))[None, :]
+        scale = tl.load(source, mask=live[:, None], other=0.0).to(tl.float32)
+        scale = tl.broadcast_to(scale[:, :, None], [rows.shape[0], SIZE // 16, 16])
+        latents = (units * tl.reshape(scale, [rows.shape[0], SIZE])).to(DTYPE)
+    return latents
+
+
+@triton.jit
 def load_factor(
     k_up, OFFSET: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, K_WIDTH: tl.constexpr
 ):

@@ -65,6 +65,11 @@ class LatentFormat:
     def bits(self) -> int:
         return BITS[self.dtype]
 
+    @property
+    def scale_shift(self) -> int:
+        """Column ``c`` has scale ``c >> scale_shift``; 30 makes that the only one."""
+        return self.group_size.bit_length() - 1 if self.group_size else 30
+
     def num_groups(self, rank: int) -> int:
         """Scales of one token."""
         return -(-rank // self.group_size) if self.group_size else 1

@@ -17,12 +17,29 @@ from recalkv_vllm.kernels import bound, heuristics, launch
 from recalkv_vllm.kernels.bound import PagedLatentAttention, Part
 from recalkv_vllm.ops import triton as ops
 from recalkv_vllm.ops.layer import BatchHints
-from tests.ops.cases import CASES, MIXED, AttentionCase, AttentionInputs, build, spanned
+from tests.ops.cases import (
+    CASES,
+    MIXED,
+    QUANTIZED_CASES,
+    AttentionCase,
+    AttentionInputs,
+    build,
+    spanned,
+)
 from tests.ops.checks import assert_matches_oracle
 
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in CASES + QUANTIZED_CASES}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LOW_PRECISION = ("decode-lengths", "joint-per-head", "low-precision-table", "everything")
+LOW_PRECISION = (
+    "decode-lengths",
+    "joint-per-head",
+    "low-precision-table",
+    "everything",
+    "odd-split-int8-0",
+    "odd-joint-fp8-16",
+    "odd-overlapping-int4-32",
+    "odd-with-gaps-int3-64",
+)
 
 
 @cache
@@ -48,7 +65,7 @@ def change_config(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + QUANTIZED_CASES[::2], ids=str)
 def test_matrix(case: AttentionCase) -> None:
     check(case)
 
@@ -87,7 +104,7 @@ def test_more_verified_queries_than_rows() -> None:
     check(case, num_decodes=2, num_decode_tokens=25, max_decode_query_len=16)
 
 
-@pytest.mark.parametrize("name", ["gqa3-smollm2", "overlapping", "d80"])
+@pytest.mark.parametrize("name", ["gqa3-smollm2", "overlapping", "d80", "odd-joint-int3-16"])
 def test_streamed_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change_config(monkeypatch, stream=16)
     check(BY_NAME[name])

@@ -14,10 +14,13 @@ from recalkv_vllm.benchmarks.compile_report import Case, Row
 CASE = Case("Llama-3.1-8B", 0.5, 1, "split")
 
 
-def test_kernels_compile_without_spills() -> None:
-    """The two layouts that matter most; the full table is the command itself."""
-    arguments = ["--geometry", CASE.geometry, "--compression", "0.5", "--group-size", "1"]
-    arguments += ["--spans", "split", "joint", "--mode", "decode", "--json"]
+@pytest.mark.parametrize(
+    ("geometry", "spans"), [(CASE.geometry, ("split", "joint")), ("Qwen3-8B", ("split",))]
+)
+def test_kernels_compile_without_spills(geometry: str, spans: tuple[str, ...]) -> None:
+    """The layouts that matter most, and a key norm; the full table is the command itself."""
+    arguments = ["--geometry", geometry, "--compression", "0.5", "--group-size", "1"]
+    arguments += ["--spans", *spans, "--mode", "decode", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "recalkv_vllm.benchmarks.compile_report", *arguments],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
@@ -27,12 +30,13 @@ def test_kernels_compile_without_spills() -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    assert len(rows) == 3 * 2 * 4
+    assert len(rows) == 3 * len(spans) * 4
     assert not any(row["faults"] for row in rows)
-    attention = {row["arch"]: row for row in rows if row["kernel"] == "latent_attention"}
-    assert "mma.sync" in attention[80]["tensor_core"]
-    assert "wgmma" in attention[90]["tensor_core"]
-    assert "tcgen05" in attention[100]["tensor_core"]
+    attention = [row for row in rows if row["kernel"] == "latent_attention"]
+    instructions = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+    assert all(instructions[row["arch"]] in row["tensor_core"] for row in attention)
+    flagship = [row["config"] for row in attention if row["arch"] == 90]
+    assert all("tile=64 local_rope=1" in config for config in flagship)
 
 
 @pytest.mark.parametrize(

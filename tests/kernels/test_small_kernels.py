@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops import reference
 from recalkv_vllm.ops import triton as ops
 from tests.ops.cases import AttentionCase, paged_cache
@@ -26,6 +27,25 @@ def test_writes_its_slots_and_nothing_else(rank: int, dtype: torch.dtype, layout
     reference.latent_cache_update(z, caches[1], slots)
     torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
     assert int((~caches[0].isnan()).all(-1).sum()) == int((slots >= 0).sum())
+
+
+@pytest.mark.parametrize("group_size", [0, 16, 64])
+@pytest.mark.parametrize("latent_dtype", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quantises_bit_for_bit(dtype: torch.dtype, latent_dtype: str, group_size: int) -> None:
+    form = LatentFormat(latent_dtype, group_size)
+    case = AttentionCase("update", rank=336, block_size=16, cache="blocks", latent_format=form)
+    caches = [paged_cache(case, 6, dtype, DEVICE) for _ in range(2)]
+    z = torch.randn(42, 336 + 16).to(DEVICE, dtype)[:, :336]
+    z[:10] *= 2.0 ** torch.arange(-15, 15, 3, device=DEVICE).unsqueeze(1)
+    z[10:13, :100] = 0
+    z[13:16, 100:] *= 1e-38  # scales that are not normal numbers
+    z[16:24] = z[16:24].round()  # on the edges between codes
+    slots = torch.randperm(6 * 16, device=DEVICE)[:40]
+    slots[::7] = -1
+    ops.latent_cache_update(z, caches[0], slots, form)
+    reference.latent_cache_update(z, caches[1], slots, form)
+    assert torch.equal(*caches)
 
 
 def test_no_slots() -> None:

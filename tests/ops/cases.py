@@ -195,7 +195,7 @@ CASES: tuple[AttentionCase, ...] = (
 
 #: Spans at odd multiples of 16, so that they start and end inside groups of 32 and 64 numbers.
 ODD_SPANS = (
-    spanned("odd-split", (4, 2, 64), 1, 48, 2, 16, batch=(*DECODE_LENGTHS, *MIXED)),
+    spanned("odd-split", (4, 2, 64), 1, 48, 2, 16, batch=DECODE_LENGTHS),
     joint("odd-joint", (9, 3, 64), 3, 176, batch=MIXED, padding_rows=2),
     spanned("odd-overlapping", (4, 2, 64), 2, 80, 1, 112, overlap=48, batch=MIXED, cache="blocks"),
     AttentionCase(
