@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from recalkv_vllm import ops
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.serving.backend import LatentMetadata, RecalkvBackend
 from recalkv_vllm.serving.sharding import LatentShard
 
@@ -34,7 +37,8 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write latents ``key: [tokens, rank]`` into the cache; ``value`` is the same tensor."""
-        ops.latent_cache_update(key[: slot_mapping.shape[0]], kv_cache, slot_mapping)
+        latents, paged = key[: slot_mapping.shape[0]], kv_cache.squeeze(1)
+        ops.latent_cache_update(latents, paged, slot_mapping, layer.latent_format)
 
     def forward(
         self,
@@ -59,7 +63,7 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         tokens = attn_metadata.num_actual_tokens
         o_lat, _ = layer.attend(
             query[:tokens],
-            kv_cache,
+            kv_cache.squeeze(1),
             attn_metadata.block_table,
             attn_metadata.seq_lens,
             attn_metadata.query_start_loc,
@@ -85,6 +89,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         sliding_window: int | None,
         prefix: str,
         soft_cap: float | None = None,
+        latent_format: LatentFormat | None = None,
     ):
         super().__init__()
         vllm_config = get_current_vllm_config()
@@ -96,6 +101,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.v_width = shard.v_spans[0][1] - shard.v_spans[0][0]
         self.sliding_window = sliding_window
         self.soft_cap = soft_cap
+        self.latent_format = latent_format
         self._largest_batch = (
             vllm_config.scheduler_config.max_num_seqs,
             max_decode_query_len(vllm_config),
@@ -105,6 +111,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.attn_backend = RecalkvBackend
         self.dtype = vllm_config.model_config.dtype
         self.impl = LatentAttentionImpl(num_heads, head_dim, scale)
+        #: ``[num_blocks, 1, block_size, width]``, vLLM's standard form, which KV connectors expect.
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
@@ -145,6 +152,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             k_norm_eps=k_norm_eps,
             sliding_window=self.sliding_window,
             soft_cap=self.soft_cap,
+            latent_format=self.latent_format,
         )
         self.attend = ops.bind_paged_latent_attention(layer)
         self.attend.reserve(self.num_heads, *self._largest_batch)
@@ -174,22 +182,26 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         )
         return output
 
-    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """Take vLLM's ``[num_blocks, 1, block_size, rank]`` without the dimension of heads."""
-        self.kv_cache = kv_cache.squeeze(1)
-
     def get_attn_backend(self) -> type[RecalkvBackend]:
         return self.attn_backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        # vLLM counts head_size + head_size_v numbers per head; ours is one head of `rank` numbers.
-        half = self.shard.rank // 2
-        return FullAttentionSpec(
-            block_size=vllm_config.cache_config.block_size,
-            num_kv_heads=1,
-            head_size=self.shard.rank - half,
-            head_size_v=half,
-            dtype=self.dtype,
-            max_tp_shards=1,
-            dcp_sharded=False,
-        )
+        # vLLM counts head_size + head_size_v numbers per head; ours is one head of `rank` numbers,
+        # or of the bytes of its codes and scales.
+        width, dtype = self.shard.rank, self.dtype
+        if self.latent_format is not None:
+            width, dtype = self.latent_format.slot_bytes(width), torch.uint8
+        half = width // 2
+        sizes: dict[str, Any] = {
+            "block_size": vllm_config.cache_config.block_size,
+            "num_kv_heads": 1,
+            "head_size": width - half,
+            "head_size_v": half,
+            "dtype": dtype,
+            "max_tp_shards": 1,
+            "dcp_sharded": False,
+        }
+        if self.sliding_window is not None:
+            # vLLM frees the blocks that a window has left behind.
+            return SlidingWindowSpec(**sizes, sliding_window=self.sliding_window)
+        return FullAttentionSpec(**sizes)

@@ -22,7 +22,7 @@ from recalkv_vllm.ops import BatchHints
 from recalkv_vllm.serving.registration import BACKEND_NAME
 
 SUPPORTED_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SUPPORTED_KV_CACHE_DTYPES = ["auto", "float32", "bfloat16", "float16"]
+SUPPORTED_KV_CACHE_DTYPES = ["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]
 
 
 class RecalkvBackend(AttentionBackend):

@@ -1,7 +1,12 @@
-"""vLLM's model classes with latent attention; everything else in them stays vLLM's."""
+"""vLLM's model classes with latent attention; everything else in them stays vLLM's.
+
+The classes themselves are made when asked for, from the table in ``registration``: importing all of
+vLLM's models to serve one would cost seconds in every process.
+"""
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,30 +14,32 @@ from dataclasses import replace
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.utils import WeightsMapper
 
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
 from recalkv_vllm.serving.factors import locate_factors
+from recalkv_vllm.serving.latent_dtype import served_format
+from recalkv_vllm.serving.registration import ARCHITECTURES
 from recalkv_vllm.serving.self_attention import FACTORS, LatentSelfAttention
 
 _FACTOR_NAME = re.compile(rf"layers\.\d+\.({'|'.join(FACTORS)})$")
+_FUSED_NAME = re.compile(r"\.self_attn\.qkv_proj\.weight$")
 
 
 @contextmanager
 def _stock_attention_backend(vllm_config: VllmConfig) -> Iterator[None]:
     """Let the attention layers that we replace be built with whatever vLLM prefers.
 
-    Our backend rightly refuses to run a stock layer; these never run.
+    Our backend rightly refuses to run a stock layer, and stock backends may refuse a cache dtype
+    that latents can have; these never run.
     """
-    attention_config = vllm_config.attention_config
-    chosen, attention_config.backend = attention_config.backend, None
+    attention_config, cache_config = vllm_config.attention_config, vllm_config.cache_config
+    backend, cache_dtype = attention_config.backend, cache_config.cache_dtype
+    attention_config.backend, cache_config.cache_dtype = None, "auto"
     try:
         yield
     finally:
-        attention_config.backend = chosen
+        attention_config.backend, cache_config.cache_dtype = backend, cache_dtype
 
 
 def _without_kv_projections(mapper: WeightsMapper) -> WeightsMapper:
@@ -53,10 +60,12 @@ def _without_kv_projections(mapper: WeightsMapper) -> WeightsMapper:
 class LatentAttentionMixin:
     """Put before one of vLLM's causal language models to give it latent attention."""
 
-    packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
-
     def __init_subclass__(cls) -> None:
         cls.hf_to_vllm_mapper = _without_kv_projections(cls.hf_to_vllm_mapper)
+        cls.packed_modules_mapping = {
+            fused: parts for fused, parts in cls.packed_modules_mapping.items()
+            if fused != "qkv_proj"
+        }  # fmt: skip
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         with _stock_attention_backend(vllm_config):
@@ -65,11 +74,21 @@ class LatentAttentionMixin:
         self.recalkv_config = RecalkvConfig.from_hf_config(hf_config)
         self.recalkv_geometry = AttentionGeometry.from_hf_config(hf_config)
         self.recalkv_model_config = vllm_config.model_config
-        self.model.hf_to_vllm_mapper = _without_kv_projections(self.model.hf_to_vllm_mapper)
+        if mapper := getattr(self.model, "hf_to_vllm_mapper", None):
+            self.model.hf_to_vllm_mapper = _without_kv_projections(mapper)
+        latent_format = served_format(
+            self.recalkv_config.latent_quantization,
+            vllm_config.cache_config.cache_dtype,
+            vllm_config.model_config.dtype,
+        )
         for i in range(self.model.start_layer, self.model.end_layer):
             layer = self.model.layers[i]
             layer.self_attn = LatentSelfAttention(
-                layer.self_attn, self.recalkv_config.layers[i], self.recalkv_geometry, vllm_config
+                layer.self_attn,
+                self.recalkv_config.layers[i],
+                self.recalkv_geometry,
+                vllm_config,
+                latent_format,
             )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -78,9 +97,7 @@ class LatentAttentionMixin:
         The factors are read by our own strict reader: vLLM passes their file by when the weights
         have an index, and does not notice a missing parameter of a linear layer.
         """
-        loaded = super().load_weights(
-            (name, weight) for name, weight in weights if not _FACTOR_NAME.match(name)
-        )
+        loaded = super().load_weights(self._base_weights(weights))
         path = locate_factors(self.recalkv_model_config)
         with FactorReader(path, self.recalkv_config, self.recalkv_geometry) as reader:
             for i in range(self.model.start_layer, self.model.end_layer):
@@ -88,14 +105,26 @@ class LatentAttentionMixin:
                 loaded |= {f"model.layers.{i}.self_attn.{name}" for name in names}
         return loaded
 
+    def _base_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The base model's weights; of a fused ``qkv_proj`` only the queries' rows."""
+        query_rows = self.recalkv_geometry.num_heads * self.recalkv_geometry.head_dim
+        for name, weight in weights:
+            if _FACTOR_NAME.match(name):
+                continue
+            if _FUSED_NAME.search(name):
+                yield name.replace(".qkv_proj.", ".q_proj."), weight[:query_rows]
+            else:
+                yield name, weight
 
-class RecalkvLlamaForCausalLM(LatentAttentionMixin, LlamaForCausalLM):
-    """Llama; also SmolLM2 and other models of the same architecture."""
 
-
-class RecalkvMistralForCausalLM(LatentAttentionMixin, MistralForCausalLM):
-    """Mistral."""
-
-
-class RecalkvQwen2ForCausalLM(LatentAttentionMixin, Qwen2ForCausalLM):
-    """Qwen2 and Qwen2.5, with their QKV bias."""
+def __getattr__(name: str) -> type:
+    """The served class ``name``: latent attention in the class of vLLM that the table names."""
+    if name not in ARCHITECTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, stock = ARCHITECTURES[name].split(":")
+    base = getattr(importlib.import_module(module), stock)
+    cls = type(name, (LatentAttentionMixin, base), {"__module__": __name__})
+    globals()[name] = cls
+    return cls

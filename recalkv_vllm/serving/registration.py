@@ -10,11 +10,19 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 BACKEND_NAME = "RECALKV"
 BACKEND_CLASS = "recalkv_vllm.serving.backend.RecalkvBackend"
-#: Served architecture -> vLLM's own class that it derives from.
+_MODELS = "vllm.model_executor.models"
+#: Served architecture -> vLLM's own class that it derives from, as ``module:class``.
 ARCHITECTURES = {
-    "RecalkvLlamaForCausalLM": "LlamaForCausalLM",
-    "RecalkvMistralForCausalLM": "MistralForCausalLM",
-    "RecalkvQwen2ForCausalLM": "Qwen2ForCausalLM",
+    "RecalkvGemma2ForCausalLM": f"{_MODELS}.gemma2:Gemma2ForCausalLM",
+    "RecalkvGemma3ForCausalLM": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
+    "RecalkvGraniteForCausalLM": f"{_MODELS}.granite:GraniteForCausalLM",
+    "RecalkvLlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
+    "RecalkvMistralForCausalLM": f"{_MODELS}.mistral:MistralForCausalLM",
+    "RecalkvMixtralForCausalLM": f"{_MODELS}.mixtral:MixtralForCausalLM",
+    "RecalkvPhi3ForCausalLM": f"{_MODELS}.phi3:Phi3ForCausalLM",
+    "RecalkvQwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",
+    "RecalkvQwen3ForCausalLM": f"{_MODELS}.qwen3:Qwen3ForCausalLM",
+    "RecalkvQwen3MoeForCausalLM": f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM",
 }
 
 

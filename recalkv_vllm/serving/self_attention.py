@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +12,13 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
 
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, LatentLayout
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.serving.attention import LatentAttention
+from recalkv_vllm.serving.rotary import position_table, rotate_queries
 from recalkv_vllm.serving.sharding import shard_latent
 
 FACTORS = ("down", "k_up", "v_up")
@@ -33,6 +37,7 @@ class LatentSelfAttention(nn.Module):
         layout: LatentLayout,
         geometry: AttentionGeometry,
         vllm_config: VllmConfig,
+        latent_format: LatentFormat | None,
     ):
         super().__init__()
         name = stock.attn.layer_name
@@ -61,8 +66,12 @@ class LatentSelfAttention(nn.Module):
             hidden_size, shard.rank, bias=False, quant_config=None, prefix=f"{prefix}.down"
         )
         shapes = layout.factor_shapes(geometry)
-        self.k_up = _parameter(len(shard.k_groups), *shapes["k_up"][1:])
+        self.k_up = _parameter(
+            len(shard.k_spans), len(shard.kv_heads) // len(shard.k_spans) * head_dim, layout.k_width
+        )
         self.v_up = _parameter(len(shard.kv_heads), *shapes["v_up"][1:])
+        # Norms of single heads, where the model has them: queries' runs here, keys' in attention.
+        self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         bias_shape = (len(shard.kv_heads), head_dim)
         self.k_bias = _parameter(*bias_shape, loader=self._load_bias) if qkv_bias else None
         self.v_bias = _parameter(*bias_shape, loader=self._load_bias) if qkv_bias else None
@@ -74,6 +83,8 @@ class LatentSelfAttention(nn.Module):
             shard,
             stock.attn.sliding_window,
             prefix=name,
+            soft_cap=vllm_config.model_config.hf_config.to_dict().get("attn_logit_softcapping"),
+            latent_format=latent_format,
         )
         self.attn.process_weights_after_loading = self.bind_factors
 
@@ -86,26 +97,40 @@ class LatentSelfAttention(nn.Module):
         """Copy this rank's part of a layer's factors; returns the parameters' names."""
         shard = self.shard
         self.down.weight.data.copy_(reader.read(layer, "down")[list(shard.columns)])
-        groups, heads = shard.k_groups, shard.kv_heads
-        self.k_up.data.copy_(reader.read(layer, "k_up")[groups.start : groups.stop])
+        heads = shard.kv_heads
+        k_up = reader.read(layer, "k_up").unflatten(1, (-1, self.head_dim)).flatten(0, 1)
+        self.k_up.data.copy_(k_up[heads.start : heads.stop].view_as(self.k_up))
         self.v_up.data.copy_(reader.read(layer, "v_up")[heads.start : heads.stop])
         return {"down.weight", "k_up", "v_up"}
 
     def bind_factors(self, act_dtype: torch.dtype) -> None:
         """Hand factors and biases to the kernels; vLLM calls it once weights are loaded."""
+        cos_sin_cache, is_neox = position_table(self.rotary_emb)
         self.attn.bind(
             self.k_up.data,
             self.v_up.data,
             k_bias=None if self.k_bias is None else self.k_bias.data,
             v_bias=None if self.v_bias is None else self.v_bias.data,
-            cos_sin_cache=self.rotary_emb.cos_sin_cache,
-            is_neox=self.rotary_emb.is_neox_style,
+            cos_sin_cache=cos_sin_cache,
+            is_neox=is_neox,
+            **self._key_norm(),
         )
+
+    def _key_norm(self) -> dict[str, Any]:
+        if self.k_norm is None:
+            return {}
+        weight = self.k_norm.weight.data
+        # Gemma's norms scale by one plus their weight, added in float32.
+        if isinstance(self.k_norm, GemmaRMSNorm):
+            weight = weight.float() + 1
+        return {"k_norm_weight": weight, "k_norm_eps": self.k_norm.variance_epsilon}
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         q, _ = self.q_proj(hidden_states)
         latent, _ = self.down(hidden_states)
-        q, _ = self.rotary_emb(positions, q, None)
+        if self.q_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        q = rotate_queries(self.rotary_emb, positions, q, self.head_dim)
         output, _ = self.o_proj(self.attn(q, latent))
         return output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 
 from vllm.config import VllmConfig
 
@@ -12,7 +13,6 @@ from recalkv_vllm.checkpoint import (
     CheckpointError,
     FactorReader,
     RecalkvConfig,
-    compression_reached,
     kv_bytes_per_token,
 )
 from recalkv_vllm.serving.registration import ARCHITECTURES, BACKEND_NAME
@@ -75,10 +75,9 @@ def refuse_unservable(config: VllmConfig) -> None:
 
 
 def _unsupported_feature(config: VllmConfig, requested: str | None) -> str | None:
-    from recalkv_vllm.serving.backend import SUPPORTED_DTYPES, SUPPORTED_KV_CACHE_DTYPES
+    from recalkv_vllm.serving.backend import SUPPORTED_DTYPES
 
-    parallel, cache, model = config.parallel_config, config.cache_config, config.model_config
-    dtype_name = str(model.dtype).removeprefix("torch.")
+    parallel, model = config.parallel_config, config.model_config
     speculative = config.speculative_config
     refusals = {
         f"--attention-backend: expected recalkv for a compressed checkpoint, found {requested}": (
@@ -86,11 +85,6 @@ def _unsupported_feature(config: VllmConfig, requested: str | None) -> str | Non
         ),
         f"--dtype: expected one of {SUPPORTED_DTYPES}, found {model.dtype}": (
             model.dtype not in SUPPORTED_DTYPES
-        ),
-        f"--kv-cache-dtype: latents are cached in the model's dtype; expected auto or "
-        f"{dtype_name}, found {cache.cache_dtype}": (
-            cache.cache_dtype not in SUPPORTED_KV_CACHE_DTYPES
-            or cache.cache_dtype not in ("auto", dtype_name)
         ),
         "--decode-context-parallel-size: expected 1, found "
         f"{parallel.decode_context_parallel_size}": parallel.decode_context_parallel_size > 1,
@@ -114,10 +108,14 @@ def _unsupported_feature(config: VllmConfig, requested: str | None) -> str | Non
 def _check_checkpoint(config: VllmConfig) -> None:
     """Read every factor once, and cut it as the ranks will, before any process is started."""
     from recalkv_vllm.serving.factors import locate_factors
+    from recalkv_vllm.serving.latent_dtype import served_format
     from recalkv_vllm.serving.sharding import shard_latent
 
     hf_config = config.model_config.hf_config.to_dict()
     recalkv = RecalkvConfig.from_hf_config(hf_config, f"{config.model_config.model}/config.json")
+    form = served_format(
+        recalkv.latent_quantization, config.cache_config.cache_dtype, config.model_config.dtype
+    )
     geometry = AttentionGeometry.from_hf_config(hf_config)
     tp_size = config.parallel_config.tensor_parallel_size
     for i, layout in enumerate(recalkv.layers):
@@ -133,11 +131,23 @@ def _check_checkpoint(config: VllmConfig) -> None:
         for i in range(geometry.num_layers):
             for factor in recalkv.layers[i].factor_shapes(geometry):
                 reader.read(i, factor)
-    sizes = kv_bytes_per_token(recalkv, geometry, config.model_config.dtype.itemsize)
+    itemsize = config.model_config.dtype.itemsize
+    served = replace(recalkv, latent_quantization=form)
+    sizes = kv_bytes_per_token(served, geometry, itemsize)
     logger.info(
         "recalkv: method %s, %d KV-cache bytes per token instead of %d (%.1f %% removed)",
         recalkv.method,
         sizes["compressed"],
         sizes["dense"],
-        100 * compression_reached(recalkv, geometry),
+        100 * (1 - sizes["compressed"] / sizes["dense"]),
     )
+    if form != recalkv.latent_quantization:
+        plain = kv_bytes_per_token(recalkv, geometry, itemsize)["compressed"]
+        logger.info(
+            "recalkv: --kv-cache-dtype %s: latents are cached as e4m3 numbers with a scale per %d, "
+            "which holds %.2f times the tokens of %s latents",
+            config.cache_config.cache_dtype,
+            form.group_size,
+            plain / sizes["compressed"],
+            str(config.model_config.dtype).removeprefix("torch."),
+        )

@@ -2,14 +2,19 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
+from recalkv_vllm.compression.pipeline import CompressOptions, compress
+from tests.e2e.architectures import CONFIGS, SIZES, save_random_model
 from tests.e2e.prompts import LONG_TEXT, QUESTIONS
+from tests.tiny_models import train_tokenizer
 
 BIN = Path(sys.executable).parent
 ENGINE = Path(__file__).with_name("engine.py")
@@ -73,3 +78,76 @@ def prompts(model) -> dict[str, list]:
         for question in QUESTIONS
     ]
     return {"questions": chats, "long": tokenizer(LONG_TEXT)["input_ids"][:700]}
+
+
+@dataclass(frozen=True)
+class SmallPrompts:
+    """Random token ids for small models, and engine jobs that continue them."""
+
+    #: The first is prefilled in chunks, with context, and longer than every window.
+    ids: list[list[int]]
+
+    def job(self, model: Path, *batches, **engine):
+        """A job of ``engine.py``: a greedy continuation, or the ``batches`` given."""
+        sizes = {
+            "max_num_batched_tokens": 128,
+            "max_model_len": 512,
+            "block_size": 32,
+            "kv_cache_memory_bytes": 64 << 20,
+        }
+        greedy = {"prompts": self.ids, "sampling": {"max_tokens": 24, "ignore_eos": True}}
+        return {"engine": {**sizes, "model": str(model), **engine}, "batches": batches or [greedy]}
+
+
+@pytest.fixture(scope="session")
+def small_prompts() -> SmallPrompts:
+    draw = random.Random(0)
+    return SmallPrompts(
+        [[draw.randrange(3, SIZES["vocab_size"]) for _ in range(n)] for n in (300, 7, 31, 50)]
+    )
+
+
+@pytest.fixture(scope="session")
+def make_small(tmp_path_factory):
+    """``make_small(name)``: a random model of ``architectures.CONFIGS``, with a tokenizer."""
+    directory, tokenizer = tmp_path_factory.mktemp("small"), train_tokenizer()
+
+    def make(name: str) -> Path:
+        path = directory / name
+        if not path.is_dir():
+            save_random_model(CONFIGS[name], path)
+            tokenizer.save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small(make_small) -> Path:
+    return make_small("llama3-rope")
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory):
+    """``compressed(model, **options)``: at full rank, in groups that calibration finds.
+
+    Groups of two heads: heads move.
+    """
+    made: dict[tuple, Path] = {}
+
+    def make(model: Path, **options) -> Path:
+        key = (model, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("compressed") / model.name
+            settings = {
+                "compression": 0.0,
+                "method": "recalkv",
+                "k_group_size": 2,
+                "num_samples": 2,
+                "seq_len": 64,
+                **options,
+            }
+            compress(CompressOptions(str(model), made[key], **settings))
+        return made[key]
+
+    return make

@@ -1,8 +1,11 @@
 """Runs vLLM engines in a process of their own: jobs on stdin, results on stdout, both JSON.
 
 A job is ``{"engine": {LLM arguments}, "batches": [{"prompts": [[ids]], "sampling": {...}}]}``; its
-result is ``{"tokens": [[[ids], ...], ...], "metrics": {name: value}}``
-(one list per batch and prompt).
+result is ``{"tokens": [[[ids], ...], ...], "metrics": {name: value}, "outputs": [...]}``:
+tokens are one list per batch and prompt, ``outputs`` what else a batch asked for. Besides
+``sampling`` (arguments of ``SamplingParams``, ``json_schema`` among them) a batch may have
+``beam`` (of ``BeamSearchParams``), ``embed: true``, or ``lora``, an adapter's directory.
+
 Engines run one after the other in this process, which saves their start-up; a fresh process keeps
 vLLM's global state away from the tests.
 """
@@ -10,33 +13,90 @@ vLLM's global state away from the tests.
 import json
 import os
 import sys
+from pathlib import Path
 
 # The engine in this process: five seconds to start instead of twenty.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
+def resolve_model_class(engine):
+    """Import a model's class here; vLLM would start a process only to look at it."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    config = json.loads((Path(engine["model"]) / "config.json").read_text())
+    config |= engine.get("hf_overrides", {})
+    for architecture in config["architectures"]:
+        cls = ModelRegistry.models[architecture].load_model_cls()
+        ModelRegistry.register_model(architecture, cls)
+
+
 def run(job):
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    resolve_model_class(job["engine"])
     llm = LLM(
-        dtype="float32",
-        enforce_eager=True,
-        disable_log_stats=False,
-        **{"max_model_len": 2048, "kv_cache_memory_bytes": 256 << 20, **job["engine"]},
+        **{
+            "dtype": "float32",
+            "enforce_eager": True,
+            "disable_log_stats": False,
+            "max_model_len": 2048,
+            "kv_cache_memory_bytes": 256 << 20,
+            **job["engine"],
+        }
     )
-    tokens = []
-    for batch in job["batches"]:
-        outputs = llm.generate(
-            [{"prompt_token_ids": ids} for ids in batch["prompts"]],
-            SamplingParams(temperature=0, **batch["sampling"]),
-            use_tqdm=False,
-        )
-        tokens.append([list(output.outputs[0].token_ids) for output in outputs])
+    answers = [run_batch(llm, batch) for batch in job["batches"]]
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     del llm
     cleanup_dist_env_and_memory()
-    return {"tokens": tokens, "metrics": metrics}
+    tokens, outputs = zip(*answers, strict=True)
+    return {"tokens": tokens, "outputs": outputs, "metrics": metrics}
+
+
+def run_batch(llm, batch):
+    """A batch's first tokens per prompt, and its further outputs."""
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import BeamSearchParams
+
+    prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
+    if batch.get("embed"):
+        embedded = llm.embed(prompts, use_tqdm=False)
+        return [], [output.outputs.embedding for output in embedded]
+    if "beam" in batch:
+        found = llm.beam_search(prompts, BeamSearchParams(**batch["beam"]))
+        return [], [[sequence.tokens for sequence in output.sequences] for output in found]
+    lora = LoRARequest("adapter", 1, batch["lora"]) if "lora" in batch else None
+    generated = llm.generate(
+        prompts, sampling_parameters(**batch["sampling"]), lora_request=lora, use_tqdm=False
+    )
+    tokens = [list(output.outputs[0].token_ids) for output in generated]
+    return tokens, [
+        {
+            "samples": [list(sample.token_ids) for sample in output.outputs],
+            "text": output.outputs[0].text,
+            "logprobs": likelihoods(output.outputs[0].logprobs),
+            "prompt_logprobs": likelihoods(output.prompt_logprobs),
+        }
+        for output in generated
+    ]
+
+
+def sampling_parameters(json_schema=None, **parameters):
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if json_schema is not None:
+        parameters["structured_outputs"] = StructuredOutputsParams(json=json_schema)
+    return SamplingParams(**{"temperature": 0, **parameters})
+
+
+def likelihoods(positions):
+    """Of vLLM's ``{token: Logprob}`` per position; None where it has none."""
+    if positions is None:
+        return None
+    return [at and {str(token): found.logprob for token, found in at.items()} for at in positions]
 
 
 if __name__ == "__main__":

@@ -63,7 +63,10 @@ def test_good_checkpoint_passes_with_and_without_the_flag(half):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype", "expected auto or float32", "found fp8"]),
+        (
+            {"kv_cache_dtype": "fp8_e5m2"},
+            ["--kv-cache-dtype", "expected auto or float32 or fp8 or fp8_e4m3", "found fp8_e5m2"],
+        ),
         ({"attention_backend": "CPU_ATTN"}, ["--attention-backend", "recalkv", "found CPU_ATTN"]),
         ({"enable_lora": True}, ["--enable-lora"]),
     ],

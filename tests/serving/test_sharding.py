@@ -18,6 +18,7 @@ PER_HEAD_JOINT = LatentLayout(
     (0, 1, 2, 3),
 )
 SHARED_VALUES = LatentLayout(96, 2, ((0, 32), (32, 64)), ((64, 96),), (0, 1, 2, 3))
+JOINT = LatentLayout(64, 4, ((0, 48),), ((0, 64),), (0, 1, 2, 3))
 OVERLAPPING = LatentLayout(64, 2, ((0, 32), (32, 64)), ((0, 64),), (0, 1, 2, 3))
 
 
@@ -28,14 +29,9 @@ def keys_and_values(latent, layout_k, layout_v, k_up, v_up):
     return torch.cat(keys), torch.cat(values)
 
 
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("layout", "tp_size"),
-    [
-        (layout, tp_size)
-        for layout in (DISJOINT, PER_HEAD_JOINT, SHARED_VALUES, OVERLAPPING)
-        for tp_size in (1, 2, 4)
-        if len(layout.k_spans) % tp_size == 0
-    ],
+    "layout", [DISJOINT, PER_HEAD_JOINT, SHARED_VALUES, OVERLAPPING, JOINT], ids=range(5)
 )
 def test_shards_rebuild_the_whole(layout, tp_size):
     torch.manual_seed(0)
@@ -47,34 +43,39 @@ def test_shards_rebuild_the_whole(layout, tp_size):
     parts = []
     for tp_rank in range(tp_size):
         shard = shard_latent(layout, GEOMETRY, tp_rank, tp_size)
+        heads = slice(shard.kv_heads.start, shard.kv_heads.stop)
+        own_k_up = k_up.unflatten(1, (-1, GEOMETRY.head_dim)).flatten(0, 1)[heads]
         parts.append(
             keys_and_values(
                 latent[list(shard.columns)],
                 shard.k_spans,
                 shard.v_spans,
-                k_up[shard.k_groups.start : shard.k_groups.stop],
-                v_up[shard.kv_heads.start : shard.kv_heads.stop],
+                own_k_up.reshape(len(shard.k_spans), -1, k_up.shape[-1]),
+                v_up[heads],
             )
         )
     torch.testing.assert_close(torch.cat([k for k, _ in parts]), keys)
     torch.testing.assert_close(torch.cat([v for _, v in parts]), values)
 
 
-def test_shared_value_latents_are_replicated_and_keys_are_not():
+def test_shared_latents_are_replicated_and_others_are_not():
     assert [shard_latent(SHARED_VALUES, GEOMETRY, r, 2).rank for r in range(2)] == [64, 64]
     assert [shard_latent(PER_HEAD_JOINT, GEOMETRY, r, 4).rank for r in range(4)] == [16] * 4
+    assert [shard_latent(JOINT, GEOMETRY, r, 4).rank for r in range(4)] == [64] * 4
+
+
+def test_more_ranks_than_kv_heads_share_heads():
+    whole = [shard_latent(DISJOINT, GEOMETRY, r, 4) for r in range(4)]
+    doubled = [shard_latent(DISJOINT, GEOMETRY, r, 8) for r in range(8)]
+    assert doubled == [shard for shard in whole for _ in range(2)]
 
 
 def test_what_does_not_divide_is_refused_with_both_numbers():
-    with pytest.raises(ValueError, match=r"a divisor of the 2 K groups .*, found 4"):
-        shard_latent(SHARED_VALUES, GEOMETRY, 0, 4)
-    three = AttentionGeometry(1, 64, 6, 6, 16)
-    layout = LatentLayout(
-        128,
-        2,
-        tuple((16 * g, 16 * g + 16) for g in range(3)),
-        ((48, 80), (80, 112)),
-        tuple(range(6)),
-    )
-    with pytest.raises(ValueError, match="3 ranks of 2 KV heads cut a V group"):
-        shard_latent(layout, three, 0, 3)
+    with pytest.raises(ValueError, match="a divisor or a multiple of the 4 KV heads, found 3"):
+        shard_latent(SHARED_VALUES, GEOMETRY, 0, 3)
+    six = AttentionGeometry(1, 64, 6, 6, 16)
+    spans = ((0, 32), (32, 64))
+    with pytest.raises(ValueError, match="3 ranks of 2 KV heads and 2 V groups of 3"):
+        shard_latent(LatentLayout(64, 6, ((0, 64),), spans, tuple(range(6))), six, 0, 3)
+    with pytest.raises(ValueError, match="3 ranks of 2 KV heads and 2 K groups of 3"):
+        shard_latent(LatentLayout(64, 3, spans, ((0, 64),), tuple(range(6))), six, 0, 3)
