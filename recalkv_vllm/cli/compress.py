@@ -60,6 +60,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="how ranks are split over layers (default: the method's)",
     )
     add(
+        "--latent-dtype",
+        choices=("bf16", "auto", "fp8", "int8", "int4", "int3"),
+        default="bf16",
+        help="of the cached numbers; bf16: the factors' own; auto: kfac's choice of bits and ranks "
+        "with the least expected loss",
+    )
+    add(
         "--dataset",
         metavar="NAME|PATH",
         default="builtin",

@@ -68,6 +68,7 @@ def show(result: dict[str, Any]) -> None:
     lines = {
         "KV cache": f"{size['compressed']} bytes per token, {size['dense']} dense "
         f"({result['compression']:.1%} removed, {result['compression_requested']:.1%} asked for)",
+        "latents": _pairs(result["latent_quantization"] or {}) or "in the dtype of the factors",
         "reconstruction": f"{result['reconstruct_flop_per_token']} FLOP per cached token",
         "errors": f"relative, of the {result['error_of']}, as recorded when compressed",
         **{key.replace("_", " "): value for key, value in result["settings"].items()},

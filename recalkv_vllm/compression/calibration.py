@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.architectures import Attention, CausalLM, attention_modules
@@ -69,7 +68,7 @@ def _run_sample(
         for handle in handles:
             handle.remove()
     if gradient:
-        hidden.backward(_loss_gradient(model.lm_head, hidden.detach(), ids))
+        hidden.backward(_loss_gradient(model, hidden.detach(), ids))
         for observer in observers:
             if observer.needs_gradient:
                 observer.after_backward(attention, sums)
@@ -88,13 +87,13 @@ def _prepare(model: CausalLM, gradient: bool, seq_len: int) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _loss_gradient(lm_head: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _loss_gradient(model: CausalLM, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Gradient of the next-token loss, summed over tokens, with respect to ``hidden``.
 
     Summed, so that the gradient of a token has the same size in samples of any length.
 
     Args:
-        lm_head: frozen.
+        model: its output head is frozen.
         hidden: ``[1, tokens, H]``.
         ids: ``[1, tokens]``.
     """
@@ -102,10 +101,20 @@ def _loss_gradient(lm_head: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) 
     predicted = ids.shape[1] - 1
     for start in range(0, predicted, LOGIT_CHUNK):
         end = min(start + LOGIT_CHUNK, predicted)
-        logits = lm_head(hidden[0, start:end]).float()
+        logits = _logits(model, hidden[0, start:end])
         F.cross_entropy(logits, ids[0, start + 1 : end + 1], reduction="sum").backward()
     assert hidden.grad is not None
     return hidden.grad
+
+
+def _logits(model: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
+    """What the model predicts from its last hidden states, float32."""
+    logits = model.lm_head(hidden).float()
+    if scaling := getattr(model.config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if cap := getattr(model.config, "final_logit_softcapping", None):  # Gemma 2
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
 
 def sum_shapes(

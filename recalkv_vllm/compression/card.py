@@ -26,6 +26,10 @@ def model_card(name: str, base: str, recalkv: RecalkvConfig, summary: dict[str, 
         )
     else:
         text = "none (not needed)"
+    form = recalkv.latent_quantization
+    latents = "in the dtype of the factors"
+    if form is not None:
+        latents = f"{form.dtype}, a scale for every {form.group_size} numbers"
     rows = "\n".join(
         f"| {layer['layer']} | {layer['rank']} | {layer['k_width']} | {layer['v_width']} "
         f"| {layer['k_error']:.4f} | {layer['v_error']:.4f} |"
@@ -57,6 +61,7 @@ model's accuracy (without the smaller cache).
 | | |
 | --- | --- |
 | method | {recalkv.method} |
+| latents | {latents} |
 | compression asked for | {recalkv.compression} |
 | KV heads per K group | {settings["k_group_size"]} |
 | V groups | {settings["v_groups"]} |

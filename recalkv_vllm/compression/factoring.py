@@ -12,6 +12,7 @@ from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.architectures import CausalLM, attention_modules
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.factors import LayerFactors, LayerInputs, reorder_rows
+from recalkv_vllm.compression.latent_rotation import rotate_latents
 from recalkv_vllm.compression.linalg import relative_error
 from recalkv_vllm.compression.methods import Method
 from recalkv_vllm.compression.output_refit import OutputRefit
@@ -25,7 +26,7 @@ class ModelLayers(Sequence[LayerInputs]):
 
     def __init__(self, model: CausalLM, geometry: AttentionGeometry, statistics: Statistics | None):
         self._attention = attention_modules(model)
-        self._num_kv_heads = geometry.num_kv_heads
+        self.geometry = geometry
         self.statistics = statistics
 
     def __len__(self) -> int:
@@ -36,7 +37,7 @@ class ModelLayers(Sequence[LayerInputs]):
         return LayerInputs(
             k_weight=attention.k_proj.weight.data.double(),
             v_weight=attention.v_proj.weight.data.double(),
-            num_kv_heads=self._num_kv_heads,
+            num_kv_heads=self.geometry.num_kv_heads,
             statistics=self.statistics.inputs(layer) if self.statistics else None,
             fisher=self.statistics.kronecker(layer) if self.statistics else None,
         )
@@ -49,6 +50,7 @@ def factor_layers(
     layers: ModelLayers,
     dtype: torch.dtype,
     refit: OutputRefit | None = None,
+    rotate: bool = False,
 ) -> tuple[list[LayerFactors], dict[str, Any]]:
     """Factor every layer.
 
@@ -59,6 +61,7 @@ def factor_layers(
         layers: the model's, not factored yet.
         dtype: of the factors.
         refit: of ``o_proj``, if it is to follow the factors.
+        rotate: latents will be quantised.
 
     Returns:
         Factors rounded to ``dtype``, and the relative errors that they leave: ``k`` and ``v`` per
@@ -72,7 +75,8 @@ def factor_layers(
     k_errors: list[float] = []
     v_errors: list[float] = []
     for layer, inputs in enumerate(track(layers, "factoring", total=len(layers))):
-        part = method.factor(inputs, plans[layer]).to(dtype)
+        part = method.factor(inputs, plans[layer])
+        part = (rotate_latents(part) if rotate else part).to(dtype)
         part.layout.validate(geometry, f"layer {layer}")
         if not all(t.isfinite().all() for t in (part.down, part.k_up, part.v_up)):
             raise InputError(f"layer {layer}: factors overflow {dtype}; choose another --dtype")

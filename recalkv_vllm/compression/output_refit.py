@@ -8,7 +8,9 @@ up for losses of this layer and of those before it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ from recalkv_vllm.compression.factors import LayerFactors, natural_rows
 RIDGE = 1e-3
 
 
-class _HeadsReached(Exception):  # noqa: N818 (not an error)
-    """Ends a layer's forward pass where its output projection begins."""
+class _Reached(Exception):  # noqa: N818 (not an error)
+    """Ends a forward pass at the module that was asked for."""
 
 
 class OutputRefit:
@@ -40,9 +42,10 @@ class OutputRefit:
         self._attention = attention_modules(model)
         self._device = device
         self._arguments = _layer_arguments(model, samples[:1])
-        embedding = model.get_input_embeddings()
-        with torch.inference_mode():
-            self._dense = [embedding(sample[None]) for sample in samples]
+        self._dense = [
+            _input_of(self._layers[0], partial(model.model, sample[None], use_cache=False))
+            for sample in samples
+        ]
         self._compressed = list(self._dense)
 
     @torch.inference_mode()
@@ -104,24 +107,30 @@ class OutputRefit:
 
     def _heads(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """What goes into a layer's ``o_proj``: ``[1, tokens, h_q · d]``."""
-        seen: list[torch.Tensor] = []
-
-        def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            seen.append(args[0])
-            raise _HeadsReached
-
-        handle = self._attention[index].o_proj.register_forward_pre_hook(stop)
-        try:
-            with suppress(_HeadsReached):
-                self._call(index, hidden)
-        finally:
-            handle.remove()
-        return seen[0]
+        return _input_of(self._attention[index].o_proj, partial(self._call, index, hidden))
 
     def _call(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         arguments = _to_device(self._arguments[index], self._device)
         output = self._layers[index](hidden.to(self._device), **arguments)
         return output[0] if isinstance(output, tuple) else output
+
+
+@torch.inference_mode()
+def _input_of(module: nn.Module, forward: Callable[[], Any]) -> torch.Tensor:
+    """The first argument of ``module`` in a forward pass, which ends there."""
+    seen: list[torch.Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        with suppress(_Reached):
+            forward()
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def _layer_arguments(model: CausalLM, sample: torch.Tensor) -> list[dict[str, Any]]:

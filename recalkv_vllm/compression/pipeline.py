@@ -19,8 +19,10 @@ from recalkv_vllm.compression.architectures import compressed_architecture
 from recalkv_vllm.compression.card import model_card
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.factoring import ModelLayers, factor_layers
+from recalkv_vllm.compression.latent_choice import candidates, rank_compression, relative_error
 from recalkv_vllm.compression.methods import METHODS, Method, MethodOptions
 from recalkv_vllm.compression.output_refit import OutputRefit
+from recalkv_vllm.compression.ranks import LayerPlan
 from recalkv_vllm.compression.samples import draw_samples
 from recalkv_vllm.compression.statistics import (
     Statistics,
@@ -36,6 +38,7 @@ from recalkv_vllm.compression.writer import (
     check_absent,
     write_checkpoint,
 )
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.version import __version__
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class CompressOptions:
     spans: str | None = None
     target: str = "h100"
     output_refit: bool = True
+    latent_dtype: str = "bf16"
     dataset: str = "builtin"
     text_column: str = "text"
     num_samples: int = 256
@@ -96,7 +100,9 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     compressed_architecture(config)  # refuses what is not supported
     geometry = AttentionGeometry.from_hf_config(config)
     method = choose_method(options, geometry)
-    method.check(options.compression)
+    formats = candidates(options.latent_dtype, method.knows_loss)
+    for form in formats:
+        method.check(rank_compression(options.compression, geometry, form))
     device = source.choose_device(options.device)
 
     calibrated = _calibrate(options, directory, geometry, method, device)
@@ -108,9 +114,11 @@ def compress(options: CompressOptions) -> dict[str, Any]:
         directory, source.calibration_dtype(own, device) if refits else own, "cpu"
     )
     layers = ModelLayers(model, geometry, statistics)
-    plans = method.plan(options.compression, layers, statistics)
+    form, plans = choose_plan(method, options.compression, formats, layers)
     refit = OutputRefit(model, calibrated.samples, device) if calibrated and refits else None
-    factors, errors = factor_layers(geometry, method, plans, layers, dtype, refit)
+    factors, errors = factor_layers(
+        geometry, method, plans, layers, dtype, refit, rotate=form is not None
+    )
     recalkv = RecalkvConfig(
         method=method.name,
         compression=options.compression,
@@ -125,6 +133,7 @@ def compress(options: CompressOptions) -> dict[str, Any]:
             "relative_error": errors,
         },
         calibration=calibrated.provenance if calibrated else {},
+        latent_quantization=form,
         tool_versions={
             "recalkv_vllm": __version__,
             "safetensors": safetensors.__version__,
@@ -139,6 +148,28 @@ def compress(options: CompressOptions) -> dict[str, Any]:
         card = model_card(options.out.name, recalkv.settings["base_model"], recalkv, summary)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return {**summary, "seconds": time.monotonic() - began}
+
+
+def choose_plan(
+    method: Method, compression: float, formats: list[LatentFormat | None], layers: ModelLayers
+) -> tuple[LatentFormat | None, list[LayerPlan]]:
+    """The format of least expected loss, and the ranks that go with it."""
+
+    def plan(form: LatentFormat | None) -> list[LayerPlan]:
+        of_numbers = rank_compression(compression, layers.geometry, form)
+        return method.plan(of_numbers, layers, layers.statistics, relative_error(form))
+
+    if len(formats) == 1:
+        return formats[0], plan(formats[0])
+    losses = {}
+    for form in formats:
+        # A format that alone removes more than was asked for leaves bytes unused.
+        if rank_compression(compression, layers.geometry, form) > 0 or form is None:
+            plan(form)
+            losses[form] = method.expected_loss
+            log.info("latents in %s: expected loss %.5f", form or "16 bits", losses[form])
+    best = min(losses, key=lambda form: losses[form])
+    return best, plan(best)
 
 
 def choose_method(options: CompressOptions, geometry: AttentionGeometry) -> Method:

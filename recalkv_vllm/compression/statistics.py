@@ -23,7 +23,7 @@ from recalkv_vllm.compression.store import SumStore, is_complete, read_complete
 log = logging.getLogger(__name__)
 
 #: Part of every cache key: raise it when an observer sums something else under the same name.
-STATISTICS_VERSION = 4
+STATISTICS_VERSION = 5
 
 #: Observers by the name that methods ask for.
 OBSERVERS: dict[str, type[Observer]] = {

@@ -22,15 +22,18 @@ def summarize(recalkv: RecalkvConfig, geometry: AttentionGeometry, itemsize: int
         itemsize: bytes of a cached number.
 
     Returns:
-        ``method``, ``compression`` (reached) and ``compression_requested`` as fractions removed,
+        ``method``, ``latent_quantization`` (``dtype`` and ``group_size``, or None),
+        ``compression`` (reached) and ``compression_requested`` as fractions removed,
         ``kv_bytes_per_token`` over all layers, ``reconstruct_flop_per_token`` over all layers,
         ``error_of`` (``outputs`` or ``weights``: what the relative errors are of) and ``layers``.
     """
+    quantization = recalkv.latent_quantization
     error_of, k_errors, v_errors = _recorded_errors(recalkv)
     return {
         "method": recalkv.method,
         "compression": compression_reached(recalkv, geometry),
         "compression_requested": recalkv.compression,
+        "latent_quantization": quantization and quantization.to_dict(),
         "kv_bytes_per_token": kv_bytes_per_token(recalkv, geometry, itemsize),
         "reconstruct_flop_per_token": sum(
             layout.reconstruct_flop(geometry) for layout in recalkv.layers

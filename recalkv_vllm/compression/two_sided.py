@@ -33,6 +33,11 @@ class TwoSidedSvd:
         tails = self.squares.flip(0).cumsum(0).flip(0)
         return torch.cat((tails, tails.new_zeros(1)))[torch.from_numpy(ranks)].numpy()
 
+    def noise(self, ranks: np.ndarray) -> np.ndarray:
+        """What a relative error of 1 in the rotated latent would cost: ``(Σ s)² / rank``."""
+        sums = self.squares.sqrt().cumsum(0)[torch.from_numpy(ranks) - 1]
+        return sums.square().numpy() / ranks
+
     def truncated(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """``L: [n, rank]`` and ``R: [rank, H]``."""
         return self.up[:, :rank], self.down[:rank]

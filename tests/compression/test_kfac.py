@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recalkv_vllm.checkpoint import AttentionGeometry, rank_budget, read_hf_config
+from recalkv_vllm.compression.calibration import _logits
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.factoring import ModelLayers, factor_layers
 from recalkv_vllm.compression.factors import natural_rows, reorder_rows
@@ -13,6 +14,7 @@ from recalkv_vllm.compression.samples import draw_samples
 from recalkv_vllm.compression.source import load_model, load_tokenizer
 from recalkv_vllm.compression.text import documents
 from tests.compression.test_compress import FEW, logits, read, weights
+from tests.e2e.architectures import CONFIGS, save_random_model
 
 
 def options(base, out, compression=0.5, **changes):
@@ -154,6 +156,37 @@ def test_refit_of_what_lost_nothing_changes_nothing(tiny_models, tmp_path, famil
     )
     for part, weight in zip(factors, before, strict=True):
         torch.testing.assert_close(part.output, weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gemma3", "granite", "mixtral", "phi3-short-rope", "qwen3", "qwen3-moe"]
+)
+def test_streams_of_every_architecture(tmp_path, name):
+    """Scaled embeddings, layers of two kinds, fused projections: through a refit of what lost
+    nothing the compressed stream ends where the model's own last layer does."""
+    base = save_random_model(CONFIGS[name], tmp_path / name)
+    geometry = AttentionGeometry.from_hf_config(read_hf_config(base))
+    samples = torch.randint(1, 512, (8, 64), generator=torch.Generator().manual_seed(0))
+    model = load_model(base, torch.float32, "cpu")
+    with torch.no_grad():
+        expected = [model.model(sample[None]).last_hidden_state for sample in samples]
+    method = choose_method(options(base, tmp_path, 0.0), geometry)
+    layers = ModelLayers(model, geometry, None)
+    refit = OutputRefit(model, samples, "cpu")
+    plans = method.plan(0.0, layers, None)
+    factor_layers(geometry, method, plans, layers, torch.float32, refit)
+    for hidden, last in zip(refit._compressed, expected, strict=True):
+        torch.testing.assert_close(model.model.norm(hidden), last, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "qwen3"])
+def test_gradient_is_that_of_the_models_own_logits(tmp_path, name):
+    model = load_model(save_random_model(CONFIGS[name], tmp_path / name), torch.float32, "cpu")
+    ids = torch.randint(1, 512, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state
+        expected = model(ids).logits[0]
+    torch.testing.assert_close(_logits(model, hidden[0]), expected)
 
 
 def test_ridge_regression_is_the_least_squares_fit():

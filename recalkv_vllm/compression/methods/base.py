@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class Method(ABC):
     span_kinds: ClassVar[tuple[str, ...]]
     #: ``o_proj`` is refitted to the dense attention output unless the user says otherwise.
     refits_output: ClassVar[bool] = False
+    #: Of the last plan, per token in nats; not a number for methods that do not know it.
+    expected_loss: float = math.nan
+    #: Whether plans say what they are expected to lose.
+    knows_loss: ClassVar[bool] = False
 
     def __init__(self, geometry: AttentionGeometry, options: MethodOptions):
         self.geometry = geometry
@@ -85,8 +90,16 @@ class Method(ABC):
         compression: float,
         layers: Sequence[LayerInputs],
         statistics: Statistics | None,
+        latent_error: float = 0.0,
     ) -> list[LayerPlan]:
-        """Head order and widths of all layers; full rank at compression 0."""
+        """Head order and widths of all layers; full rank at compression 0.
+
+        Args:
+            compression: fraction of cached numbers to remove.
+            layers: what there is to factor.
+            statistics: what :meth:`observers` named.
+            latent_error: relative error of stored latents, for methods that weigh it.
+        """
 
     @abstractmethod
     def factor(self, inputs: LayerInputs, plan: LayerPlan) -> LayerFactors:

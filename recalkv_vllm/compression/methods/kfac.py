@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,18 +47,15 @@ class Kfac(Method):
     allocations = ("loss",)
     span_kinds = SPAN_KINDS
     refits_output = True
+    knows_loss = True
 
     def __init__(self, geometry: AttentionGeometry, options: MethodOptions):
         super().__init__(geometry, options)
-        if self.spans != "split" and options.v_groups is not None:
-            raise InputError(
-                f"--v-groups {options.v_groups}: with {self.spans} spans values are grouped as "
-                "keys are; expected --k-group-size, or --spans split"
-            )
         self.flop_per_byte = options.flop_per_byte
         self.k_group_size = options.k_group_size  # None until planned
         self.v_groups = options.v_groups or 1
-        self.expected_loss = 0.0
+        self._names_v_groups = options.v_groups is not None
+        self._measured: dict[int, list[MeasuredLayer]] = {}
 
     def observers(self, compression: float) -> set[str]:
         # Moments are for the report: relative errors of the outputs.
@@ -67,6 +65,11 @@ class Kfac(Method):
         if compression == 0:
             check_compression(compression, self.geometry, self._full_rank_size(), self.v_groups)
             return
+        if self.spans != "split" and self._names_v_groups:
+            raise InputError(
+                f"--v-groups {self.v_groups}: with {self.spans} spans values are grouped as keys "
+                "are; expected --k-group-size, or --spans split"
+            )
         sizes = [size for size in self._sizes() if self._widths(size)]
         if not sizes:
             raise InputError(
@@ -85,6 +88,7 @@ class Kfac(Method):
         compression: float,
         layers: Sequence[LayerInputs],
         statistics: Statistics | None,
+        latent_error: float = 0.0,
     ) -> list[LayerPlan]:
         geometry = self.geometry
         if compression == 0:
@@ -93,20 +97,17 @@ class Kfac(Method):
             widths = self.k_group_size * geometry.head_dim, v_heads * geometry.head_dim
             return [LayerPlan(tuple(range(geometry.num_kv_heads)), *widths)] * len(layers)
         budget = rank_budget(compression, geometry)
+        self._measure(layers, 1 - compression)
         widths_of = {size: self._widths(size) for size in self._sizes()}
         sizes = [
             size
             for size, widths in widths_of.items()
             if widths and len(layers) * min(w.rank for w in widths) <= budget
         ]
-        plans: dict[int, list[tuple[tuple[int, ...], list[Choice]]]] = {n: [] for n in sizes}
-        for inputs in track(layers, "choosing ranks", total=len(layers)):
-            metric = LayerMetric(inputs, geometry.head_dim)
-            for size in sizes:
-                order = metric.head_order(size, 1 - compression, self._sharing)
-                plans[size].append((order, self._choices(metric, order, size, widths_of[size])))
         chosen = {
-            size: allocate_choices([choices for _, choices in plans[size]], budget)
+            size: allocate_choices(
+                [layer.choices(latent_error) for layer in self._measured[size]], budget
+            )
             for size in sizes
         }
         losses = {size: sum(choice.loss for choice in chosen[size]) for size in sizes}
@@ -114,8 +115,8 @@ class Kfac(Method):
         best = min(sizes, key=lambda size: (float(f"{losses[size]:.9g}"), size))
         self.k_group_size, self.expected_loss = best, losses[best] / 2
         return [
-            LayerPlan(order, choice.widths.k_width, choice.widths.v_width)
-            for (order, _), choice in zip(plans[best], chosen[best], strict=True)
+            LayerPlan(layer.head_order, choice.widths.k_width, choice.widths.v_width)
+            for layer, choice in zip(self._measured[best], chosen[best], strict=True)
         ]
 
     def factor(self, inputs: LayerInputs, plan: LayerPlan) -> LayerFactors:
@@ -182,23 +183,53 @@ class Kfac(Method):
     def _widths(self, size: int) -> list[Widths]:
         return candidate_widths(self.spans, self.geometry, size, self.v_groups, self.flop_per_byte)
 
-    def _choices(
+    def _measure(self, layers: Sequence[LayerInputs], kept: float) -> None:
+        """Measure all widths of all layers, unless a plan before this one did."""
+        if self._measured:
+            return
+        widths_of = {size: self._widths(size) for size in self._sizes()}
+        self._measured = {size: [] for size, widths in widths_of.items() if widths}
+        for inputs in track(layers, "choosing ranks", total=len(layers)):
+            metric = LayerMetric(inputs, self.geometry.head_dim)
+            for size, measured in self._measured.items():
+                order = metric.head_order(size, kept, self._sharing)
+                measured.append(self._measured_layer(metric, order, size, widths_of[size]))
+
+    def _measured_layer(
         self, metric: LayerMetric, order: tuple[int, ...], size: int, widths: list[Widths]
-    ) -> list[Choice]:
-        """Expected losses of one layer."""
+    ) -> MeasuredLayer:
         k_widths = np.array([w.k_width for w in widths])
         v_widths = np.array([w.v_width for w in widths])
-        losses = np.zeros(len(widths))
+        losses, noises = np.zeros(len(widths)), np.zeros(len(widths))
         if self.spans == "split":
-            for group in chunks(order, size):
-                losses += metric.svd(group, KEYS).losses(k_widths)
-            for group in chunks(order, len(order) // self.v_groups):
-                losses += metric.svd(group, VALUES).losses(v_widths)
+            v_size = len(order) // self.v_groups
+            for group_size, which, ranks in ((size, KEYS, k_widths), (v_size, VALUES, v_widths)):
+                for group in chunks(order, group_size):
+                    svd = metric.svd(group, which)
+                    losses += svd.losses(ranks)
+                    noises += svd.noise(ranks)
         else:
             for group in chunks(order, size):
                 svd, outputs = metric.svd(group, BOTH), metric.group_metric(group, BOTH)
                 losses += nested_losses(svd, outputs, k_widths, v_widths)
-        return cheapest([Choice(w, float(loss)) for w, loss in zip(widths, losses, strict=True)])
+                noises += svd.noise(v_widths)
+        return MeasuredLayer(order, widths, losses, noises)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredLayer:
+    """What one layer's widths cost: ``losses`` by truncation, ``noises`` per relative error of
+    stored latents."""
+
+    head_order: tuple[int, ...]
+    widths: list[Widths]
+    losses: np.ndarray
+    noises: np.ndarray
+
+    def choices(self, latent_error: float) -> list[Choice]:
+        """The best widths of every rank, for latents stored with this relative error."""
+        totals = self.losses + latent_error * self.noises
+        return cheapest([Choice(w, float(t)) for w, t in zip(self.widths, totals, strict=True)])
 
 
 def chunks(order: tuple[int, ...], size: int) -> list[tuple[int, ...]]:

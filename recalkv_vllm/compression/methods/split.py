@@ -51,6 +51,7 @@ class SplitMethod(Method):
         compression: float,
         layers: Sequence[LayerInputs],
         statistics: Statistics | None,
+        latent_error: float = 0.0,
     ) -> list[LayerPlan]:
         geometry = self.geometry
         if compression == 0:

@@ -1,0 +1,76 @@
+"""How latents are stored: chosen together with their ranks, for a budget of bytes.
+
+At a given size of the cache, fewer bits per number leave room for more numbers. Quantising a
+rotated latent of ``r`` numbers costs, in the unit of the squared singular values ``s²`` that
+truncation discards,
+
+    ε · (Σ_{i ≤ r} s_i)² / r,
+
+``ε`` being the format's error relative to what it stores: with ``√S`` on both sides a latent has
+covariance ``S`` and its up factor the metric ``S``; after a random rotation each of the ``r``
+numbers has the variance and the weight ``Σ s / r``. ``auto`` takes the format whose truncation and
+quantisation together cost least. The budget of reconstruction stays that of 16-bit latents.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from recalkv_vllm.checkpoint import AttentionGeometry
+from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.latent_format import SCALE_BYTES, LatentFormat
+
+#: Numbers per scale.
+GROUP_SIZE = 32
+#: What ``auto`` chooses from; None is the dtype of the factors. Not fp8: int8 is as small and
+#: twenty times more exact.
+AUTOMATIC = (None, "int8", "int4", "int3")
+NAMES = ("bf16", "auto", "fp8", "int8", "int4", "int3")
+#: Normal numbers on which a format's error is measured.
+SAMPLE = (1024, 1024)
+
+
+def candidates(name: str, chooses: bool) -> list[LatentFormat | None]:
+    """Formats that ``--latent-dtype`` names.
+
+    Args:
+        name: one of :data:`NAMES`; ``bf16`` stands for the dtype of the factors, whatever it is.
+        chooses: the method knows what a format costs.
+
+    Raises:
+        InputError: an unknown name, or ``auto`` for a method that cannot choose.
+    """
+    if name not in NAMES:
+        raise InputError(f"--latent-dtype {name}: expected one of {', '.join(NAMES)}")
+    if name == "auto" and not chooses:
+        raise InputError("--latent-dtype auto: only method kfac can choose; name one")
+    names = {"auto": AUTOMATIC, "bf16": (None,)}.get(name, (name,))
+    return [None if dtype is None else LatentFormat(dtype, GROUP_SIZE) for dtype in names]
+
+
+def rank_compression(
+    compression: float, geometry: AttentionGeometry, form: LatentFormat | None
+) -> float:
+    """Fraction of cached numbers to remove so that ``compression`` of 16-bit bytes is removed.
+
+    Not below 0: a format may remove more than was asked for without any help.
+    """
+    if form is None:
+        return compression
+    dense = geometry.dense_width * geometry.num_layers
+    # A rank that ends inside a group pays for a scale that it uses only half: a byte.
+    kept_bytes = (1 - compression) * 2 * dense - geometry.num_layers
+    bits = form.bits + 8 * SCALE_BYTES / form.group_size
+    return max(0.0, 1 - kept_bytes * 8 / bits / dense)
+
+
+@cache
+def relative_error(form: LatentFormat | None) -> float:
+    """Mean squared error of normal numbers that are stored and read, relative to their size."""
+    if form is None:
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(SAMPLE, generator=generator)
+    return float((form.round_trip(z) - z).square().mean())
