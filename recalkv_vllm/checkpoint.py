@@ -28,6 +28,8 @@ SPAN_MULTIPLE = 16
 FACTOR_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 Span = tuple[int, int]
+#: Types of what is recorded and never interpreted.
+_PROVENANCE = {"method": str, "settings": dict, "calibration": dict, "tool_versions": dict}
 
 
 class CheckpointError(ValueError):
@@ -52,17 +54,15 @@ class AttentionGeometry:
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> AttentionGeometry:
         """Read the geometry out of a config dictionary (``config.json`` or ``to_dict()``)."""
-        try:
-            heads = config["num_attention_heads"]
-            return cls(
-                num_layers=config["num_hidden_layers"],
-                hidden_size=config["hidden_size"],
-                num_heads=heads,
-                num_kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            )
-        except KeyError as error:
-            raise CheckpointError(f"{CONFIG_FILE}: {error.args[0]} is missing") from error
+        heads = _size(config, "num_attention_heads")
+        hidden_size = _size(config, "hidden_size")
+        return cls(
+            num_layers=_size(config, "num_hidden_layers"),
+            hidden_size=hidden_size,
+            num_heads=heads,
+            num_kv_heads=_size(config, "num_key_value_heads", heads),
+            head_dim=_size(config, "head_dim", hidden_size // heads),
+        )
 
     @property
     def dense_width(self) -> int:
@@ -99,10 +99,12 @@ class LatentLayout:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> LatentLayout:
         _check_keys(cls, raw, where)
-        _require(_is_int(raw["rank"]), f"{where}.rank: expected an integer, found {raw['rank']!r}")
+        _require(
+            _is_int(raw["rank"]), f"{where}.rank: expected an integer, found {_brief(raw['rank'])}"
+        )
         _require(
             _is_int(raw["k_group_size"]),
-            f"{where}.k_group_size: expected an integer, found {raw['k_group_size']!r}",
+            f"{where}.k_group_size: expected an integer, found {_brief(raw['k_group_size'])}",
         )
         for name in ("k_spans", "v_spans"):
             spans = raw[name]
@@ -112,12 +114,12 @@ class LatentLayout:
                 and all(
                     isinstance(s, list) and len(s) == 2 and all(map(_is_int, s)) for s in spans
                 ),
-                f"{where}.{name}: expected a list of [start, end], found {spans!r}",
+                f"{where}.{name}: expected a list of [start, end], found {_brief(spans)}",
             )
         order = raw["head_order"]
         _require(
             isinstance(order, list) and all(map(_is_int, order)),
-            f"{where}.head_order: expected a list of integers, found {order!r}",
+            f"{where}.head_order: expected a list of integers, found {_brief(order)}",
         )
         return cls(
             rank=raw["rank"],
@@ -208,23 +210,31 @@ class RecalkvConfig:
         """
         raw = config.get("recalkv")
         where = f"{where}: recalkv"
-        _require(isinstance(raw, Mapping), f"{where}: expected an object, found {raw!r}")
+        _require(isinstance(raw, Mapping), f"{where}: expected an object, found {_brief(raw)}")
         assert raw is not None
         version = raw.get("format_version")
         _require(
-            version == FORMAT_VERSION,
-            f"{where}.format_version: expected {FORMAT_VERSION}, found {version!r}",
+            _is_int(version) and version == FORMAT_VERSION,
+            f"{where}.format_version: expected {FORMAT_VERSION}, found {_brief(version)}",
         )
         _check_keys(cls, raw, where)
+        for name, kind in _PROVENANCE.items():
+            _require(
+                isinstance(raw[name], kind),
+                f"{where}.{name}: expected {kind.__name__}, found {_brief(raw[name])}",
+            )
         _require(
-            isinstance(raw["compression"], int | float) and 0 <= raw["compression"] < 1,
-            f"{where}.compression: expected a number in [0, 1), found {raw['compression']!r}",
+            isinstance(raw["compression"], int | float)
+            and not isinstance(raw["compression"], bool)
+            and 0 <= raw["compression"] < 1,
+            f"{where}.compression: expected a number in [0, 1), found {_brief(raw['compression'])}",
         )
         quantization = raw["latent_quantization"]
         if quantization is not None:
             _require(
                 isinstance(quantization, Mapping),
-                f"{where}.latent_quantization: expected null or an object, found {quantization!r}",
+                f"{where}.latent_quantization: expected null or an object, "
+                f"found {_brief(quantization)}",
             )
             try:
                 quantization = LatentFormat.from_dict(quantization)
@@ -235,7 +245,7 @@ class RecalkvConfig:
         found = len(layers) if isinstance(layers, list) else layers
         _require(
             found == geometry.num_layers,
-            f"{where}.layers: expected {geometry.num_layers} entries, found {found!r}",
+            f"{where}.layers: expected {geometry.num_layers} entries, found {_brief(found)}",
         )
         parsed = []
         for i, layer in enumerate(layers):
@@ -253,12 +263,35 @@ class RecalkvConfig:
         return sum(layer.rank for layer in self.layers)
 
 
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A positive number of a Hugging Face config; ``default`` where it is absent or null."""
+    value = config.get(name)
+    if value is None:
+        _require(default is not None, f"{CONFIG_FILE}: {name} is missing")
+        value = default
+    # A model's numbers of everything fit in 31 bits; a larger one would overflow products.
+    _require(
+        _is_int(value) and 0 < value < 1 << 31,
+        f"{CONFIG_FILE}: {name}: expected a positive integer, found {_brief(value)}",
+    )
+    return value
+
+
+def _brief(value: Any) -> str:
+    """``repr`` of anything, on one line and not long."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an integer of more digits than Python prints
+        return f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_keys(cls: type, raw: Any, where: str) -> None:
-    _require(isinstance(raw, Mapping), f"{where}: expected an object, found {raw!r}")
+    _require(isinstance(raw, Mapping), f"{where}: expected an object, found {_brief(raw)}")
     expected = {f.name for f in fields(cls)}
     if missing := sorted(expected - set(raw)):
         raise CheckpointError(f"{where}: {', '.join(missing)} missing")

@@ -54,7 +54,12 @@ class LatentFormat:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> LatentFormat:
         """Read what :meth:`to_dict` wrote. Raises :class:`ValueError` for anything else."""
-        if set(raw) != {"dtype", "group_size"} or not isinstance(raw["group_size"], int):
+        if (
+            set(raw) != {"dtype", "group_size"}
+            or not isinstance(raw["dtype"], str)
+            or not isinstance(raw["group_size"], int)
+            or isinstance(raw["group_size"], bool)
+        ):
             raise ValueError(f"expected dtype and group_size, found {dict(raw)!r}")
         return cls(**raw)
 
