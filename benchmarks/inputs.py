@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from recalkv_vllm import ops
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import LatentLayer
 
 from .geometries import Geometry, Latent
@@ -15,6 +17,7 @@ def latent_layer(
     positions: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    latent_format: LatentFormat | None = None,
 ) -> LatentLayer:
     """Factors, bias and norm of the geometry, RoPE for ``positions``; all in ``dtype``."""
     groups = len(latent.k_spans)
@@ -35,7 +38,20 @@ def latent_layer(
         cos_sin_cache=low(_rope(geometry, positions)),
         k_bias=low(bias),
         k_norm_weight=low(norm),
+        latent_format=latent_format,
     )
+
+
+def latent_cache(
+    num_blocks: int, block_size: int, rank: int, like: torch.Tensor, form: LatentFormat | None
+) -> torch.Tensor:
+    """A paged cache of random latents, of ``like``'s dtype if they are not quantised."""
+    z = like.new_empty(num_blocks * block_size, rank).normal_()
+    if form is None:
+        return z.view(num_blocks, block_size, rank)
+    cache = z.new_empty(num_blocks, block_size, form.slot_bytes(rank), dtype=torch.uint8)
+    ops.latent_cache_update(z, cache, torch.arange(len(z), device=z.device), form)
+    return cache
 
 
 def _rope(geometry: Geometry, positions: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.latent_format import LatentFormat
 
 from . import kernel_cpu, kernel_gpu
 from .geometries import GEOMETRIES, Geometry, Latent, latent_of
@@ -33,30 +34,36 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device = _device(options.device)
     roof = measure_roof(device, dtype)
     rows = []
-    for geometry, compression, group_size, spans, context, batch in itertools.product(
+    for geometry, compression, group_size, spans, latent_dtype, context, batch in itertools.product(
         _geometries(options.geometry),
         options.compression,
         options.group_size,
         options.spans,
+        options.latent_dtype,
         options.context,
         options.batch,
     ):
-        what = f"{geometry.name} {compression:.0%} s={group_size} {spans} {context}x{batch}"
+        what = (
+            f"{geometry.name} {compression:.0%} s={group_size} {spans} {latent_dtype} "
+            f"{context}x{batch}"
+        )
         reason = _skip_reason(geometry, compression, group_size, context, batch, device, options)
         if reason is not None:
             print(f"recalkv: {what}: skipped: {reason}", file=sys.stderr)
             continue
         print(f"recalkv: {what}", file=sys.stderr)
         latent = latent_of(geometry, compression, group_size, spans)
+        form = None if latent_dtype == "auto" else LatentFormat(latent_dtype)
         rows.append(
             {
                 "geometry": geometry.name,
                 "compression": compression,
                 "group_size": group_size,
                 "spans": spans,
+                "latent_dtype": latent_dtype,
                 "context": context,
                 "batch": batch,
-                **_measure(geometry, latent, context, batch, device, roof, options),
+                **_measure(geometry, latent, form, context, batch, device, roof, options),
             }
         )
     if not rows:
@@ -124,6 +131,7 @@ def _skip_reason(
 def _measure(
     geometry: Geometry,
     latent: Latent,
+    form: LatentFormat | None,
     context: int,
     batch: int,
     device: torch.device,
@@ -131,13 +139,14 @@ def _measure(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     dtype = DTYPES[options.dtype]
-    runs = _platform(device).build(geometry, latent, context, batch, options.queries, dtype)
+    runs = _platform(device).build(geometry, latent, form, context, batch, options.queries, dtype)
     ours, *baselines = alternate([runs.ours, *runs.stock.values()], options.seconds, runs.calls)
     stocks = dict(zip(runs.stock, baselines, strict=True))
     best = min(stocks, key=lambda name: stocks[name].median)
     stock = stocks[best]
     (value_up,) = alternate([runs.value_up], 0.1, runs.calls)
-    work = attention_work(geometry, latent, context, batch, options.queries, dtype.itemsize)
+    token_bytes = latent.rank * dtype.itemsize if form is None else form.slot_bytes(latent.rank)
+    work = attention_work(geometry, latent, context, batch, options.queries, token_bytes)
     row = {
         "kernel": runs.kernel,
         "queries": options.queries,
@@ -166,6 +175,7 @@ COLUMNS = (
     ("compression", "{:.0%}"),
     ("group_size", "{}"),
     ("spans", "{}"),
+    ("latent_dtype", "{}"),
     ("context", "{}"),
     ("batch", "{}"),
     ("ours_us", "{:.0f}"),

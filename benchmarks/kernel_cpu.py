@@ -14,10 +14,11 @@ import torch
 
 from recalkv_vllm import ops
 from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import cpu, reference
 
 from .geometries import Geometry, Latent
-from .inputs import latent_layer
+from .inputs import latent_cache, latent_layer
 from .runs import Runs
 
 BLOCK_SIZE = 128
@@ -29,6 +30,7 @@ LARGEST_CACHE_BYTES = 4 << 30
 def build(
     geometry: Geometry,
     latent: Latent,
+    form: LatentFormat | None,
     context: int,
     batch: int,
     queries: int,
@@ -48,11 +50,11 @@ def build(
     q = torch.randn(batch * queries, geometry.num_heads, geometry.head_dim).to(dtype)
     call = (block_table, seq_lens, query_start_loc)
 
-    layer = latent_layer(geometry, latent, context, dtype)
+    layer = latent_layer(geometry, latent, context, dtype, latent_format=form)
     attend = ops.bind_paged_latent_attention(layer)
     slow = reference.bind_paged_latent_attention(layer)
     # One random layer, copied: only where the bytes lie matters.
-    one = torch.randn(blocks * batch, BLOCK_SIZE, latent.rank).to(dtype)
+    one = latent_cache(blocks * batch, BLOCK_SIZE, latent.rank, q, form)
     caches = itertools.cycle([one.clone() for _ in range(layers)])
     o_lat, _ = attend(q, one, *call)
     v_up = torch.randn(geometry.num_kv_heads, geometry.head_dim, latent.v_width).to(dtype)

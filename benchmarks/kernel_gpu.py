@@ -13,11 +13,12 @@ import torch
 
 from recalkv_vllm import ops
 from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import reference
 from recalkv_vllm.ops.dispatch import implementation
 
 from .geometries import Geometry, Latent
-from .inputs import latent_layer
+from .inputs import latent_cache, latent_layer
 from .runs import Runs
 from .stock_gpu import MAKERS, Attend, Problem, UnavailableError
 
@@ -30,6 +31,7 @@ LARGEST_CACHE_BYTES = 24 << 30
 def build(
     geometry: Geometry,
     latent: Latent,
+    form: LatentFormat | None,
     context: int,
     batch: int,
     queries: int,
@@ -54,12 +56,13 @@ def build(
     q = torch.randn(shape, device=device).to(dtype)
     call = (table, seq_lens, starts)
 
-    layer = latent_layer(geometry, latent, context, dtype, device)
+    layer = latent_layer(geometry, latent, context, dtype, device, form)
     attend = ops.bind_paged_latent_attention(layer)
     slow = reference.bind_paged_latent_attention(layer)
     hints = ops.BatchHints(batch, batch * queries, queries, context)
     attend.reserve(geometry.num_heads, batch, queries, context)
-    caches = _random(layers, blocks * batch, BLOCK_SIZE, latent.rank, like=q)
+    one = latent_cache(blocks * batch, BLOCK_SIZE, latent.rank, q, form)
+    caches = [one.clone() for _ in range(layers)]
     o_lat, _ = attend(q, caches[0], *call, hints)
     v_up = _random(geometry.num_kv_heads, geometry.head_dim, latent.v_width, like=q)
     kv = (geometry.num_kv_heads, geometry.head_dim)

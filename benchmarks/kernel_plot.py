@@ -24,7 +24,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for row in result["rows"]:
         name = (
             f"{row['geometry']} {row['compression']:.0%} s={row['group_size']} {row['spans']} "
-            f"x{row['batch']}"
+            f"{row['latent_dtype']} x{row['batch']}"
         )
         lines[name].append(row)
     figure = Figure(figsize=(12, 5), layout="constrained")

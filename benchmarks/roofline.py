@@ -33,14 +33,14 @@ class Work:
 
 
 def attention_work(
-    geometry: Geometry, latent: Latent, context: int, batch: int, queries: int, itemsize: int
+    geometry: Geometry, latent: Latent, context: int, batch: int, queries: int, token_bytes: int
 ) -> Work:
-    """Work of one call: every query sees the context and its own tokens."""
+    """Work of one call: every query sees the context and its own tokens, ``token_bytes`` each."""
     tokens = context * batch
     dense_keys = geometry.num_kv_heads * geometry.head_dim
     rebuild = 2 * latent.k_width * dense_keys
     attend = 2 * queries * geometry.num_heads * (geometry.head_dim + latent.v_width)
-    return Work(bytes=tokens * latent.rank * itemsize, flop=tokens * (rebuild + attend))
+    return Work(bytes=tokens * token_bytes, flop=tokens * (rebuild + attend))
 
 
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:

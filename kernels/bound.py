@@ -124,6 +124,7 @@ class PagedLatentAttention(BoundAttention):
             local_rope=self.local_rotation is not None,
             rope=self.rot_half > 0,
             key_norm=self.constants["k_norm_weight"] is not None,
+            code_bits=None if self.latent_format is None else self.latent_format.bits,
         )
 
     def columns(self, v_block: int) -> layout.Columns:

@@ -13,7 +13,7 @@ from itertools import product
 
 import torch
 
-from recalkv_vllm.kernels.layout import next_power_of_2
+from recalkv_vllm.kernels.layout import next_power_of_2, power_of_2_chunks
 
 #: Largest shared memory of one program, by compute capability.
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10,
@@ -74,6 +74,7 @@ class AttentionShape:
     local_rope: bool
     rope: bool
     key_norm: bool
+    code_bits: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,10 @@ RULES = (
 )
 
 
+#: Most latent columns of a quantised tile of 64 tokens where accumulators are in registers.
+QUANTISED_COLUMNS = 128
+
+
 def tile_columns(shape: AttentionShape, config: AttentionConfig) -> int:
     """Latent columns that a program loads per tile and keeps: its V block and its K spans."""
     groups = max(1, config.heads // shape.k_group_size)
@@ -190,6 +195,13 @@ def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bo
         # A joint span of 48: the products of both spans are mma.sync's, beside wgmma's for scores.
         narrow = rule.local_rope and rule.warps == 4 and columns < 64
         if several or narrow or not rule.ragged:
+            return False
+    # Codes and numbers of a tile are live at once; int3 is put together from two planes.
+    if shape.code_bits is not None and rule.families != (10,) and not rule.stream:
+        if columns > QUANTISED_COLUMNS and rule.tile == 64:
+            return False
+        chunks = power_of_2_chunks(0, shape.k_width)
+        if shape.code_bits == 3 and len(chunks) > 1:
             return False
     largest = rule.factor[several] * 2 // shape.itemsize
     return (
@@ -232,6 +244,7 @@ def attention_config(shape: AttentionShape, target: Target, queries: int) -> Att
             roomy = 2 * shared_memory(shape, deeper, target) <= target.shared_bytes
             # With more rows, heads or chunks the addresses of several tiles would spill.
             light = config.rows == 16 and config.heads == 1 and tile_columns(shape, config) <= 256
+            light &= shape.code_bits is None
             light &= config.warps == 8 or not ragged(config.v_block)
             return deeper if roomy and light else config
     raise ValueError(f"no launch parameters for sm_{target.arch} fit {shape}")
@@ -259,8 +272,10 @@ def _config(shape: AttentionShape, heads: int, v_block: int, queries: int, most_
     rows = max(16, next_power_of_2(query_block * per_query))
     stream = min(64, shape.k_width & -shape.k_width) if rule.stream else 0
     local_rope = rule.local_rope and shape.local_rope
+    # Twice the registers, for the codes, scales and numbers of a tile while it is dequantised.
+    warps = rule.warps if shape.code_bits is None else 8
     return AttentionConfig(
-        heads, v_block, query_block, rows, rule.tile, local_rope, stream, rule.warps, stages=3
+        heads, v_block, query_block, rows, rule.tile, local_rope, stream, warps, stages=3
     )
 
 

@@ -50,14 +50,13 @@ def load_codes(rows, live, first, SIZE: tl.constexpr, BITS: tl.constexpr):
     """``[tile, SIZE]`` fields of ``BITS`` bits from ``first`` on, earlier ones in lower bits."""
     PER_BYTE: tl.constexpr = 8 // BITS
     source = rows[:, None] + (first // PER_BYTE + tl.arange(0, SIZE // PER_BYTE))[None, :]
-    packed = tl.load(source, mask=live[:, None], other=0)
-    if BITS == 8:
-        codes = packed
-    elif BITS == 4:
-        codes = tl.reshape(tl.join(packed & 15, packed >> 4), [rows.shape[0], SIZE])
-    else:
-        shifted = packed.to(tl.int32)[:, :, None] >> (BITS * tl.arange(0, PER_BYTE))[None, None, :]
-        codes = tl.reshape(shifted & ((1 << BITS) - 1), [rows.shape[0], SIZE])
+    codes = tl.load(source, mask=live[:, None], other=0)
+    if BITS <= 4:
+        codes = tl.reshape(tl.join(codes & 15, codes >> 4), [rows.shape[0], SIZE // (4 // BITS)])
+    if BITS <= 2:
+        codes = tl.reshape(tl.join(codes & 3, codes >> 2), [rows.shape[0], SIZE // (2 // BITS)])
+    if BITS == 1:
+        codes = tl.reshape(tl.join(codes & 1, codes >> 1), [rows.shape[0], SIZE])
     return codes
 
 

@@ -27,6 +27,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         default=["split"],
         help="of K and V; shared-v: split, all heads read one V span",
     )
+    add(
+        "--latent-dtype",
+        nargs="+",
+        choices=("auto", "int8", "fp8", "int4", "int3"),
+        default=["auto"],
+        help="of the cache; auto: that of --dtype",
+    )
     add("--context", nargs="+", type=int, default=[1024, 8192], metavar="N", help="cached tokens")
     add("--batch", nargs="+", type=int, default=[1], metavar="B", help="sequences")
     add("--queries", type=int, default=1, metavar="N", help="new tokens per sequence")

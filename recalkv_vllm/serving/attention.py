@@ -199,7 +199,6 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             "head_size_v": half,
             "dtype": dtype,
             "max_tp_shards": 1,
-            "dcp_sharded": False,
         }
         if self.sliding_window is not None:
             # vLLM frees the blocks that a window has left behind.

@@ -120,7 +120,14 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     ) -> LatentMetadata:
         common = common_attn_metadata
         built = getattr(common, "_recalkv_metadata", None)
-        if built is None or built.block_table is not common.block_table_tensor:
+        # A drafter changes the object from step to step.
+        if built is None or not (
+            built.block_table is common.block_table_tensor
+            and built.query_start_loc is common.query_start_loc
+            and built.seq_lens is common.seq_lens
+            and built.num_actual_tokens == common.num_actual_tokens
+            and built.hints.max_seq_len == common.max_seq_len
+        ):
             threshold = self.reorder_batch_threshold
             num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, threshold)
             built = LatentMetadata(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from recalkv_vllm.kernels.bound import PagedLatentAttention
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import cuda, cuda_attention, triton
 from recalkv_vllm.ops.cuda_attention import CudaAttention
 from recalkv_vllm.ops.cuda_plan import Limits
@@ -119,6 +120,18 @@ def test_table_of_no_rotations(
     with caplog.at_level(logging.WARNING, "recalkv_vllm.ops"):
         assert isinstance(bind(CASE, cos_sin_cache=random_table()), PagedLatentAttention)
     assert "cos_sin_cache: expected angles proportional to the position" in caplog.text
+
+
+def test_quantised_latents(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    form = LatentFormat("int8")
+    with pytest.raises(KernelUnavailableError, match=r"latent_format: .* int8"):
+        bind(CASE, latent_format=form)
+    monkeypatch.delenv("RECALKV_KERNEL")
+    with caplog.at_level(logging.WARNING, "recalkv_vllm.ops"):
+        assert isinstance(bind(CASE, latent_format=form), PagedLatentAttention)
+    assert "latent_format: expected None, found int8" in caplog.text
 
 
 def test_spans_that_fit_no_plan(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,8 @@ def run(job):
     )
     answers = [run_batch(llm, batch) for batch in job["batches"]]
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    cache = llm.llm_engine.vllm_config.cache_config
+    metrics["kv_cache_tokens"] = cache.num_gpu_blocks * cache.block_size
     del llm
     cleanup_dist_env_and_memory()
     tokens, outputs = zip(*answers, strict=True)

@@ -9,15 +9,19 @@ from recalkv_vllm.benchmarks import kernel_gpu
 from recalkv_vllm.benchmarks.geometries import Geometry, latent_of
 from recalkv_vllm.benchmarks.stock_gpu import Problem, torch_attention
 from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.latent_format import LatentFormat
 
 TINY = Geometry("tiny", 4, 2, 32, 2, 1e4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself runs on a GPU")
-def test_runs_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", [None, LatentFormat("int4")], ids=str)
+def test_runs_of_a_configuration(
+    form: LatentFormat | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RECALKV_KERNEL", "triton")
     latent = latent_of(TINY, 0.5, 1, "joint")
-    build = (TINY, latent, 40, 2)
+    build = (TINY, latent, form, 40, 2)
     runs = kernel_gpu.build(*build, queries=1, dtype=torch.float32, device="cpu")
     assert runs.calls == 2
     assert list(runs.stock) == ["torch SDPA"]

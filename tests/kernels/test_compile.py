@@ -15,12 +15,19 @@ CASE = Case("Llama-3.1-8B", 0.5, 1, "split")
 
 
 @pytest.mark.parametrize(
-    ("geometry", "spans"), [(CASE.geometry, ("split", "joint")), ("Qwen3-8B", ("split",))]
+    ("geometry", "spans", "latent_dtype"),
+    [
+        (CASE.geometry, ("split", "joint"), "bf16"),
+        (CASE.geometry, ("split", "joint"), "int4"),
+        ("Qwen3-8B", ("split",), "bf16"),
+    ],
 )
-def test_kernels_compile_without_spills(geometry: str, spans: tuple[str, ...]) -> None:
-    """The layouts that matter most, and a key norm; the full table is the command itself."""
+def test_kernels_compile_without_spills(
+    geometry: str, spans: tuple[str, ...], latent_dtype: str
+) -> None:
+    """The layouts that matter most, int4 and a key norm; the full table is the command itself."""
     arguments = ["--geometry", geometry, "--compression", "0.5", "--group-size", "1"]
-    arguments += ["--spans", *spans, "--mode", "decode", "--json"]
+    arguments += ["--spans", *spans, "--latent-dtype", latent_dtype, "--mode", "decode", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "recalkv_vllm.benchmarks.compile_report", *arguments],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from recalkv_vllm import ops
+from recalkv_vllm.latent_format import LatentFormat
 from tests.ops.cases import AttentionInputs, build, spanned
 
 CASE = spanned("valid", (4, 2, 64), 1, 32, 2, 32, batch=((1, 37), (2, 20)))
@@ -73,6 +75,49 @@ def attempt(inputs: AttentionInputs, **changes: Any) -> None:
 def test_attention(inputs: AttentionInputs, name: str, change: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         attempt(inputs, **{name: change(getattr(inputs, name))})
+
+
+INT4 = LatentFormat("int4", 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.to(torch.int8), "kv_cache: expected dtype uint8, found int8"),
+        (lambda x: x[..., :71], r"kv_cache: expected contiguous blocks, found strides"),
+        (
+            lambda x: x[..., :71].contiguous(),
+            r"kv_cache: expected the slot bytes of a rank in .*int4.*, found 71",
+        ),
+        (lambda x: x[..., :54].contiguous(), "kv_cache: expected a rank of 128 or more.*96"),
+        (
+            lambda x: x.view(-1)[24:-1128].view(-1, 16, 72),
+            "kv_cache: expected blocks at multiples of 16 bytes, found offset 24",
+        ),
+        (lambda x: x[0], r"kv_cache: expected shape \[num_blocks, block_size, slot_bytes\]"),
+        (lambda x: x[:, :8], "kv_cache: expected a block_size .* 16, found 8"),
+    ],
+)
+def test_quantised_cache(change: Any, message: str) -> None:
+    inputs = build(replace(CASE, latent_format=INT4), torch.float32)
+    assert inputs.kv_cache.shape[2] == 72
+    attempt(inputs)
+    with pytest.raises((TypeError, ValueError), match=message):
+        attempt(inputs, kv_cache=change(inputs.kv_cache))
+
+
+def test_quantised_cache_update() -> None:
+    cache = torch.zeros(2, 16, INT4.slot_bytes(32), dtype=torch.uint8)
+    slots = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"z: expected shape \[tokens, 32\], found \[2, 16\]"):
+        ops.latent_cache_update(torch.ones(2, 16), cache, slots, INT4)
+    with pytest.raises(TypeError, match=r"z: expected dtype float32 or .*, found float64"):
+        ops.latent_cache_update(torch.ones(2, 32).double(), cache, slots, INT4)
+    with pytest.raises(TypeError, match=r"kv_cache: expected dtype uint8, found float32"):
+        ops.latent_cache_update(torch.ones(2, 32), cache.float(), slots, INT4)
+    with pytest.raises(TypeError, match=r"kv_cache: expected dtype float32 or .*, found uint8"):
+        ops.latent_cache_update(torch.ones(2, 32), cache, slots)
+    assert not cache.any()
 
 
 @pytest.mark.parametrize("name", ["q", "kv_cache", "block_table", "seq_lens", "query_start_loc"])
