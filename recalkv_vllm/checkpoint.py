@@ -265,7 +265,7 @@ class RecalkvConfig:
 
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
     """A positive number of a Hugging Face config; ``default`` where it is absent or null."""
-    value = config.get(name)
+    value: Any = config.get(name)
     if value is None:
         _require(default is not None, f"{CONFIG_FILE}: {name} is missing")
         value = default

@@ -68,6 +68,8 @@ class Attention(Protocol):
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
+    head_dim: int
+    qkv_proj: nn.Module  # only where the three are fused
 
 
 def attention_modules(model: CausalLM) -> list[Attention]:
@@ -96,7 +98,8 @@ def split_fused_projections(model: CausalLM) -> None:
         kv_rows = config.num_key_value_heads * attention.head_dim
         rows = (config.num_attention_heads * attention.head_dim, kv_rows, kv_rows)
         for name, weight in zip(("q", "k", "v"), fused.weight.data.split(rows), strict=True):
-            part = nn.Linear(*weight.T.shape, bias=False, device="meta")
+            out_features, in_features = weight.shape
+            part = nn.Linear(in_features, out_features, bias=False, device="meta")
             part.weight = nn.Parameter(weight)
             setattr(attention, f"{name}_proj", part)
         attention.qkv_proj = SplitProjection(attention.q_proj, attention.k_proj, attention.v_proj)
