@@ -5,7 +5,7 @@
 #include <c10/util/Float8_e4m3fn.h>
 
 #include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace recalkv {
@@ -33,14 +33,19 @@ Codec codec_of(std::string_view dtype) {
   TORCH_CHECK_VALUE(false, "latent_dtype: expected int8, fp8, int4, int3 or none, found ", dtype);
 }
 
-// The largest magnitude; NaN if any number is.
+// The largest magnitude; NaN if any number is. As integers, magnitudes have the same order, and NaN
+// is above all.
 float largest_of(const float* z, int count) {
-  float largest = 0;
+  int32_t largest = 0;
   for (int i = 0; i < count; ++i) {
-    const float size = std::fabs(z[i]);
-    largest = size > largest || size != size ? size : largest;
+    int32_t bits;
+    std::memcpy(&bits, z + i, sizeof bits);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
   }
-  return largest;
+  float size;
+  std::memcpy(&size, &largest, sizeof size);
+  return size;
 }
 
 void fp8_codes(const float* z, int count, float inverse, uint8_t* codes) {
@@ -56,8 +61,8 @@ void int_codes(const float* z, int count, float inverse, int half, uint8_t* code
   const float low = static_cast<float>(-half), high = static_cast<float>(half - 1);
   for (int i = 0; i < count; ++i) {
     float scaled = z[i] * inverse;
-    scaled = scaled >= low ? scaled : low;  // NaN too
-    scaled = scaled <= high ? scaled : high;
+    scaled = scaled > low ? scaled : low;  // NaN too
+    scaled = scaled < high ? scaled : high;
     const int towards_zero = static_cast<int>(scaled);
     const int floor = towards_zero - (scaled < static_cast<float>(towards_zero) ? 1 : 0);
     codes[i] = static_cast<uint8_t>(floor + half);

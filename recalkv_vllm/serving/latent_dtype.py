@@ -19,6 +19,7 @@ def served_format(
     Raises:
         ValueError: latents of this checkpoint cannot be cached so.
     """
+    accepted: tuple[str, ...]
     if of_checkpoint is None:
         plain = ("auto", str(model_dtype).removeprefix("torch."))
         accepted = (*plain, *FP8_NAMES)

@@ -36,7 +36,7 @@ def runs(small, make_small, compressed, small_prompts, quantise):
     """The same prompts as scheduled in several ways, and on caches of several formats."""
     plain = compressed(small)
     int4 = quantise(plain, INT4)
-    # Windows on some layers, whose cached blocks are padded to one size.
+    # Windows on some layers: the cache has layers of two kinds.
     windows = quantise(compressed(make_small("gemma2")), INT8)
     repeat = {"prompts": [small_prompts.ids[0]], "sampling": {"max_tokens": 8, "ignore_eos": True}}
     jobs = {
