@@ -1,4 +1,5 @@
 # make demo: from nothing to a served compressed model.   make test: everything that CI runs.
+# make test-all: that, and the slow end-to-end tests.
 # make gpu: build, test and measure the kernels on a GPU.
 
 PYTHON ?= python3
@@ -16,13 +17,16 @@ export RECALKV_TEST_MODEL ?= $(abspath $(MODEL))
 
 OUT ?= .cache/gpu
 
-.PHONY: demo test gpu lint install model clean
+.PHONY: demo test test-all gpu lint install model clean
 .DELETE_ON_ERROR:
 
 demo: install model
 	@$(BIN)/python -m recalkv_vllm.benchmarks.demo $(MODEL) $(CHECKPOINT) -- $(COMPRESS)
 
 test: install model lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install model lint
 	$(BIN)/python -m pytest
 
 lint: install

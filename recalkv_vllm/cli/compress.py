@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         default="auto",
         help="dtype of the written weights and factors; auto: the model's own",
     )
+    add(
+        "--factors-only",
+        action="store_true",
+        help="write the factors alone, to be served on the untouched base model",
+    )
     return parser
 
 
@@ -102,7 +109,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "out": str(options.out),
         **compress(CompressOptions(**{name: getattr(options, name) for name in names})),
+        "serve": serve_command(options),
     }
+
+
+def serve_command(options: argparse.Namespace) -> str:
+    """How to serve what was written."""
+    if not options.factors_only:
+        return f"vllm serve {options.out} --attention-backend recalkv"
+    config = json.loads((options.out / "config.json").read_text(encoding="utf-8"))
+    factors = {"factors": str(options.out.absolute())}
+    overrides = json.dumps({"architectures": config["architectures"], "recalkv": factors})
+    return (
+        f"vllm serve {options.model} --attention-backend recalkv "
+        f"--hf-overrides {shlex.quote(overrides)}"
+    )
 
 
 def show(result: dict[str, Any]) -> None:
@@ -112,4 +133,4 @@ def show(result: dict[str, Any]) -> None:
         f"{result['out']}: {size['compressed']} KV-cache bytes per token instead of "
         f"{size['dense']} ({result['compression']:.1%} removed), in {result['seconds']:.0f} s"
     )
-    print(f"serve it: vllm serve {result['out']} --attention-backend recalkv")
+    print(f"serve it: {result['serve']}")

@@ -13,6 +13,7 @@ import safetensors
 import torch
 import transformers
 
+from recalkv_vllm.base_digest import DIGEST_KEY, base_digest, local_files
 from recalkv_vllm.checkpoint import AttentionGeometry, RecalkvConfig, read_hf_config
 from recalkv_vllm.compression import source
 from recalkv_vllm.compression.architectures import compressed_architecture
@@ -37,6 +38,7 @@ from recalkv_vllm.compression.writer import (
     appearing,
     check_absent,
     write_checkpoint,
+    write_factors,
 )
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.version import __version__
@@ -66,6 +68,7 @@ class CompressOptions:
     seed: int = 42
     device: str = "auto"
     dtype: str = "auto"
+    factors_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,8 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     own = source.own_dtype(directory)
     dtype = own if options.dtype == "auto" else source.DTYPES[options.dtype]
     refits = calibrated is not None and method.refits_output and options.output_refit
+    # The base model that factors alone are served on keeps its own output projections.
+    refits = refits and not options.factors_only
     model = source.load_model(
         directory, source.calibration_dtype(own, device) if refits else own, "cpu"
     )
@@ -144,7 +149,11 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     summary = summarize(recalkv, geometry, dtype.itemsize)
     with appearing(options.out) as partial:
         convert = options.dtype != "auto"
-        write_checkpoint(partial, directory, config, recalkv, factors, dtype, convert)
+        if options.factors_only:
+            digest = base_digest(local_files(directory), geometry.num_layers)
+            write_factors(partial, {**config, DIGEST_KEY: digest}, recalkv, factors)
+        else:
+            write_checkpoint(partial, directory, config, recalkv, factors, dtype, convert)
         card = model_card(options.out.name, recalkv.settings["base_model"], recalkv, summary)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return {**summary, "seconds": time.monotonic() - began}

@@ -128,19 +128,33 @@ def write_checkpoint(
         convert: see :func:`dense_form`.
     """
     copy_weights(source, directory, dense_form(factors, dtype, convert))
+    write_factors(directory, {**base_config, **_dtype_entry(base_config, dtype)}, recalkv, factors)
     for pattern in COPIED:
         for path in source.glob(pattern):
             shutil.copyfile(path, directory / path.name)
+
+
+def write_factors(
+    directory: Path,
+    base_config: Mapping[str, Any],
+    recalkv: RecalkvConfig,
+    factors: list[LayerFactors],
+) -> None:
+    """Write ``config.json`` with the ``recalkv`` object, and ``recalkv.safetensors``."""
     config = {
         **base_config,
         "architectures": [compressed_architecture(base_config)],
         "recalkv": recalkv.to_dict(),
     }
-    dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[dtype_key] = str(dtype).removeprefix("torch.")
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors: dict[str, torch.Tensor] = {}
     for layer, part in enumerate(factors):
         for short in ("down", "k_up", "v_up"):
             tensors[factor_name(layer, short)] = getattr(part, short)
     save_factors(directory / FACTORS_FILE, tensors)
+
+
+def _dtype_entry(base_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, str]:
+    """The configuration's dtype, under the name that it has there."""
+    key = "torch_dtype" if "torch_dtype" in base_config else "dtype"
+    return {key: str(dtype).removeprefix("torch.")}

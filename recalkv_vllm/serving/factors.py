@@ -1,13 +1,26 @@
-"""Where a served model's factors are."""
+"""Where a served model's factors are: in its own directory, or beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from vllm.config import ModelConfig
 
-from recalkv_vllm.checkpoint import FACTORS_FILE
+from recalkv_vllm.base_digest import DIGEST_KEY, base_digest, local_files
+from recalkv_vllm.checkpoint import (
+    CONFIG_FILE,
+    FACTORS_FILE,
+    AttentionGeometry,
+    CheckpointError,
+    RecalkvConfig,
+    read_hf_config,
+)
+
+#: Set in the Hugging Face config of a base model that is served with factors from elsewhere.
+SEPARATE_FACTORS = "recalkv_factors"
 
 
 def locate_factors(model_config: ModelConfig) -> Path:
@@ -16,7 +29,61 @@ def locate_factors(model_config: ModelConfig) -> Path:
     Raises:
         huggingface_hub.errors.HfHubHTTPError: when the hub has no such model or file.
     """
+    if separate := getattr(model_config.hf_config, SEPARATE_FACTORS, None):
+        return Path(separate)
     directory = Path(model_config.model)
     if directory.is_dir():
         return directory / FACTORS_FILE
     return Path(hf_hub_download(model_config.model, FACTORS_FILE, revision=model_config.revision))
+
+
+def names_separate_factors(model_config: ModelConfig) -> bool:
+    """Whether the config's ``recalkv`` object only says where the factors are."""
+    raw = getattr(model_config.hf_config, "recalkv", None)
+    return isinstance(raw, Mapping) and set(raw) == {"factors"}
+
+
+def adopt_separate_factors(model_config: ModelConfig) -> None:
+    """Put the ``recalkv`` object that lies beside separate factors into the base's config.
+
+    Raises:
+        CheckpointError: no factors there, or those of another base model or revision.
+    """
+    hf_config = model_config.hf_config
+    named = Path(hf_config.recalkv["factors"])
+    if not named.is_dir():
+        named = Path(hf_hub_download(str(named), CONFIG_FILE)).parent
+        hf_hub_download(hf_config.recalkv["factors"], FACTORS_FILE)
+    theirs = read_hf_config(named)
+    where = f"{named / CONFIG_FILE}"
+    RecalkvConfig.from_hf_config(theirs, where)
+    base = hf_config.to_dict()
+    expected, found = (
+        AttentionGeometry.from_hf_config(theirs),
+        AttentionGeometry.from_hf_config(base),
+    )
+    if expected != found:
+        raise CheckpointError(
+            f"{where}: factors of another base model: expected {expected}, found {found}"
+        )
+    digest = base_digest(_files(model_config), found.num_layers)
+    if theirs.get(DIGEST_KEY) != digest:
+        raise CheckpointError(
+            f"{where}: {DIGEST_KEY}: factors of another base model or revision: expected the "
+            f"weights {theirs.get(DIGEST_KEY)}, found {digest} in {model_config.model}"
+        )
+    hf_config.recalkv = theirs["recalkv"]
+    setattr(hf_config, SEPARATE_FACTORS, str(named / FACTORS_FILE))
+
+
+def _files(model_config: ModelConfig) -> Callable[[str], Path | None]:
+    if Path(model_config.model).is_dir():
+        return local_files(Path(model_config.model))
+
+    def find(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(model_config.model, name, revision=model_config.revision))
+        except EntryNotFoundError:
+            return None
+
+    return find

@@ -17,12 +17,16 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
-from recalkv_vllm.serving.factors import locate_factors
+from recalkv_vllm.serving.factors import SEPARATE_FACTORS, locate_factors
 from recalkv_vllm.serving.latent_dtype import served_format
 from recalkv_vllm.serving.registration import ARCHITECTURES
 from recalkv_vllm.serving.self_attention import FACTORS, LatentSelfAttention
 
 _FACTOR_NAME = re.compile(rf"layers\.\d+\.({'|'.join(FACTORS)})$")
+#: Weights and biases with an axis of heads.
+_HEADS_NAME = re.compile(
+    r"layers\.(\d+)\.self_attn\.(q_proj\.weight|o_proj\.weight|[qkv]_proj\.bias)$"
+)
 _FUSED_NAME = re.compile(r"\.self_attn\.qkv_proj\.weight$")
 
 
@@ -108,15 +112,25 @@ class LatentAttentionMixin:
     def _base_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The base model's weights; of a fused ``qkv_proj`` only the queries' rows."""
+        """The base model's weights, heads in the factors' order.
+
+        Of a fused ``qkv_proj`` only the queries' rows. A checkpoint with factors of its own has its
+        heads in order already; those of an untouched base model are moved here.
+        """
         query_rows = self.recalkv_geometry.num_heads * self.recalkv_geometry.head_dim
+        natural = hasattr(self.recalkv_model_config.hf_config, SEPARATE_FACTORS)
         for name, weight in weights:
             if _FACTOR_NAME.match(name):
                 continue
             if _FUSED_NAME.search(name):
-                yield name.replace(".qkv_proj.", ".q_proj."), weight[:query_rows]
-            else:
-                yield name, weight
+                name, weight = name.replace(".qkv_proj.", ".q_proj."), weight[:query_rows]
+            found = _HEADS_NAME.search(name)
+            if natural and found is not None:
+                order = self.recalkv_config.layers[int(found[1])].head_order
+                axis = 1 if found[2] == "o_proj.weight" else 0
+                heads = weight.unflatten(axis, (len(order), -1))
+                weight = heads.index_select(axis, torch.tensor(order)).flatten(axis, axis + 1)
+            yield name, weight
 
 
 def __getattr__(name: str) -> type:

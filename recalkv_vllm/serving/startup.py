@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from vllm.config import VllmConfig
@@ -18,6 +19,10 @@ from recalkv_vllm.checkpoint import (
 from recalkv_vllm.serving.registration import ARCHITECTURES, BACKEND_NAME
 
 logger = logging.getLogger(__name__)
+
+#: KV connectors and ways of speculation that give the stock model's tokens in our tests.
+TESTED_CONNECTORS = ("ExampleConnector",)
+TESTED_SPECULATION = ("ngram", "draft_model")
 
 
 class ServingError(SystemExit, ValueError):
@@ -34,30 +39,47 @@ class ServingError(SystemExit, ValueError):
 def check_engine_config(engine_args: type) -> None:
     """Make ``engine_args.create_engine_config`` check what it made; once per class.
 
-    Wraps a method because vLLM 0.32 gives plugins no place to refuse a configuration: on CPU a
+    Wraps methods because vLLM 0.32 gives plugins no place to refuse a configuration: on CPU a
     stock model under ``--attention-backend recalkv`` would silently run vLLM's own attention. Can
     go when platforms ask an out-of-tree backend too, or when vLLM validates through a hook.
     """
-    create = engine_args.create_engine_config
+    create, parse = engine_args.create_engine_config, engine_args.from_cli_args.__func__
     if getattr(create, "checked_by_recalkv", False):
         return
+
+    @functools.wraps(parse)
+    def from_cli_args(cls, args):
+        made = parse(cls, args)
+        # Adapters that the server loads at its start; vLLM keeps them from the engine's arguments.
+        made.recalkv_adapters = [module.path for module in getattr(args, "lora_modules", ()) or ()]
+        return made
 
     @functools.wraps(create)
     def create_engine_config(self, *args, **kwargs) -> VllmConfig:
         config = create(self, *args, **kwargs)
-        refuse_unservable(config)
+        refuse_unservable(config, getattr(self, "recalkv_adapters", ()))
         return config
 
     create_engine_config.checked_by_recalkv = True
     engine_args.create_engine_config = create_engine_config
+    engine_args.from_cli_args = classmethod(from_cli_args)
 
 
-def refuse_unservable(config: VllmConfig) -> None:
-    """Raise :class:`ServingError` if we could not serve ``config`` faithfully."""
+def refuse_unservable(config: VllmConfig, adapters: Sequence[str] = ()) -> None:
+    """Raise :class:`ServingError` if we could not serve ``config`` and LoRA adapters faithfully."""
+    from recalkv_vllm.serving.factors import adopt_separate_factors, names_separate_factors
+    from recalkv_vllm.serving.lora import check_adapter, check_adapters_of_requests, served_layers
+
     requested = config.attention_config.backend
     requested = None if requested is None else requested.name
     architectures = config.model_config.architectures
+    separate = names_separate_factors(config.model_config)
     if not any(name in ARCHITECTURES for name in architectures):
+        if separate:
+            raise ServingError(
+                f"recalkv: --hf-overrides: expected the factors' architectures beside recalkv, "
+                f"found {', '.join(architectures)}"
+            )
         if requested == BACKEND_NAME:
             raise ServingError(
                 f"recalkv: {config.model_config.model}: expected a compressed checkpoint for "
@@ -69,16 +91,25 @@ def refuse_unservable(config: VllmConfig) -> None:
     if reason := _unsupported_feature(config, requested):
         raise ServingError(f"recalkv: {reason}")
     try:
+        if separate:
+            adopt_separate_factors(config.model_config)
         _check_checkpoint(config)
+        for adapter in adapters:
+            check_adapter(adapter, served_layers(config))
     except (CheckpointError, ValueError) as error:
         raise ServingError(f"recalkv: {error}") from None
+    if config.lora_config is not None:
+        check_adapters_of_requests()
+    if config.speculative_config is not None:
+        # A draft model may inherit the backend, and is a stock model; our layers need no flag.
+        config.attention_config.backend = None
 
 
 def _unsupported_feature(config: VllmConfig, requested: str | None) -> str | None:
     from recalkv_vllm.serving.backend import SUPPORTED_DTYPES
 
     parallel, model = config.parallel_config, config.model_config
-    speculative = config.speculative_config
+    speculative, transfer = config.speculative_config, config.kv_transfer_config
     refusals = {
         f"--attention-backend: expected recalkv for a compressed checkpoint, found {requested}": (
             requested not in (None, BACKEND_NAME)
@@ -90,16 +121,20 @@ def _unsupported_feature(config: VllmConfig, requested: str | None) -> str | Non
         f"{parallel.decode_context_parallel_size}": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size: expected 1, found "
         f"{parallel.prefill_context_parallel_size}": parallel.prefill_context_parallel_size > 1,
-        "--enable-lora: not supported with compressed keys and values": (
-            config.lora_config is not None
-        ),
-        "--kv-transfer-config: KV connectors are not supported with latents": (
-            config.kv_transfer_config is not None
+        "--kv-transfer-config: expected one of "
+        f"{', '.join(TESTED_CONNECTORS)}, found {transfer and transfer.kv_connector}": (
+            transfer is not None and transfer.kv_connector not in TESTED_CONNECTORS
         ),
         "--enable-sleep-mode: not supported": bool(getattr(model, "enable_sleep_mode", False)),
-        "--speculative-config: only method ngram is supported, found "
+        f"--speculative-config: expected method {' or '.join(TESTED_SPECULATION)}, found "
         f"{speculative and speculative.method}": (
-            speculative is not None and speculative.method != "ngram"
+            speculative is not None and speculative.method not in TESTED_SPECULATION
+        ),
+        # The stock proposer takes the first group's blocks for the draft's, whichever they are.
+        "--speculative-config: draft_model does not go with sliding-window layers": (
+            speculative is not None
+            and speculative.method == "draft_model"
+            and bool(getattr(model.hf_config, "sliding_window", None))
         ),
     }
     return next((message for message, refused in refusals.items() if refused), None)
@@ -107,7 +142,7 @@ def _unsupported_feature(config: VllmConfig, requested: str | None) -> str | Non
 
 def _check_checkpoint(config: VllmConfig) -> None:
     """Read every factor once, and cut it as the ranks will, before any process is started."""
-    from recalkv_vllm.serving.factors import locate_factors
+    from recalkv_vllm.serving.factors import SEPARATE_FACTORS, locate_factors
     from recalkv_vllm.serving.latent_dtype import served_format
     from recalkv_vllm.serving.sharding import shard_latent
 
@@ -117,6 +152,13 @@ def _check_checkpoint(config: VllmConfig) -> None:
         recalkv.latent_quantization, config.cache_config.cache_dtype, config.model_config.dtype
     )
     geometry = AttentionGeometry.from_hf_config(hf_config)
+    if hf_config.get(SEPARATE_FACTORS) and config.quant_config is not None:
+        for i, layout in enumerate(recalkv.layers):
+            if layout.head_order != tuple(range(geometry.num_kv_heads)):
+                raise CheckpointError(
+                    f"factors of layer {i}: expected heads in natural order over quantised "
+                    f"weights, found {list(layout.head_order)}; compress with --k-group-size 1"
+                )
     tp_size = config.parallel_config.tensor_parallel_size
     for i, layout in enumerate(recalkv.layers):
         ranks = {shard_latent(layout, geometry, r, tp_size).rank for r in range(tp_size)}

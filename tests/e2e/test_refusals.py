@@ -68,7 +68,14 @@ def test_good_checkpoint_passes_with_and_without_the_flag(half):
             ["--kv-cache-dtype", "expected auto or float32 or fp8 or fp8_e4m3", "found fp8_e5m2"],
         ),
         ({"attention_backend": "CPU_ATTN"}, ["--attention-backend", "recalkv", "found CPU_ATTN"]),
-        ({"enable_lora": True}, ["--enable-lora"]),
+        (
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
+            ["--speculative-config", "ngram or draft_model", "found ngram_gpu"],
+        ),
+        (
+            {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
+            ["--kv-transfer-config", "ExampleConnector", "found NixlConnector"],
+        ),
     ],
 )
 def test_unsupported_option(half, arguments, words):

@@ -1,0 +1,60 @@
+"""Tells revisions of a base model apart: factors alone must meet the weights they were made of.
+
+The offline tool records the digest beside factors without a model; the server compares it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from recalkv_vllm.checkpoint import CheckpointError
+
+#: Key of ``config.json`` beside factors without a model.
+DIGEST_KEY = "recalkv_base_digest"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def base_digest(find: Callable[[str], Path | None], num_layers: int) -> str:
+    """Digest of the key and value projections of the first and the last layer, as stored.
+
+    Args:
+        find: path of one of the model's files by its name; None if there is no such file.
+        num_layers: of the model.
+
+    Raises:
+        CheckpointError: no such weights.
+    """
+    wanted = re.compile(rf"model\.layers\.(0|{num_layers - 1})\.self_attn\.(k|v|qkv)_proj\.\w+")
+    index = find(_INDEX)
+    if index is None:
+        files = {_SINGLE}
+    else:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {file for name, file in weight_map.items() if wanted.fullmatch(name)}
+    parts = {}
+    for file in files:
+        path = find(file)
+        if path is None:
+            raise CheckpointError(f"{file}: no such file; expected the base model's weights")
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in filter(wanted.fullmatch, tensors.keys()):
+                    data = tensors.get_tensor(name).contiguous().flatten().view(torch.uint8)
+                    parts[name] = hashlib.blake2b(data.numpy(), digest_size=16).hexdigest()
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    if not parts:
+        raise CheckpointError(f"{wanted.pattern}: expected such weights in the base model")
+    return hashlib.blake2b(json.dumps(sorted(parts.items())).encode(), digest_size=16).hexdigest()
+
+
+def local_files(directory: Path) -> Callable[[str], Path | None]:
+    """``find`` of :func:`base_digest` for a model directory."""
+    return lambda name: directory / name if (directory / name).is_file() else None

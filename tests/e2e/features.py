@@ -1,0 +1,171 @@
+"""The table of vLLM's features: what serves as the page ``docs/supported_features.md``.
+
+Rewrite the page with ``python -m tests.e2e.features``; a test compares it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).parents[2] / "docs" / "supported_features.md"
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A row; ``tests`` are ``file::function`` under the folder of tests."""
+
+    name: str
+    works: bool
+    tests: tuple[str, ...]
+
+
+def works(name: str, *tests: str) -> Feature:
+    return Feature(name, True, tests)
+
+
+def refused(name: str, *tests: str) -> Feature:
+    return Feature(name, False, tests)
+
+
+EQUALITY, FEATURES = "e2e/test_token_equality.py", "e2e/test_features.py"
+SERVER, REFUSALS = "e2e/test_server.py", "e2e/test_refusals.py"
+QUANTISED, ALONE = "e2e/test_quantised.py", "e2e/test_factors_only.py"
+PARALLEL, LORA = "e2e/test_distribution.py", "serving/test_lora.py"
+SHARDS, COMPILED = "serving/test_sharding.py", "serving/test_captured_code.py"
+STARTUP, ARCHITECTURES = "serving/test_startup.py", "e2e/test_architectures.py"
+OPTION = f"{REFUSALS}::test_unsupported_option"
+
+TABLE = (
+    works(
+        "OpenAI-compatible HTTP",
+        f"{SERVER}::test_concurrent_requests_get_the_answers_they_get_alone",
+    ),
+    works("Streaming, abort", f"{SERVER}::test_abort_frees_the_latents"),
+    works("Continuous batching", f"{EQUALITY}::test_sixteen_at_once"),
+    works("Chunked prefill with context", f"{EQUALITY}::test_chunked_prefill_with_context"),
+    works(
+        "Prefix caching, requests with a cached prefix beside others",
+        f"{EQUALITY}::test_prefix_caching",
+    ),
+    works("Preemption and recompute", f"{EQUALITY}::test_preemption"),
+    works("Several samples of a prompt (`n`)", f"{FEATURES}::test_several_samples_of_a_prompt"),
+    works("Beam search", f"{FEATURES}::test_beam_search"),
+    works("Log-probabilities, also of the prompt", f"{FEATURES}::test_log_probabilities"),
+    works("Structured output", f"{FEATURES}::test_structured_output"),
+    works("Embedding (`--runner pooling --convert embed`)", f"{FEATURES}::test_embedding"),
+    works(
+        "`--max-model-len` beyond the length calibrated on",
+        f"{FEATURES}::test_context_longer_than_calibrated",
+    ),
+    works("N-gram speculation", f"{FEATURES}::test_ngram_speculation"),
+    works(
+        "Speculation with a draft model, stock or compressed",
+        f"{FEATURES}::test_draft_model_speculation",
+    ),
+    refused("A draft model for a model with sliding-window layers", f"{STARTUP}::test_refused"),
+    refused("Other speculation (EAGLE, MTP, suffix, …)", OPTION),
+    works("Sliding window, soft cap, key norm", f"{ARCHITECTURES}::test_full_rank_equals_stock"),
+    works("Tensor parallel", f"{PARALLEL}::test_tensor_parallel_with_a_k_and_a_v_group_per_rank"),
+    works(
+        "Tensor parallel with one group for all ranks",
+        f"{PARALLEL}::test_tensor_parallel_with_one_group_for_all_ranks",
+    ),
+    refused(
+        "Ranks that do not divide heads or groups, nor the other way",
+        f"{SHARDS}::test_what_does_not_divide_is_refused_with_both_numbers",
+    ),
+    works("Pipeline parallel", f"{PARALLEL}::test_pipeline_parallel"),
+    refused("Decode or prefill context parallel", f"{STARTUP}::test_refused"),
+    works(
+        "`torch.compile` of the model around attention", f"{FEATURES}::test_compiled_by_inductor"
+    ),
+    works(
+        "Captured code reads nothing from the device on the host",
+        f"{COMPILED}::test_nothing_is_read_from_the_device",
+    ),
+    works(
+        "Factors alone on the untouched base model", f"{ALONE}::test_tokens_equal_the_base_models"
+    ),
+    refused(
+        "Factors of another base model or revision",
+        f"{ALONE}::test_another_base_is_refused",
+        f"{ALONE}::test_another_revision_of_the_base_is_refused",
+    ),
+    works("LoRA on modules but k and v", f"{FEATURES}::test_lora_on_other_modules"),
+    refused(
+        "LoRA on k or v; on q or o where compression moved heads",
+        f"{LORA}::test_keys_and_values_are_refused",
+        f"{LORA}::test_heads_must_be_where_the_adapter_means_them",
+    ),
+    works("KV connector `ExampleConnector`", f"{FEATURES}::test_latents_go_through_a_kv_connector"),
+    refused("Other KV connectors, offloading", OPTION),
+    refused("Sleep mode", f"{STARTUP}::test_refused"),
+    works("Latents quantised to int8, int4 or fp8", f"{QUANTISED}::test_chunked_prefill"),
+    works(
+        "`--kv-cache-dtype fp8`, `fp8_e4m3` for unquantised latents", f"{QUANTISED}::test_capacity"
+    ),
+    refused(
+        "Any other `--kv-cache-dtype` than `auto` or the model's dtype",
+        OPTION,
+        f"{QUANTISED}::test_format_of_the_checkpoint_stays",
+    ),
+    refused("Another `--attention-backend` on a compressed checkpoint", OPTION),
+    refused(
+        "`--attention-backend recalkv` on a model without factors",
+        f"{REFUSALS}::test_stock_model_under_our_flag_ends_vllm_serve_with_one_line",
+    ),
+    refused("A checkpoint of a newer format", f"{REFUSALS}::test_newer_format"),
+    refused(
+        "Missing, truncated, poisoned or foreign factors",
+        f"{REFUSALS}::test_missing_factors",
+        f"{REFUSALS}::test_truncated_factors",
+        f"{REFUSALS}::test_poisoned_factors",
+        f"{REFUSALS}::test_factors_of_another_model",
+    ),
+)
+
+TEXT = """# Supported features
+
+Every row is tested against stock vLLM, or refused at start with a message that names the option.
+This page is written by `python -m tests.e2e.features`.
+
+{table}
+
+A compressed checkpoint needs no flag: its architecture selects the backend. The flag states the
+intention, and makes vLLM refuse a model that has no factors.
+
+Cascade attention is an optimisation that vLLM asks a backend for, and this one does not offer it.
+Attention sinks belong to architectures that `recalkv compress` refuses.
+
+## Memory under tensor parallelism
+
+A rank caches the latents of the K and V groups that its KV heads read. A group that the heads of
+several ranks read is cached by each of them, as the latent of MLA is; every rank holds its own
+heads' rows of the up factors only. So with one latent per KV head, or groups of no more heads than
+a rank has, capacity grows with the ranks as it does in stock vLLM; with one group over all heads
+every rank caches all of it, and capacity stays that of one rank. Compress with groups that divide
+among ranks to avoid it: `--k-group-size` at most the KV heads of a rank, `--v-groups` a multiple of
+the ranks.
+
+## Factors alone
+
+`recalkv compress MODEL -o DIR --factors-only` writes `recalkv.safetensors` and `config.json`, and
+prints the command that serves them on the untouched base model (a directory or a hub name). Heads
+that compression moved are moved while the base model's weights load; over quantised weights, which
+cannot be moved so, compress with `--k-group-size 1`. A digest of the base model's key and value
+projections tells another revision.
+"""
+
+
+def page() -> str:
+    rows = ["| vLLM feature | State | Where it is shown |", "| --- | --- | --- |"]
+    for row in TABLE:
+        shown = ", ".join(f"`{test}`" for test in row.tests)
+        rows.append(f"| {row.name} | {'works' if row.works else 'refused'} | {shown} |")
+    return TEXT.format(table="\n".join(rows))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

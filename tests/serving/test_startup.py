@@ -1,0 +1,67 @@
+"""Options that are refused by name, on stand-ins for configurations that need other machines."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from recalkv_vllm.serving.startup import _unsupported_feature
+
+
+def configuration(**changes):
+    """As much of a ``VllmConfig`` as is looked at, with nothing to refuse."""
+    parts = {
+        "parallel_config": {
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+        },
+        "model_config": {
+            "dtype": torch.float32,
+            "enable_sleep_mode": False,
+            "hf_config": SimpleNamespace(sliding_window=None),
+        },
+        "cache_config": {"cache_dtype": "auto"},
+    }
+    for part, values in changes.items():
+        parts.setdefault(part, {}).update(values)
+    return SimpleNamespace(
+        **{
+            "speculative_config": None,
+            "kv_transfer_config": None,
+            "lora_config": None,
+            **{name: SimpleNamespace(**values) for name, values in parts.items()},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"parallel_config": {"decode_context_parallel_size": 2}},
+            "--decode-context-parallel-size: expected 1, found 2",
+        ),
+        (
+            {"parallel_config": {"prefill_context_parallel_size": 2}},
+            "--prefill-context-parallel-size: expected 1, found 2",
+        ),
+        ({"model_config": {"enable_sleep_mode": True}}, "--enable-sleep-mode: not supported"),
+        (
+            {
+                "speculative_config": {"method": "draft_model"},
+                "model_config": {"hf_config": SimpleNamespace(sliding_window=64)},
+            },
+            "--speculative-config: draft_model does not go with sliding-window layers",
+        ),
+        (
+            {"speculative_config": {"method": "eagle"}},
+            "--speculative-config: expected method ngram or draft_model, found eagle",
+        ),
+    ],
+)
+def test_refused(changes, message):
+    assert _unsupported_feature(configuration(**changes), "RECALKV") == message
+
+
+def test_nothing_else_is():
+    assert _unsupported_feature(configuration(), "RECALKV") is None
