@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -38,6 +39,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     workloads = _workloads(options)
     servers = _servers(options)
     options.out.mkdir(parents=True, exist_ok=True)
+    # As Ctrl-C: servers are stopped on the way out, which Python's default does not do.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     result: dict[str, Any] = {
         "partial": True,
         "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
@@ -131,6 +134,7 @@ def _measure_all(
             # The same prompts for every server, but none twice for one: prefixes are cached.
             seed = options.seed + 1000 * number + 100 * index + concurrency
             prompts = 4 if workload.alone else options.prompts * concurrency
+            prompts = workload.num_prompts(prompts)
             yield {
                 "workload": workload.name,
                 "input_len": workload.input_len,

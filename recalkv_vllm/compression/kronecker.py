@@ -16,7 +16,6 @@ have inputs and gradients hundreds of times larger than any other's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -26,6 +25,7 @@ from recalkv_vllm.compression.architectures import Attention
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.linalg import damped
 from recalkv_vllm.compression.observers import Observer
+from recalkv_vllm.compression.projection_trace import ProjectionTrace
 
 ROUNDS = 3
 #: Added to ``G``'s diagonal, relative to its mean eigenvalue (for ``A``: :data:`.linalg.DAMPING`).
@@ -75,39 +75,6 @@ def token_weights(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
 def weighted_outer(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """``Σ w · row rowᵀ``, float64."""
     return ((rows * weights[:, None]).T @ rows).double()
-
-
-class ProjectionTrace(Observer):
-    """Inputs and output gradients of the key and value projections, one sample at a time."""
-
-    needs_gradient = True
-
-    def __init__(self) -> None:
-        self._inputs: dict[int, torch.Tensor] = {}
-        self._gradients: dict[tuple[int, int], torch.Tensor] = {}
-
-    def attach(
-        self, attention: Sequence[Attention], sums: Mapping[str, torch.Tensor]
-    ) -> list[RemovableHandle]:
-        """Hook into the model: outputs get hooks of their own that keep their gradient."""
-        handles = []
-        for layer, module in enumerate(attention):
-            for column, projection in enumerate((module.k_proj, module.v_proj)):
-                hook = partial(self._forward, layer, column)
-                handles.append(projection.register_forward_hook(hook))
-        return handles
-
-    def _forward(self, layer: int, column: int, _, args, output: torch.Tensor) -> None:
-        self._inputs[layer] = args[0].detach().flatten(0, -2)
-        output.register_hook(partial(self._backward, layer, column))
-
-    def _backward(self, layer: int, column: int, gradient: torch.Tensor) -> None:
-        self._gradients[layer, column] = gradient.flatten(0, -2)
-
-    def take(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``x: [tokens, H]`` and ``g: [tokens, 2 · h_kv · d]`` (K, then V) of the last sample."""
-        gradients = [self._gradients.pop((layer, column)) for column in (0, 1)]
-        return self._inputs.pop(layer), torch.cat(gradients, dim=1)
 
 
 class KroneckerFactors(Observer):

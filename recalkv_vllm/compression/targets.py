@@ -11,11 +11,11 @@ import math
 
 from recalkv_vllm.compression.errors import InputError
 
-#: H100: 990 TFLOP/s (dense bf16) over 3.35 TB/s is 295 FLOP per byte at peak; kernels reach two
-#: thirds of that, 180 to 200. A100: 312 TFLOP/s over 1.56 (40 GB) or 2.04 TB/s (80 GB) is 200 or
-#: 153 at peak; at 200 rebuilding takes at most twice as long as reading latents, so a half-size
-#: cache is still read no slower than the dense one. CPU: the AVX-512 kernel takes the time of the
-#: dense one for half the cache at 64 (docs/kernels/cpu_attention.md).
+#: H100: 990 TFLOP/s (dense bf16) over 3.35 TB/s is 295 FLOP per byte at peak; 200 supposes that
+#: kernels reach two thirds of the matrix rate. A100: 312 TFLOP/s over 1.56 (40 GB) or 2.04 TB/s
+#: (80 GB) is 200 or 153 at peak; at two thirds of that, rebuilding at 200 takes up to twice as long
+#: as reading latents, so a half-size cache is still no slower than the dense one. CPU: the AVX-512
+#: kernel takes about the time of the dense one for half the cache at 64.
 TARGETS = {"h100": 200.0, "a100": 200.0, "cpu": 64.0, "none": math.inf}
 
 

@@ -109,5 +109,7 @@ def test_workloads_ask_for_what_they_say() -> None:
     for workload in WORKLOADS.values():
         arguments = workload.arguments()
         options = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        prefix, rest = (int(options[f"--random-{x}-len"]) for x in ("prefix", "input"))
+        option = "--" + options["--dataset-name"].replace("_", "-")
+        names = ("prefix", "suffix" if workload.documents else "input")
+        prefix, rest = (int(options[f"{option}-{name}-len"]) for name in names)
         assert prefix + rest == workload.input_len
