@@ -33,36 +33,20 @@ from recalkv_vllm.kernels.launch import (
     value_up_launch,
 )
 from recalkv_vllm.latent_format import BITS, LatentFormat
-from recalkv_vllm.ops.layer import LatentLayer
 
+from .geometries import GEOMETRIES, SPANS, group_sizes, latent_of
+from .inputs import latent_layer
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """A model's attention, as far as kernels depend on it."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    key_bias: bool = False
-    key_norm: bool = False
-
-
-GEOMETRIES = {
-    "SmolLM2-135M": Geometry(9, 3, 64),
-    "Llama-3.1-8B": Geometry(32, 8, 128),
-    "Llama-2-7B": Geometry(32, 32, 128),
-    "Qwen2.5-7B": Geometry(28, 4, 128, key_bias=True),
-    "Qwen3-8B": Geometry(32, 8, 128, key_norm=True),
-}
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
-SPANS = ("split", "shared-v", "joint")
 LATENT_DTYPES = ("bf16", *BITS)
 #: Whose decode kernels are also compiled for quantised latents: fewer bits instead of lower ranks.
-QUANTISED = ("Llama-3.1-8B",)
+QUANTISED = ("llama-3.1-8b",)
 QUANTISED_COMPRESSIONS = (0.25, 0.5)
 #: Multiprocessors only decide splits, which do not change the code.
 TARGETS = {80: heuristics.Target(80, 108), 90: heuristics.Target(90, 132),
            100: heuristics.Target(100, 148)}  # fmt: skip
+#: Enough for the rotation of a tile to be found in the table.
+POSITIONS = 1024
 MODES = {"decode": 1, "verify": 4, "prefill": 64}
 TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 USES_TENSOR_CORES = ("latent_attention", "project_values")
@@ -70,8 +54,7 @@ USES_TENSOR_CORES = ("latent_attention", "project_values")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One layer's layout. ``split``: K and V spans of each group are disjoint; ``shared-v``: the
-    same with one V span for all heads, as in the paper; ``joint``: K and V read the same span."""
+    """One layer's layout, as :func:`.geometries.latent_of` makes it."""
 
     geometry: str
     compression: float
@@ -127,12 +110,9 @@ class CompileOnlyDriver:
 
 
 def cases(geometries: list[str]) -> Iterator[Case]:
-    for name, compression, size, spans in itertools.product(
-        geometries, COMPRESSIONS, (1, 2, 3, 4), SPANS
-    ):
-        heads = GEOMETRIES[name].kv_heads
-        if heads % size == 0 and (size != 3 or heads == 3):
-            yield Case(name, compression, size, spans)
+    for name in geometries:
+        for layout in itertools.product(COMPRESSIONS, group_sizes(GEOMETRIES[name]), SPANS):
+            yield Case(name, *layout)
 
 
 def quantised_cases(geometries: list[str]) -> Iterator[Case]:
@@ -141,48 +121,19 @@ def quantised_cases(geometries: list[str]) -> Iterator[Case]:
             yield Case(name, *layout)
 
 
-def bind(case: Case, target: heuristics.Target) -> PagedLatentAttention:
-    """An attention of the case with zero factors: only shapes matter here."""
-    model = GEOMETRIES[case.geometry]
-    kv_heads, head_dim = model.kv_heads, model.head_dim
-    groups = kv_heads // case.group_size
-    kept = round((1 - case.compression) * 2 * case.group_size * head_dim)
-    k_width = max(16, (kept if case.spans == "joint" else kept // 2) // 16 * 16)
-    k_spans = [(g * k_width, (g + 1) * k_width) for g in range(groups)]
-    start = groups * k_width
-    v_spans = {
-        "joint": k_spans,
-        "split": [(start + a, start + b) for a, b in k_spans],
-        "shared-v": [(start, 2 * start)],
-    }[case.spans]
-    dtype = torch.bfloat16
-    angle = torch.arange(256)[:, None] / 10000 ** (torch.arange(head_dim // 2) / head_dim)
-    layer = LatentLayer(
-        k_up=torch.zeros(groups, case.group_size * head_dim, k_width, dtype=dtype),
-        k_spans=k_spans,
-        v_spans=v_spans,
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-        cos_sin_cache=torch.cat((angle.cos(), angle.sin()), dim=1),
-        k_bias=torch.zeros(kv_heads, head_dim, dtype=dtype) if model.key_bias else None,
-        k_norm_weight=torch.ones(head_dim, dtype=dtype) if model.key_norm else None,
-        latent_format=case.latent_format,
-    )
-    return PagedLatentAttention(layer, target)
-
-
 def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launch]:
     """Every launch of one layer, attention first."""
-    model = GEOMETRIES[case.geometry]
-    heads, kv_heads, head_dim = model.heads, model.kv_heads, model.head_dim
-    attend = bind(case, target)
-    queries, dtype = MODES[mode], torch.bfloat16
-    rank = max(attend.k_starts[-1] + attend.k_width, attend.v_starts[-1] + attend.v_width)
-    cache = z = torch.zeros(2, 16, rank, dtype=dtype)
-    if (form := case.latent_format) is not None:
-        cache = torch.zeros(2, 16, form.slot_bytes(rank), dtype=torch.uint8)
+    geometry = GEOMETRIES[case.geometry]
+    heads, head_dim = geometry.num_heads, geometry.head_dim
+    latent = latent_of(geometry, case.compression, case.group_size, case.spans)
+    form, queries, dtype = case.latent_format, MODES[mode], torch.bfloat16
+    layer = latent_layer(geometry, latent, POSITIONS, dtype, latent_format=form)
+    attend = PagedLatentAttention(layer, target)
+    cache = z = torch.zeros(2, 16, latent.rank, dtype=dtype)
+    if form is not None:
+        cache = torch.zeros(2, 16, form.slot_bytes(latent.rank), dtype=torch.uint8)
     q = torch.zeros(queries, heads, head_dim, dtype=dtype)
-    o_lat = torch.zeros(queries, heads, attend.v_width)
+    o_lat = torch.zeros(queries, heads, latent.v_width)
     lse = torch.zeros(queries, heads)
     index = torch.zeros(16, dtype=torch.int32)
     part = Part(0, 1, range(queries), queries, bounded=mode != "prefill")
@@ -192,7 +143,7 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
         return
     yield merge_launch(o_lat[None], lse[None], o_lat, lse)
     yield cache_update_launch(z[0, :1], cache, torch.zeros(1, dtype=torch.int64), form)
-    v_up = torch.zeros(kv_heads, head_dim, attend.v_width, dtype=dtype)
+    v_up = torch.zeros(geometry.num_kv_heads, head_dim, latent.v_width, dtype=dtype)
     yield value_up_launch(o_lat, v_up, None, torch.zeros_like(q))
 
 
@@ -245,7 +196,9 @@ def report(wanted: list[Case], arches: list[int], modes: list[str]) -> Iterator[
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--geometry", nargs="*", choices=GEOMETRIES, default=list(GEOMETRIES))
+    parser.add_argument(
+        "--geometry", nargs="*", type=str.lower, choices=GEOMETRIES, default=list(GEOMETRIES)
+    )
     parser.add_argument("--arch", nargs="*", type=int, choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--mode", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--compression", nargs="*", type=float, default=(0.25, *COMPRESSIONS))

@@ -11,7 +11,7 @@ import pytest
 
 from recalkv_vllm.benchmarks.compile_report import Case, Row
 
-CASE = Case("Llama-3.1-8B", 0.5, 1, "split")
+CASE = Case("llama-3.1-8b", 0.5, 1, "split")
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ CASE = Case("Llama-3.1-8B", 0.5, 1, "split")
     [
         (CASE.geometry, ("split", "joint"), "bf16"),
         (CASE.geometry, ("split", "joint"), "int4"),
-        ("Qwen3-8B", ("split",), "bf16"),
+        ("qwen3-8b", ("split",), "bf16"),
     ],
 )
 def test_kernels_compile_without_spills(
