@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.latent_format import LatentFormat, token_bytes
 
 from . import kernel_cpu, kernel_gpu
 from .geometries import GEOMETRIES, Geometry, Latent, latent_of
@@ -145,8 +145,8 @@ def _measure(
     best = min(stocks, key=lambda name: stocks[name].median)
     stock = stocks[best]
     (value_up,) = alternate([runs.value_up], 0.1, runs.calls)
-    token_bytes = latent.rank * dtype.itemsize if form is None else form.slot_bytes(latent.rank)
-    work = attention_work(geometry, latent, context, batch, options.queries, token_bytes)
+    latent_bytes = token_bytes(form, latent.rank, dtype.itemsize)
+    work = attention_work(geometry, latent, context, batch, options.queries, latent_bytes)
     row = {
         "kernel": runs.kernel,
         "queries": options.queries,

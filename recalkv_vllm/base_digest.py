@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from recalkv_vllm.checkpoint import CheckpointError
+from recalkv_vllm.checkpoint import INDEX_FILE, WEIGHTS_FILE, CheckpointError
 
 #: Key of ``config.json`` beside factors without a model.
 DIGEST_KEY = "recalkv_base_digest"
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def base_digest(find: Callable[[str], Path | None], num_layers: int) -> str:
@@ -32,9 +31,9 @@ def base_digest(find: Callable[[str], Path | None], num_layers: int) -> str:
         CheckpointError: no such weights.
     """
     wanted = re.compile(rf"model\.layers\.(0|{num_layers - 1})\.self_attn\.(k|v|qkv)_proj\.\w+")
-    index = find(_INDEX)
+    index = find(INDEX_FILE)
     if index is None:
-        files = {_SINGLE}
+        files = {WEIGHTS_FILE}
     else:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {file for name, file in weight_map.items() if wanted.fullmatch(name)}

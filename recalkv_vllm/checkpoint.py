@@ -18,11 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.latent_format import LatentFormat, token_bytes
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 FACTORS_FILE = "recalkv.safetensors"
+#: A model's weights: one file, or several with an index.
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 #: Latent spans start and end at multiples of this many numbers.
 SPAN_MULTIPLE = 16
 FACTOR_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -335,6 +338,7 @@ class FactorReader:
 
     def __init__(self, path: str | Path, config: RecalkvConfig, geometry: AttentionGeometry):
         self.path = Path(path)
+        self._layers, self._geometry = config.layers, geometry
         _require(self.path.is_file(), f"{self.path}: no such file; expected the factors")
         try:
             self._file = safe_open(self.path, framework="pt")
@@ -374,6 +378,12 @@ class FactorReader:
     def __exit__(self, *_: object) -> None:
         self._file.__exit__(None, None, None)
 
+    def check(self) -> None:
+        """Read every factor once. Raises :class:`CheckpointError` like :meth:`read`."""
+        for layer, layout in enumerate(self._layers):
+            for factor in layout.factor_shapes(self._geometry):
+                self.read(layer, factor)
+
     def read(self, layer: int, factor: str) -> torch.Tensor:
         """Return one factor (shape of :meth:`LatentLayout.factor_shapes`), on the CPU."""
         name = factor_name(layer, factor)
@@ -405,14 +415,11 @@ def kv_bytes_per_token(
 
     Quantised latents take what their format takes, whatever the ``itemsize``.
     """
-    form = config.latent_quantization
-    compressed = sum(
-        layer.rank * itemsize if form is None else form.slot_bytes(layer.rank)
-        for layer in config.layers
-    )
     return {
         "dense": geometry.dense_width * geometry.num_layers * itemsize,
-        "compressed": compressed,
+        "compressed": sum(
+            token_bytes(config.latent_quantization, layer.rank, itemsize) for layer in config.layers
+        ),
     }
 
 

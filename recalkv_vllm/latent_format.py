@@ -171,6 +171,11 @@ class LatentFormat:
         return padded.unflatten(-1, (-1, size))
 
 
+def token_bytes(form: LatentFormat | None, rank: int, itemsize: int) -> int:
+    """Bytes of one token's latent: as ``form`` stores it, or ``itemsize`` a number without one."""
+    return rank * itemsize if form is None else form.slot_bytes(rank)
+
+
 @functools.cache
 def _rank_of(form: LatentFormat, slot_bytes: int) -> int:
     guess = slot_bytes * 8 // form.bits // 16 * 16

@@ -32,7 +32,5 @@ def check_factors(directory: Path) -> tuple[RecalkvConfig, AttentionGeometry, in
     recalkv = RecalkvConfig.from_hf_config(config, where=str(directory / "config.json"))
     geometry = AttentionGeometry.from_hf_config(config)
     with FactorReader(directory / FACTORS_FILE, recalkv, geometry) as reader:
-        for layer, layout in enumerate(recalkv.layers):
-            for factor in layout.factor_shapes(geometry):
-                reader.read(layer, factor)
+        reader.check()
         return recalkv, geometry, reader.dtype.itemsize

@@ -11,10 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from recalkv_vllm.checkpoint import INDEX_FILE, WEIGHTS_FILE
 from recalkv_vllm.compression.errors import InputError
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -27,7 +25,7 @@ def weight_files(directory: Path) -> list[Path]:
             raise InputError(f"{index}: expected a weight_map, found none") from error
         files = [directory / name for name in sorted(names)]
     else:
-        files = [directory / SINGLE_FILE]
+        files = [directory / WEIGHTS_FILE]
     for path in files:
         if not path.is_file():
             raise InputError(f"{path}: no such file; expected the model's weights (safetensors)")
@@ -42,6 +40,19 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all of a model's tensors by name, from the files' headers."""
+    shapes = {}
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no iterator of its own)
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    return shapes
 
 
 #: ``change(name, tensor)`` gives what stands in for a tensor: itself, others, or nothing.

@@ -16,6 +16,7 @@ from recalkv_vllm.checkpoint import (
     RecalkvConfig,
     rank_budget,
 )
+from recalkv_vllm.latent_format import token_bytes
 from recalkv_vllm.serving.sharding import shard_latent
 
 
@@ -52,8 +53,7 @@ def latent_bytes_per_token(
         ValueError: ranks and head groups do not divide one another.
     """
     ranks = [shard_latent(layer, geometry, 0, tp_size).rank for layer in config.layers]
-    form = config.latent_quantization
-    return sum(rank * itemsize if form is None else form.slot_bytes(rank) for rank in ranks)
+    return sum(token_bytes(config.latent_quantization, rank, itemsize) for rank in ranks)
 
 
 def supposed_config(compression: float, geometry: AttentionGeometry, tp_size: int) -> RecalkvConfig:
