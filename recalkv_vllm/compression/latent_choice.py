@@ -32,12 +32,16 @@ NAMES = ("bf16", "auto", "fp8", "int8", "int4", "int3")
 SAMPLE = (1024, 1024)
 
 
-def candidates(name: str, chooses: bool) -> list[LatentFormat | None]:
-    """Formats that ``--latent-dtype`` names.
+def candidates(
+    name: str, chooses: bool, compression: float, geometry: AttentionGeometry
+) -> list[LatentFormat | None]:
+    """Formats that ``--latent-dtype`` names; of ``auto``'s, those that fill the budget of bytes.
 
     Args:
         name: one of :data:`NAMES`; ``bf16`` stands for the dtype of the factors, whatever it is.
         chooses: the method knows what a format costs.
+        compression: fraction of 16-bit bytes to remove.
+        geometry: of the model.
 
     Raises:
         InputError: an unknown name, or ``auto`` for a method that cannot choose.
@@ -47,7 +51,11 @@ def candidates(name: str, chooses: bool) -> list[LatentFormat | None]:
     if name == "auto" and not chooses:
         raise InputError("--latent-dtype auto: only method kfac can choose; name one")
     names = {"auto": AUTOMATIC, "bf16": (None,)}.get(name, (name,))
-    return [None if dtype is None else LatentFormat(dtype, GROUP_SIZE) for dtype in names]
+    formats = [None if dtype is None else LatentFormat(dtype, GROUP_SIZE) for dtype in names]
+    if name != "auto":
+        return formats
+    # One that alone removes more than was asked for would leave bytes unused.
+    return [f for f in formats if f is None or rank_compression(compression, geometry, f) > 0]
 
 
 def rank_compression(

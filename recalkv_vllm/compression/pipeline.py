@@ -23,6 +23,7 @@ from recalkv_vllm.compression.factoring import ModelLayers, factor_layers
 from recalkv_vllm.compression.latent_choice import candidates, rank_compression, relative_error
 from recalkv_vllm.compression.methods import METHODS, Method, MethodOptions
 from recalkv_vllm.compression.output_refit import OutputRefit
+from recalkv_vllm.compression.quantised import quantisation_of
 from recalkv_vllm.compression.ranks import LayerPlan
 from recalkv_vllm.compression.samples import draw_samples
 from recalkv_vllm.compression.statistics import (
@@ -34,6 +35,7 @@ from recalkv_vllm.compression.statistics import (
 from recalkv_vllm.compression.summary import summarize
 from recalkv_vllm.compression.targets import flop_per_byte
 from recalkv_vllm.compression.text import describe, documents
+from recalkv_vllm.compression.weights import tensor_shapes
 from recalkv_vllm.compression.writer import (
     appearing,
     check_absent,
@@ -59,7 +61,7 @@ class CompressOptions:
     rank_allocation: str | None = None
     spans: str | None = None
     target: str = "h100"
-    output_refit: bool = True
+    output_refit: bool | None = None
     latent_dtype: str = "bf16"
     dataset: str = "builtin"
     text_column: str = "text"
@@ -101,9 +103,12 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     directory = source.find_model(options.model)
     config = read_hf_config(directory)
     compressed_architecture(config)  # refuses what is not supported
+    quantisation = quantisation_of(config)
+    if quantisation is not None:
+        check_weights_stay(options)
     geometry = AttentionGeometry.from_hf_config(config)
-    method = choose_method(options, geometry)
-    formats = candidates(options.latent_dtype, method.knows_loss)
+    method = choose_method(options, geometry, heads_move=quantisation is None)
+    formats = candidates(options.latent_dtype, method.knows_loss, options.compression, geometry)
     for form in formats:
         method.check(rank_compression(options.compression, geometry, form))
     device = source.choose_device(options.device)
@@ -112,9 +117,9 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     statistics = calibrated.statistics if calibrated else None
     own = source.own_dtype(directory)
     dtype = own if options.dtype == "auto" else source.DTYPES[options.dtype]
-    refits = calibrated is not None and method.refits_output and options.output_refit
-    # The base model that factors alone are served on keeps its own output projections.
-    refits = refits and not options.factors_only
+    refits = calibrated is not None and method.refits_output and options.output_refit is not False
+    # Quantised weights stay as they are, and so do those that factors alone are served on.
+    refits = refits and quantisation is None and not options.factors_only
     model = source.load_model(
         directory, source.calibration_dtype(own, device) if refits else own, "cpu"
     )
@@ -153,6 +158,9 @@ def compress(options: CompressOptions) -> dict[str, Any]:
             digest = base_digest(local_files(directory), geometry.num_layers)
             write_factors(partial, {**config, DIGEST_KEY: digest}, recalkv, factors)
         else:
+            if quantisation is not None:
+                settings = quantisation.with_dense_kv(tensor_shapes(directory))
+                config = {**config, "quantization_config": settings}
             write_checkpoint(partial, directory, config, recalkv, factors, dtype, convert)
         card = model_card(options.out.name, recalkv.settings["base_model"], recalkv, summary)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -172,17 +180,36 @@ def choose_plan(
         return formats[0], plan(formats[0])
     losses = {}
     for form in formats:
-        # A format that alone removes more than was asked for leaves bytes unused.
-        if rank_compression(compression, layers.geometry, form) > 0 or form is None:
-            plan(form)
-            losses[form] = method.expected_loss
-            log.info("latents in %s: expected loss %.5f", form or "16 bits", losses[form])
+        plan(form)
+        losses[form] = method.expected_loss
+        log.info("latents in %s: expected loss %.5f", form or "16 bits", losses[form])
     best = min(losses, key=lambda form: losses[form])
     return best, plan(best)
 
 
-def choose_method(options: CompressOptions, geometry: AttentionGeometry) -> Method:
+def check_weights_stay(options: CompressOptions) -> None:
+    """Raise :class:`InputError` for options that would change weights which are quantised."""
+    if options.output_refit:
+        raise InputError(
+            "--output-refit: the model's weights are quantised and stay as they are; expected "
+            "--no-output-refit, or the model before it was quantised"
+        )
+    if options.dtype != "auto" and not options.factors_only:
+        raise InputError(
+            f"--dtype {options.dtype}: the model's weights are quantised and stay as they are; "
+            "expected auto, or --factors-only"
+        )
+
+
+def choose_method(
+    options: CompressOptions, geometry: AttentionGeometry, heads_move: bool = True
+) -> Method:
     """The method that the options name, its settings checked against the model.
+
+    Args:
+        options: of the command line.
+        geometry: of the model.
+        heads_move: see :class:`MethodOptions`.
 
     Raises:
         InputError: an unknown method, or groups that do not divide the KV heads.
@@ -197,6 +224,7 @@ def choose_method(options: CompressOptions, geometry: AttentionGeometry) -> Meth
         options.rank_allocation,
         options.spans,
         flop_per_byte(options.target),
+        heads_move,
     )
     return METHODS[options.method](geometry, chosen)
 

@@ -94,13 +94,19 @@ def test_budget_of_bytes_is_never_exceeded(compression: float, form: LatentForma
 
 
 def test_names() -> None:
-    assert candidates("bf16", False) == [None]
-    assert candidates("int4", False) == [LatentFormat("int4", 32)]
-    assert None in candidates("auto", True)
+    assert candidates("bf16", False, 0.5, GEOMETRY) == [None]
+    assert candidates("int4", False, 0.5, GEOMETRY) == [LatentFormat("int4", 32)]
+    assert None in candidates("auto", True, 0.1, GEOMETRY)
     with pytest.raises(InputError, match="--latent-dtype auto: only method kfac can choose"):
-        candidates("auto", False)
+        candidates("auto", False, 0.5, GEOMETRY)
     with pytest.raises(InputError, match="--latent-dtype int2: expected one of"):
-        candidates("int2", True)
+        candidates("int2", True, 0.5, GEOMETRY)
+
+
+def test_automatic_formats_fill_the_budget() -> None:
+    """At 60 % int4 alone, at full rank, removes more than was asked for; int8 does not."""
+    offered = candidates("auto", True, 0.6, GEOMETRY)
+    assert offered == [None, LatentFormat("int8", 32)]
 
 
 def compress(tiny: Path, out: Path, capsys: pytest.CaptureFixture, *args: str) -> dict:
