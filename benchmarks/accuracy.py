@@ -76,7 +76,7 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
             *("compress", options.model, "-o", out, *row.arguments()),
             *(*text, "--seq-len", options.calibrate_len),
         )
-    return {**asdict(row), **made, **evaluate(out, options), "seconds": made["seconds"]}
+    return {**asdict(row), **evaluate(out, options), **made}
 
 
 def evaluate(model: Path, options: argparse.Namespace) -> dict[str, Any]:

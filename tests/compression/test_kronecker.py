@@ -3,27 +3,15 @@
 import pytest
 import torch
 
-from recalkv_vllm.checkpoint import AttentionGeometry, read_hf_config
 from recalkv_vllm.compression import calibration, kronecker, statistics
 from recalkv_vllm.compression.architectures import attention_modules
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.kronecker import flip_flop
-from recalkv_vllm.compression.source import load_model
 from recalkv_vllm.compression.statistics import collect
 from recalkv_vllm.compression.store import SumStore
 
 SAMPLES = torch.randint(1, 512, (40, 24), generator=torch.Generator().manual_seed(0))
 WIDTH = 128
-
-
-@pytest.fixture
-def geometry(tiny):
-    return AttentionGeometry.from_hf_config(read_hf_config(tiny))
-
-
-@pytest.fixture
-def load(tiny):
-    return lambda: load_model(tiny, torch.float32, "cpu")
 
 
 def tokens_of(model, samples):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from recalkv_vllm.checkpoint import AttentionGeometry, read_hf_config
 from recalkv_vllm.compression import calibration, statistics
 from recalkv_vllm.compression.architectures import attention_modules
 from recalkv_vllm.compression.errors import InputError
@@ -14,16 +13,6 @@ from recalkv_vllm.compression.store import SumStore, is_complete, read_complete
 
 SAMPLES = torch.randint(1, 512, (6, 24), generator=torch.Generator().manual_seed(0))
 BOTH = {"moments", "fisher"}
-
-
-@pytest.fixture
-def geometry(tiny):
-    return AttentionGeometry.from_hf_config(read_hf_config(tiny))
-
-
-@pytest.fixture
-def load(tiny):
-    return lambda: load_model(tiny, torch.float32, "cpu")
 
 
 def test_moments_are_those_of_the_projections_input(geometry, load):
