@@ -170,9 +170,7 @@ def _check_checkpoint(config: VllmConfig) -> None:
     if config.load_config.load_format == "dummy":
         return
     with FactorReader(locate_factors(config.model_config), recalkv, geometry) as reader:
-        for i in range(geometry.num_layers):
-            for factor in recalkv.layers[i].factor_shapes(geometry):
-                reader.read(i, factor)
+        reader.check()
     itemsize = config.model_config.dtype.itemsize
     served = replace(recalkv, latent_quantization=form)
     sizes = kv_bytes_per_token(served, geometry, itemsize)
