@@ -26,6 +26,7 @@ from recalkv_vllm.compression.output_refit import OutputRefit
 from recalkv_vllm.compression.quantised import quantisation_of
 from recalkv_vllm.compression.ranks import LayerPlan
 from recalkv_vllm.compression.samples import draw_samples
+from recalkv_vllm.compression.self_text import SELF, sample_self
 from recalkv_vllm.compression.statistics import (
     Statistics,
     collect,
@@ -241,10 +242,15 @@ def _calibrate(
     if not observers:
         return None
     tokenizer = source.load_tokenizer(directory)
-    text = documents(options.dataset, options.text_column)
-    samples = draw_samples(text, tokenizer, options.num_samples, options.seq_len, options.seed)
-    own = source.own_dtype(directory)
-    arithmetic = source.calibration_dtype(own, device)
+    arithmetic = source.calibration_dtype(source.own_dtype(directory), device)
+    size = (options.num_samples, options.seq_len, options.seed)
+    if options.dataset == SELF:
+        model = source.load_model(directory, arithmetic, device)
+        samples = sample_self(model, tokenizer, *size)
+        del model
+    else:
+        text = documents(options.dataset, options.text_column)
+        samples = draw_samples(text, tokenizer, *size)
     digest = samples_digest(samples)
     identity = f"{model_digest(directory)} {digest} {arithmetic} {device.split(':')[0]}"
     statistics = collect(
