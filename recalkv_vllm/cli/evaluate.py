@@ -41,6 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         default="transformers",
         help="transformers runs the dense products in float32; vllm runs the served latents",
     )
+    add("--card", action="store_true", help="add the result to the checkpoint's model card")
     return parser
 
 
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from recalkv_vllm.compression.errors import InputError
     from recalkv_vllm.compression.reader import check_factors
     from recalkv_vllm.compression.source import find_model
+    from recalkv_vllm.evaluation.report import read_card, record
 
     quiet_libraries()
     numbers = {"--seq-len": [options.seq_len], "--max-tokens": [options.max_tokens or 2]}
@@ -62,12 +64,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     directory = find_model(options.model)
     if "recalkv" in read_hf_config(directory):
         check_factors(directory)
-    return {
+    if options.card:
+        read_card(Path(options.model))  # before hours of measuring; not of a copy in a hub's cache
+    result = {
         "model": options.model,
         "metric": options.metric,
         "engine": options.engine,
         **METRICS[options.metric](options, directory),
     }
+    if options.card:
+        record(directory, result)
+    return result
 
 
 def _windows(
@@ -131,20 +138,12 @@ METRICS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
 
 def show(result: dict[str, Any]) -> None:
     """Print the result for people."""
-    name = result["model"]
-    if result["metric"] == "ppl":
-        print(
-            f"{name}: perplexity {result['perplexity']:.4f} (nll {result['nll']:.5f}) "
-            f"over {result['tokens']} tokens of {result['dataset']}"
-        )
-    elif result["metric"] == "agreement":
-        print(
-            f"{name}: the same most likely token as {result['base']} at {result['top1']:.2%} of "
-            f"{result['tokens']} tokens of {result['dataset']}; KL divergence {result['kl']:.5f}, "
-            f"nll {result['nll']:.5f} against {result['base_nll']:.5f}"
-        )
-    else:
+    from recalkv_vllm.evaluation.report import in_words
+
+    if result["metric"] == "passkey":
         _show_grid(result)
+    what, found = in_words(result)
+    print(f"{result['model']}: {what}: {found}")
 
 
 def _show_grid(result: dict[str, Any]) -> None:
@@ -159,4 +158,3 @@ def _show_grid(result: dict[str, Any]) -> None:
     for length in sorted({length for length, _ in found}):
         table.add_row(f"{length:,}", *(f"{found[length, depth]:.0%}" for depth in depths))
     Console().print(table)
-    print(f"{result['accuracy']:.1%} of {result['prompts']}")

@@ -276,6 +276,12 @@ def test_inspect_of_what_is_no_checkpoint(fails, tiny, tmp_path):
     assert "no such file" in fails("inspect", tmp_path / "nothing")
 
 
+def test_eval_has_no_card_to_write_to(fails, tiny):
+    """Said before anything is measured."""
+    error = fails("eval", tiny, "--dataset", "/nowhere/text.txt", "--card")
+    assert "expected the model card of a compressed checkpoint" in error
+
+
 def test_eval_of_what_is_no_model(fails, tmp_path):
     assert "no config.json" in fails("eval", tmp_path, "--dataset", "builtin")
 

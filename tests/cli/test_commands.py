@@ -54,10 +54,14 @@ def test_compress_inspect_eval(tiny, tmp_path, run, text):
     assert seen["settings"]["k_group_size"] == 4
 
     base = run("eval", tiny, "--dataset", text, "--seq-len", 64, "--max-tokens", 500)
-    compressed = run("eval", out, "--dataset", text, "--seq-len", 64, "--max-tokens", 500)
+    few = ("--seq-len", 64, "--max-tokens", 500)
+    compressed = run("eval", out, "--dataset", text, *few, "--card")
     assert base["tokens"] == compressed["tokens"] == 7 * 63
     assert base["perplexity"] == pytest.approx(math.exp(base["nll"]))
     assert base["nll"] != compressed["nll"]
+    assert f"text.txt, windows of 64, transformers): {compressed['perplexity']:.4f}" in (
+        (out / "README.md").read_text()
+    )
 
 
 def test_eval_is_the_mean_loss_of_consecutive_windows(tiny, run, text):

@@ -1,0 +1,64 @@
+"""Results in words, and in a checkpoint's model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from recalkv_vllm.compression.errors import InputError
+
+CARD = "README.md"
+HEADING = "## Measured\n\n"
+#: Heading of the card before which the results stand.
+NEXT = "## How it was made\n"
+
+
+def in_words(result: dict[str, Any]) -> tuple[str, str]:
+    """What was measured, on what and with which engine; and what was found."""
+    engine = result["engine"]
+    match result["metric"]:
+        case "ppl":
+            return (
+                f"perplexity ({_text(result)}, {engine})",
+                f"{result['perplexity']:.4f} (nll {result['nll']:.5f})",
+            )
+        case "agreement":
+            return (
+                f"agreement with {Path(result['base']).name} ({_text(result)}, {engine})",
+                f"the same most likely token at {result['top1']:.2%}; KL divergence "
+                f"{result['kl']:.5f}; nll {result['nll']:.5f} against {result['base_nll']:.5f}",
+            )
+        case "passkey":
+            lengths = sorted({row["length"] for row in result["rows"]})
+            return (
+                f"pass keys ({', '.join(map(str, lengths))} tokens, {engine})",
+                f"{result['accuracy']:.1%} of {result['prompts']} found",
+            )
+    raise ValueError(f"metric: expected ppl, agreement or passkey, found {result['metric']!r}")
+
+
+def record(directory: Path, result: dict[str, Any]) -> None:
+    """Add a result to a checkpoint's model card, in the place of an earlier one of the same kind.
+
+    Raises:
+        InputError: no model card that ``recalkv compress`` wrote.
+    """
+    head, tail = read_card(directory).split(NEXT, 1)
+    head, _, listed = head.partition(HEADING)
+    what, found = in_words(result)
+    kept = [line for line in listed.splitlines() if line and not line.startswith(f"- {what}: ")]
+    lines = "\n".join([*kept, f"- {what}: {found}"])
+    (directory / CARD).write_text(f"{head}{HEADING}{lines}\n\n{NEXT}{tail}", encoding="utf-8")
+
+
+def read_card(directory: Path) -> str:
+    """The model card. Raises :class:`InputError` unless ``recalkv compress`` wrote it."""
+    path = directory / CARD
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if NEXT not in card:
+        raise InputError(f"{path}: expected the model card of a compressed checkpoint")
+    return card
+
+
+def _text(result: dict[str, Any]) -> str:
+    return f"{result['tokens']} tokens of {result['dataset']}, windows of {result['seq_len']}"
