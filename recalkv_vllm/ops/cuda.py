@@ -30,13 +30,27 @@ __all__ = [
 logger = logging.getLogger("recalkv_vllm.ops")
 
 
+def load_library(path: str) -> None:
+    """Load the ops ``torch.ops.recalkv_cuda`` and say what they are under fake tensors.
+
+    Raises:
+        OSError: not a library that this torch can load.
+    """
+    torch.ops.load_library(path)
+
+    @torch.library.register_fake("recalkv_cuda::decode")
+    @torch.library.register_fake("recalkv_cuda::merge")
+    def _(*_: object) -> None:
+        """They write into tensors that they are given and return nothing."""
+
+
 def _load_extension() -> str | None:
     """Load the kernels' library; returns why that failed."""
     spec = importlib.util.find_spec("recalkv_vllm._cuda")
     if spec is None or spec.origin is None:
         return "not built; 'pip install --no-build-isolation -e .' builds it with nvcc"
     try:
-        torch.ops.load_library(spec.origin)
+        load_library(spec.origin)
     except OSError as error:
         return str(error)
     return None

@@ -134,7 +134,7 @@ class AttentionSignature:
             layer.sliding_window,
         )
         _require(
-            layer.soft_cap is None or layer.soft_cap > 0,
+            layer.soft_cap is None or 0 < layer.soft_cap < math.inf,
             "soft_cap",
             "a positive number or None",
             layer.soft_cap,
@@ -296,13 +296,19 @@ def check_value_up(
     _require_shape(v_up, "v_up", "h_kv", "d", "v_width")
     _require_dtype(v_up, "v_up", *DTYPES)
     num_kv_heads, head_dim, width = v_up.shape
+    if num_kv_heads == 0:
+        _require(False, "v_up", "at least one KV head", num_kv_heads)
+    for name, size in (("d", head_dim), ("v_width", width)):
+        if size == 0 or size % MULTIPLE:
+            _require(False, "v_up", f"{name} at a positive multiple of {MULTIPLE}", size)
     _require_shape(o_lat, "o_lat", "tokens", "h_q", width)
     _require_dtype(o_lat, "o_lat", *DTYPES)
-    if o_lat.shape[1] % num_kv_heads:
+    if o_lat.shape[1] == 0 or o_lat.shape[1] % num_kv_heads:
         _require(False, "o_lat", f"a multiple of {num_kv_heads} heads", o_lat.shape[1])
     _require_device(o_lat, "o_lat", v_up.device)
     if v_bias is not None:
         _require_shape(v_bias, "v_bias", num_kv_heads, head_dim)
+        _require_dtype(v_bias, "v_bias", *DTYPES)
         _require_device(v_bias, "v_bias", v_up.device)
     if out_dtype is not None and out_dtype not in DTYPES:
         raise TypeError(f"out_dtype: expected one of {DTYPES}, found {out_dtype}")

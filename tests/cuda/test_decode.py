@@ -15,6 +15,7 @@ from recalkv_vllm.ops.cuda_attention import CudaAttention
 from recalkv_vllm.ops.cuda_plan import HEAD_DIMS, INSTANTIATIONS, STREAMING, Layer, Limits, Plan
 from tests.ops.cases import CASES, AttentionCase, build, joint, spanned
 from tests.ops.checks import assert_matches_oracle
+from tests.ops.strategies import attention_cases
 
 Configure = Callable[[int, int], None]
 SUPPORTED = [case for case in CASES if case.head_dim in HEAD_DIMS]
@@ -168,42 +169,14 @@ def test_rotation_table_with_magnitude(positions: int, configure: Configure) -> 
         assert float((a - b).abs().max()) <= 2 * float((c - b).abs().max()) + 4e-3
 
 
-@st.composite
-def random_cases(draw: st.DrawFn) -> AttentionCase:
-    def pick(*values: int) -> int:
-        return draw(st.sampled_from(values))
-
-    group = pick(1, 2, 3)
-    kv_heads = group * pick(1, 2)
-    heads = (kv_heads * pick(1, 3, 4), kv_heads, pick(*HEAD_DIMS))
-    batch = draw(
-        st.lists(
-            st.tuples(st.integers(0, 6), st.integers(0, 90)).map(lambda x: (x[0], sum(x))),
-            min_size=1,
-            max_size=3,
-        )
-    )
-    rest = {
-        "batch": tuple(batch),
-        "block_size": pick(16, 32, 48),
-        "is_neox": draw(st.booleans()),
-        "rot_dim": pick(0, 16, 20, heads[2]),
-        "key_bias": draw(st.booleans()),
-        "key_norm": draw(st.booleans()),
-        "sliding_window": draw(st.sampled_from((None, 5, 31, 33))),
-        "soft_cap": draw(st.sampled_from((None, 4.0))),
-        "cache": draw(st.sampled_from(("dense", "blocks", "tokens"))),
-    }
-    if draw(st.booleans()):
-        return joint("random", heads, group, pick(16, 80), **rest)
-    v_groups = draw(st.sampled_from([n for n in (1, 2, 3) if kv_heads % n == 0]))
-    return spanned("random", heads, group, pick(16, 48), v_groups, pick(16, 112), **rest)
-
-
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(case=random_cases(), seed=st.integers(0, 99), early=st.integers(0, 1))
+@given(
+    case=attention_cases(HEAD_DIMS, max_queries=6, quantised=False),
+    seed=st.integers(0, 99),
+    early=st.integers(0, 1),
+)
 def test_random_cases(case: AttentionCase, seed: int, early: int, configure: Configure) -> None:
     configure(seed, early)
     check(case)

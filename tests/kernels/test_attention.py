@@ -27,6 +27,7 @@ from tests.ops.cases import (
     spanned,
 )
 from tests.ops.checks import assert_matches_oracle
+from tests.ops.replay import PADDED, GraphMemory
 
 BY_NAME = {case.name: case for case in CASES + QUANTIZED_CASES}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,6 +170,26 @@ def test_launches_read_nothing_from_the_device(
         attend(**inputs.call, hints=BatchHints(**hints))
     assert recorded == first * 2
     assert first
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("name", PADDED)
+def test_replayed_launches_serve_padded_batches(
+    name: str, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+    memory = GraphMemory(name, torch.float32, DEVICE)
+    run, graph = launch.Launch.run, []
+    monkeypatch.setattr(launch.Launch, "run", lambda self: (graph.append(self), run(self)))
+    result = bind(memory.inputs)(**memory.inputs.call, hints=memory.hints)
+    captured = tuple(graph)
+    memory.show_batch()
+    for output in result:
+        output.fill_(torch.nan)
+    for one in captured:
+        run(one)
+    assert captured
+    assert_matches_oracle(result, memory.case, torch.float32)
 
 
 @pytest.mark.parametrize("bounded", [True, False], ids=["decode", "prefill"])

@@ -7,10 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from recalkv_vllm.latent_format import BITS, LatentFormat
+from recalkv_vllm.latent_format import BITS
 from recalkv_vllm.ops import (
     bind_paged_latent_attention,
     cpu,
@@ -24,32 +22,11 @@ from tests.ops.cases import (
     QUANTIZED_CASES,
     AttentionCase,
     build,
-    joint,
     quantized,
     spanned,
 )
 from tests.ops.checks import assert_matches_oracle, difference
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = [
-    isa for isa in ("avx2", "avx512", "avx512_bf16") if torch.ops.recalkv_cpu.isa_supported(isa)
-]
-
-
-# The bf16 dot product is for bfloat16 alone.
-VERSIONS = [
-    (isa, dtype)
-    for isa in ISAS
-    for dtype in DTYPES
-    if isa != "avx512_bf16" or dtype == torch.bfloat16
-]
-
-
-def poison_free_memory(case: AttentionCase) -> None:
-    """Leave NaN in what the allocator is likely to hand out next."""
-    rows = sum(queries for queries, _ in case.batch) + case.padding_rows
-    for width in (case.v_spans[0][1] - case.v_spans[0][0], 1):
-        torch.full((rows * case.num_heads * width,), torch.nan)
+from tests.ops.cpu_versions import DTYPES, VERSIONS, poison_free_memory
 
 
 @pytest.mark.parametrize(("isa", "dtype"), VERSIONS, ids=str)
@@ -77,46 +54,6 @@ def test_splits_between_threads(name: str, threads: int) -> None:
             assert_matches_oracle(result, case, dtype)
     finally:
         torch.set_num_threads(before)
-
-
-@st.composite
-def random_cases(draw: st.DrawFn) -> AttentionCase:
-    def pick(*values: int) -> int:
-        return draw(st.sampled_from(values))
-
-    group = pick(1, 2, 3)
-    kv_heads = group * pick(1, 2)
-    heads = (kv_heads * pick(1, 3, 4), kv_heads, pick(32, 64, 80))
-    batch = draw(
-        st.lists(
-            st.tuples(st.integers(0, 20), st.integers(0, 90)).map(lambda x: (x[0], sum(x))),
-            min_size=1,
-            max_size=4,
-        )
-    )
-    rest = {
-        "batch": tuple(batch),
-        "block_size": pick(16, 32, 64),
-        "is_neox": draw(st.booleans()),
-        "rot_dim": pick(0, 16, heads[2]),
-        "key_bias": draw(st.booleans()),
-        "key_norm": draw(st.booleans()),
-        "sliding_window": draw(st.sampled_from((None, 5, 64, 65))),
-        "cache": draw(st.sampled_from(("dense", "blocks", "tokens"))),
-    }
-    if draw(st.booleans()):
-        rest["latent_format"] = LatentFormat(draw(st.sampled_from(tuple(BITS))), pick(0, 16, 128))
-        rest["cache"] = draw(st.sampled_from(("dense", "blocks")))
-    if draw(st.booleans()):
-        return joint("random", heads, group, pick(16, 80), **rest)
-    v_groups = draw(st.sampled_from([n for n in (1, 2, 3) if kv_heads % n == 0]))
-    return spanned("random", heads, group, pick(16, 48), v_groups, pick(16, 112), **rest)
-
-
-@settings(max_examples=40, deadline=None)
-@given(case=random_cases(), dtype=st.sampled_from((torch.float32, torch.bfloat16)))
-def test_random_cases(case: AttentionCase, dtype: torch.dtype) -> None:
-    assert_matches_oracle(paged_latent_attention(**build(case, dtype).arguments), case, dtype)
 
 
 def test_result_depends_on_each_argument() -> None:
@@ -246,33 +183,3 @@ def test_window_longer_than_any_sequence_is_no_window() -> None:
     inputs = build(case, torch.float32)
     result = paged_latent_attention(**inputs.arguments | {"sliding_window": 10_000})
     assert_matches_oracle(result, replace(case, sliding_window=None), torch.float32)
-
-
-def test_opcheck() -> None:
-    case = spanned("opcheck", (4, 2, 64), 1, 32, 2, 32, batch=MIXED)
-    inputs = build(case, torch.float32)
-    table = cpu_tables.rope_tiles(inputs.cos_sin_cache)
-    arguments = (
-        *inputs.call.values(),
-        inputs.k_up,
-        None,
-        None,
-        table,
-        None,
-        None,
-        None,
-        [0, 32],
-        [64, 96],
-        32,
-        1024,
-        True,
-        0.125,
-        1e-6,
-        0.0,
-        0,
-        cpu.instruction_set(torch.float32),
-        "",
-        0,
-        128,
-    )
-    torch.library.opcheck(torch.ops.recalkv_cpu.paged_latent_attention.default, arguments)

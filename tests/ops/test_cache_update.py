@@ -67,10 +67,3 @@ def test_slot_outside_the_cache() -> None:
     with pytest.raises(ValueError, match=r"slot_mapping\[1\]: expected .*32.* found 32"):
         latent_cache_update(torch.ones(2, 32), cache, torch.tensor([0, 32]))
     assert not cache.any()
-
-
-def test_opcheck() -> None:
-    torch.library.opcheck(
-        torch.ops.recalkv_cpu.latent_cache_update.default,
-        (torch.ones(2, 32), torch.zeros(2, 16, 32), torch.tensor([3, -1]), "", 0),
-    )

@@ -5,12 +5,7 @@ import torch
 
 from recalkv_vllm.ops import cpu, latent_value_up, reference
 from tests.ops.checks import ERROR_FLOOR, ERROR_RATIO
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-ISAS = [
-    isa for isa in ("avx2", "avx512", "avx512_bf16") if torch.ops.recalkv_cpu.isa_supported(isa)
-]
+from tests.ops.cpu_versions import DTYPES, ISAS
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -57,12 +52,6 @@ def test_out_dtype(
     assert torch.equal(out.isnan().all(-1), o_lat.isnan().all(-1))
     wide = latent_value_up(o_lat, v_up, out_dtype=torch.float32)
     torch.testing.assert_close(out, wide.to(out_dtype), rtol=0, atol=0, equal_nan=True)
-
-
-def test_opcheck() -> None:
-    isa = cpu.instruction_set(torch.float32)
-    arguments = (torch.randn(3, 4, 16), torch.randn(2, 32, 16), None, torch.float32, isa)
-    torch.library.opcheck(torch.ops.recalkv_cpu.latent_value_up.default, arguments)
 
 
 def test_no_tokens() -> None:

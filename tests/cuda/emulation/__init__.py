@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from recalkv_vllm.ops import cuda
+
 ROOT = Path(__file__).parents[3]
 SOURCES = ROOT / "csrc" / "cuda"
 HERE = Path(__file__).parent
@@ -37,7 +39,7 @@ def build(directory: Path) -> Path:
 
 def load(library: Path) -> Callable[[int, int], None]:
     """Load the emulation's torch ops; returns ``configure(seed, early_copies)``."""
-    torch.ops.load_library(str(library))
+    cuda.load_library(str(library))
     configure = ctypes.CDLL(str(library)).recalkv_emulate
     configure.argtypes = [ctypes.c_uint32, ctypes.c_int]
     configure.restype = None

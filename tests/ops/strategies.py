@@ -1,0 +1,83 @@
+"""Random attention cases: one hypothesis strategy for every fast version's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hypothesis import strategies as st
+
+from recalkv_vllm.latent_format import BITS, GROUP_SIZES, LatentFormat
+from tests.ops.cases import AttentionCase, joint, spanned
+
+MULTIPLE = 16
+
+
+@st.composite
+def attention_cases(
+    draw: st.DrawFn,
+    head_dims: Sequence[int],
+    max_queries: int = 20,
+    quantised: bool = True,
+) -> AttentionCase:
+    """Legal cases: any mix of lengths, spans, strides and options.
+
+    Args:
+        head_dims: to choose from.
+        max_queries: of one sequence.
+        quantised: whether the cache may hold quantised latents.
+    """
+
+    def pick(*values: int) -> int:
+        return draw(st.sampled_from(values))
+
+    group = pick(1, 2, 3)
+    kv_heads = group * pick(1, 2)
+    heads = (kv_heads * pick(1, 3, 4), kv_heads, pick(*head_dims))
+    sequence = st.tuples(st.integers(0, max_queries), st.integers(0, 90))
+    batch = draw(st.lists(sequence.map(lambda x: (x[0], sum(x))), min_size=1, max_size=4))
+    rest = {
+        "batch": tuple(batch),
+        "block_size": pick(16, 32, 48, 64),
+        "is_neox": draw(st.booleans()),
+        "rot_dim": pick(*(n for n in (0, 16, 20, heads[2]) if n <= heads[2])),
+        "key_bias": draw(st.booleans()),
+        "key_norm": draw(st.booleans()),
+        "sliding_window": draw(st.sampled_from((None, 5, 31, 33, 64, 65))),
+        "soft_cap": draw(st.sampled_from((None, 4.0))),
+        "cache": draw(st.sampled_from(("dense", "blocks", "tokens"))),
+        "padding_rows": pick(0, 0, 2),
+    }
+    if quantised and draw(st.booleans()):
+        rest["latent_format"] = draw(latent_formats())
+        rest["cache"] = draw(st.sampled_from(("dense", "blocks")))
+    if draw(st.booleans()):
+        case = joint("random", heads, group, pick(16, 80), **rest)
+    else:
+        v_groups = draw(st.sampled_from([n for n in (1, 2, 3) if kv_heads % n == 0]))
+        case = spanned("random", heads, group, pick(16, 48), v_groups, pick(16, 112), **rest)
+    return draw(moved_spans(case)) if draw(st.booleans()) else case
+
+
+def latent_formats() -> st.SearchStrategy[LatentFormat]:
+    """All formats of quantised latents."""
+    return st.builds(LatentFormat, st.sampled_from(tuple(BITS)), st.sampled_from((0, *GROUP_SIZES)))
+
+
+@st.composite
+def moved_spans(draw: st.DrawFn, case: AttentionCase) -> AttentionCase:
+    """The case with its spans anywhere in a latent: in any order, overlapping, with gaps."""
+    widths = [spans[0][1] - spans[0][0] for spans in (case.k_spans, case.v_spans)]
+    rank = max(*widths, case.rank) + MULTIPLE * draw(st.integers(0, 2))
+
+    def moved(width: int, count: int) -> tuple[tuple[int, int], ...]:
+        first = st.integers(0, (rank - width) // MULTIPLE).map(lambda i: i * MULTIPLE)
+        starts = draw(st.lists(first, min_size=count, max_size=count))
+        return tuple((start, start + width) for start in starts)
+
+    return replace(
+        case,
+        rank=rank,
+        k_spans=moved(widths[0], len(case.k_spans)),
+        v_spans=moved(widths[1], len(case.v_spans)),
+    )

@@ -1,0 +1,63 @@
+"""The C++ ops under fake tensors: what ``torch.compile`` and memory profiling see of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.ops import cpu, latent_cache_update, latent_value_up, paged_latent_attention
+from tests.ops.cases import MIXED, AttentionCase, build, quantized, spanned
+from tests.ops.tracing import RecordedCalls, ops_on_tensors
+
+NAMESPACE = "recalkv_cpu"
+UPDATE, ATTENTION, VALUE_UP = (
+    f"{NAMESPACE}::{name}"
+    for name in ("latent_cache_update", "paged_latent_attention", "latent_value_up")
+)
+PLAIN = spanned("plain", (4, 2, 64), 1, 32, 2, 32, batch=MIXED)
+CASES = (
+    PLAIN,
+    spanned("gqa-one-v-group", (9, 3, 64), 3, 96, 1, 80, batch=MIXED),
+    spanned("strided", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, cache="tokens"),
+    spanned(
+        "norm-bias-window-cap", (4, 2, 64), 2, 64, 2, 32,
+        batch=MIXED, key_bias=True, key_norm=True, sliding_window=24, soft_cap=3.0,
+    ),
+    spanned("no-rope", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, rot_dim=0),
+    *quantized((PLAIN,), "int8", 32),
+    *quantized((PLAIN,), "int4", 0),
+)  # fmt: skip
+
+
+def test_every_op_has_a_test_here() -> None:
+    assert cpu.unsupported_reason(torch.device("cpu"), torch.float32, 64) is None
+    assert ops_on_tensors(NAMESPACE) == {UPDATE, ATTENTION, VALUE_UP}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(case: AttentionCase, dtype: torch.dtype) -> None:
+    inputs = build(case, dtype)
+    with RecordedCalls(NAMESPACE) as recorded:
+        paged_latent_attention(**inputs.arguments)
+    recorded.check(ATTENTION)
+
+
+@pytest.mark.parametrize("form", [None, LatentFormat("int8", 32), LatentFormat("fp8", 16)], ids=str)
+def test_cache_update(form: LatentFormat | None) -> None:
+    cache = torch.zeros(2, 16, 64)
+    if form is not None:
+        cache = torch.zeros(2, 16, form.slot_bytes(64), dtype=torch.uint8)
+    with RecordedCalls(NAMESPACE) as recorded:
+        latent_cache_update(torch.randn(5, 64), cache, torch.tensor([3, -1, 0, 31, -1]), form)
+    recorded.check(UPDATE)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_up(bias: bool, out_dtype: torch.dtype) -> None:
+    v_up, v_bias = torch.randn(2, 32, 16), torch.randn(2, 32) if bias else None
+    with RecordedCalls(NAMESPACE) as recorded:
+        latent_value_up(torch.randn(3, 4, 16), v_up, v_bias, out_dtype=out_dtype)
+    recorded.check(VALUE_UP)
