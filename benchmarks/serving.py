@@ -7,26 +7,17 @@ rounds is the spread.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import signal
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from recalkv_vllm.checkpoint import RecalkvConfig, read_hf_config
 from recalkv_vllm.compression.errors import InputError
 
 from .load import measure
 from .serving_plot import plot
+from .systems import RESULT, engine_arguments, new_result, require_positive, systems, write
 from .vllm_server import ServerError, VllmServer
 from .workloads import WORKLOADS, Workload
-
-RESULT = "result.json"
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -37,38 +28,29 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             ``OUT/result.json``, marked partial.
     """
     workloads = _workloads(options)
-    servers = _servers(options)
+    contestants = systems(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    # As Ctrl-C: servers are stopped on the way out, which Python's default does not do.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    result: dict[str, Any] = {
-        "partial": True,
-        "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
-        "num_prompts_per_concurrency": options.prompts,
-        "rounds": options.rounds,
-        "versions": {name: version(name) for name in ("vllm", "torch", "recalkv-vllm")},
-        "machine": _machine(),
-        "rows": [],
-    }
+    result = {**new_result(options), "num_prompts_per_concurrency": options.prompts}
+    arguments = [*engine_arguments(options), "--max-num-seqs", str(max(options.concurrency))]
     try:
         for number in range(options.rounds):
-            for name, (model, extra) in servers.items():
+            for name, (model, extra) in contestants.items():
                 log = options.out / f"{name}-{number}.log"
                 print(f"recalkv: serving {model} (log: {log})", file=sys.stderr)
-                with VllmServer(model, [*_serve_args(options), *extra], log) as server:
+                with VllmServer(model, [*arguments, *extra], log) as server:
                     for row in _measure_all(server, workloads, options, number):
                         result["rows"].append({"server": name, "round": number, **row})
-                        _write(options.out, result)
+                        write(options.out, result)
     except ServerError as error:
         what, *log_lines = str(error).splitlines()
         print("\n".join(log_lines), file=sys.stderr)
-        _write(options.out, result)
+        write(options.out, result)
         raise InputError(
             f"{what.rstrip(':')} (see above); {len(result['rows'])} rows measured before that are "
             f"in {options.out / RESULT}, marked partial"
         ) from error
     result["partial"] = False
-    _write(options.out, result)
+    write(options.out, result)
     plot(result, options.out)
     return result
 
@@ -90,38 +72,8 @@ def _workloads(options: argparse.Namespace) -> list[Workload]:
                 f"--workload {workload.name}: needs {workload.longest} tokens per request, "
                 f"more than --max-model-len {options.max_model_len}"
             )
-    for name, values in (("--concurrency", options.concurrency), ("--rounds", [options.rounds])):
-        if min(values) < 1:
-            raise InputError(f"{name}: expected at least 1, found {min(values)}")
+    require_positive(concurrency=min(options.concurrency), rounds=options.rounds)
     return chosen
-
-
-def _servers(options: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
-    """Model and further options of every server, baseline first."""
-    servers: dict[str, tuple[str, list[str]]] = {}
-    for path in options.checkpoint:
-        config = read_hf_config(path)
-        recalkv = RecalkvConfig.from_hf_config(config, str(path / "config.json"))
-        base = options.base or recalkv.settings.get("base_model")
-        if not servers:
-            if base is None or not (Path(base).is_dir() or "/" in base):
-                raise InputError(
-                    f"--base: expected the directory or hub name of the model that {path} was made "
-                    f"from, found {base!r}"
-                )
-            servers["stock"] = (str(base), [])
-        servers[path.resolve().name] = (str(path), ["--attention-backend", "recalkv"])
-    if len(servers) <= len(options.checkpoint):
-        raise InputError("CHECKPOINT: expected directories of different names, none named stock")
-    return servers
-
-
-def _serve_args(options: argparse.Namespace) -> list[str]:
-    args = ["--kv-cache-memory-bytes", str(options.kv_cache_memory_bytes)]
-    args += ["--max-model-len", str(options.max_model_len), "--dtype", options.dtype]
-    args += ["--max-num-seqs", str(max(options.concurrency))]
-    # Compilation on a CPU costs minutes of start-up and changes attention's share little.
-    return args if torch.cuda.is_available() else [*args, "--enforce-eager"]
 
 
 def _measure_all(
@@ -143,16 +95,6 @@ def _measure_all(
                 "kv_cache_tokens": tokens,
                 **measure(server, workload, concurrency, prompts, seed),
             }
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads, {platform.machine()}"
-
-
-def _write(directory: Path, result: dict[str, Any]) -> None:
-    (directory / RESULT).write_text(json.dumps(result, indent=1))
 
 
 COLUMNS = ("workload", "concurrency", "server", "kv_cache_tokens", "request_throughput",

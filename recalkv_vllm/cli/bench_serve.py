@@ -18,19 +18,25 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "KV-cache bytes, drive each with 'vllm bench serve', and compare.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_systems(parser)
     add = parser.add_argument
-    add("checkpoint", nargs="+", type=Path, metavar="CHECKPOINT", help="compressed checkpoints")
-    add("--base", metavar="MODEL", help="stock model (default: what the checkpoint records)")
-    add("--kv-cache-memory-bytes", type=size, default="1GiB", metavar="SIZE", help="of each server")
     add("--workload", nargs="+", default=["chat", "long"], metavar="NAME", help="or: all")
     add("--concurrency", nargs="+", type=int, default=[1, 16], metavar="N", help="requests at once")
     add("--prompts", type=int, default=2, metavar="N", help="requests per concurrent one")
-    add("--rounds", type=int, default=2, metavar="N", help="times that the servers take turns")
-    add("--max-model-len", type=int, default=2048, metavar="N", help="of both servers")
-    add("--dtype", default="auto", help="of both servers")
-    add("--seed", type=int, default=0, help="of the prompts")
     add("-o", "--out", type=Path, default=Path("bench-serve"), help="for result, plots and logs")
     return parser
+
+
+def add_systems(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is compared, and how often."""
+    add = parser.add_argument
+    add("checkpoint", nargs="+", type=Path, metavar="CHECKPOINT", help="compressed checkpoints")
+    add("--base", metavar="MODEL", help="stock model (default: what the checkpoint records)")
+    add("--kv-cache-memory-bytes", type=size, default="1GiB", metavar="SIZE", help="of each system")
+    add("--rounds", type=int, default=2, metavar="N", help="times that the systems take turns")
+    add("--max-model-len", type=int, default=2048, metavar="N", help="of all systems")
+    add("--dtype", default="auto", help="of all systems")
+    add("--seed", type=int, default=0, help="of the prompts")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

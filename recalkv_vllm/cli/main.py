@@ -5,11 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
-from recalkv_vllm.cli import bench_kernel, bench_serve, compress, evaluate, inspect, plan
+from recalkv_vllm.cli import (
+    bench_kernel,
+    bench_offline,
+    bench_serve,
+    compress,
+    evaluate,
+    inspect,
+    plan,
+)
 from recalkv_vllm.version import __version__
 
 BAD_INPUT = 2
@@ -37,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure against stock vLLM")
     benchmarks = bench.add_subparsers(metavar="BENCHMARK", required=True)
     modules = [(module, commands) for module in (compress, evaluate, inspect, plan)]
-    modules += [(module, benchmarks) for module in (bench_kernel, bench_serve)]
+    modules += [(module, benchmarks) for module in (bench_kernel, bench_offline, bench_serve)]
     for module, group in modules:
         command = module.add_parser(group)
         command.add_argument(
@@ -59,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from recalkv_vllm.checkpoint import CheckpointError
     from recalkv_vllm.compression.errors import InputError
 
+    # As Ctrl-C: what is half written goes, servers stop, which Python's default does not see to.
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    before = on_main_thread and signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = options.run(options)
     except (CheckpointError, InputError) as error:
@@ -67,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("recalkv: interrupted", file=sys.stderr)
         return INTERRUPTED
     finally:
+        if on_main_thread:
+            signal.signal(signal.SIGTERM, before)
         logger.removeHandler(handler)
     if options.json:
         print(json.dumps(result))
