@@ -73,8 +73,7 @@ def _series(rows: list[dict[str, Any]], x: str, y: str) -> dict[str, dict[float,
 
 
 def _spread(axes: Any, label: str, points: dict[float, list[float]]) -> None:
-    """A line through the means, with a band from least to most."""
-    x = list(points)
-    (line,) = axes.plot(x, [np.mean(values) for values in points.values()], "o-", label=label)
-    low, high = ([f(values) for values in points.values()] for f in (min, max))
-    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
+    """A line through the means, with bars from least to most."""
+    low, mean, high = (np.array([f(v) for v in points.values()]) for f in (min, np.mean, max))
+    axes.errorbar(list(points), mean, (mean - low, high - mean), fmt="o-", capsize=4, label=label)
+    axes.set_xticks(list(points))
