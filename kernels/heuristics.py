@@ -148,6 +148,7 @@ RULES = (
     Rule(EVERY, 64, 4, False, False, (128 * 128, 0), 16, 128, 128, True),
     Rule(EVERY, 32, 8, False, False, (256 * 128, 0), 16, 256, 512, True),
     Rule(EVERY, 32, 8, False, False, (512 * 128, 0), 16, 512, 512, False),
+    Rule((9,), 32, 8, False, False, (64 * 128, 0), 16, 320, 384, True),
     Rule((9,), 32, 4, False, False, (128 * 128, 0), 64, 128, 256, False),
     Rule((10,), 32, 4, False, False, (128 * 128, 0), 64, 128, 256, True),
     Rule((8, 9, 12), 32, 8, False, False, (128 * 128, 0), 32, 128, 256, True),
