@@ -142,6 +142,7 @@ RULES = (
     Rule((9,), 64, 4, True, False, (128 * 128, 128 * 128), 16, 256, 512, True),
     Rule((9,), 64, 4, False, False, (256 * 128, 64 * 128), 16, 256, 512, True),
     Rule((9,), 64, 4, False, False, (64 * 128, 0), 64, 64, 256, False),
+    Rule((9,), 64, 4, False, False, (128 * 128, 0), 32, 128, 256, False),
     Rule((10,), 64, 8, True, False, (256 * 128, 128 * 128), 16, 256, 512, True),
     Rule((10,), 64, 8, False, False, (256 * 128, 64 * 128), 16, 256, 512, True),
     Rule((10,), 64, 8, False, False, (128 * 128, 0), 64, 128, 256, True),
@@ -151,6 +152,7 @@ RULES = (
     Rule((9,), 32, 8, False, False, (64 * 128, 0), 16, 320, 384, True),
     Rule((9,), 32, 4, False, False, (128 * 128, 0), 64, 128, 256, False),
     Rule((10,), 32, 4, False, False, (128 * 128, 0), 64, 128, 256, True),
+    Rule((9,), 32, 4, False, False, (96 * 128, 0), 32, 48, 144, True),
     Rule((8, 9, 12), 32, 8, False, False, (128 * 128, 0), 32, 128, 256, True),
     Rule(EVERY, 32, 8, False, True, (ANY, 0), 16, 512, 512, True),
     Rule(WIDE, 32, 4, False, True, (ANY, 0), 64, 64, 128, True),
@@ -202,6 +204,8 @@ def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bo
     if shape.code_bits is not None and rule.families != (10,) and not rule.stream:
         if columns > QUANTISED_COLUMNS and rule.tile == 64:
             return False
+        if shape.code_bits == 8 and shape.k_width > 64 and rule.local_rope:
+            return False  # 16 bytes spilled on sm_90
         chunks = power_of_2_chunks(0, shape.k_width)
         if shape.code_bits == 3 and len(chunks) > 1:
             return False
