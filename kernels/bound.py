@@ -123,6 +123,7 @@ class PagedLatentAttention(BoundAttention):
             shared_columns=sum(size for _, size, shared in columns.k if shared >= 0),
             local_rope=self.local_rotation is not None,
             rope=self.rot_half > 0,
+            key_bias=self.constants["k_bias"] is not None,
             key_norm=self.constants["k_norm_weight"] is not None,
             code_bits=None if self.latent_format is None else self.latent_format.bits,
         )

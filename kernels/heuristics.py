@@ -73,6 +73,7 @@ class AttentionShape:
     shared_columns: int
     local_rope: bool
     rope: bool
+    key_bias: bool
     key_norm: bool
     code_bits: int | None = None
 
@@ -153,7 +154,8 @@ RULES = (
     Rule((9,), 32, 4, False, False, (128 * 128, 0), 64, 128, 256, False),
     Rule((10,), 32, 4, False, False, (128 * 128, 0), 64, 128, 256, True),
     Rule((9,), 32, 4, False, False, (96 * 128, 0), 32, 48, 144, True),
-    Rule((8, 9, 12), 32, 8, False, False, (128 * 128, 0), 32, 128, 256, True),
+    Rule((9,), 32, 8, False, False, (128 * 128, 0), 32, 128, 256, True),
+    Rule((8, 12), 32, 8, False, False, (128 * 128, 0), 32, 128, 256, True),
     Rule(EVERY, 32, 8, False, True, (ANY, 0), 16, 512, 512, True),
     Rule(WIDE, 32, 4, False, True, (ANY, 0), 64, 64, 128, True),
     Rule((8, 12), 32, 4, False, True, (ANY, 0), 32, 64, 128, True),
@@ -199,6 +201,10 @@ def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bo
         # A joint span of 48: the products of both spans are mma.sync's, beside wgmma's for scores.
         narrow = rule.local_rope and rule.warps == 4 and columns < 64
         if several or narrow or not rule.ragged:
+            return False
+        # 8 bytes spilled on sm_80.
+        biased = shape.key_bias and rule.families == (8, 12)
+        if biased and config.rows > 16 and config.v_block > 64:
             return False
     # Codes and numbers of a tile are live at once; int3 is put together from two planes.
     if shape.code_bits is not None and rule.families != (10,) and not rule.stream:

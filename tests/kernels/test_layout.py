@@ -105,6 +105,7 @@ def shapes(draw: st.DrawFn) -> heuristics.AttentionShape:
         shared_columns=draw(st.sampled_from((0, min(k_width, v_width)))),
         local_rope=draw(st.booleans()),
         rope=True,
+        key_bias=draw(st.booleans()),
         key_norm=draw(st.booleans()),
     )
 
