@@ -7,8 +7,10 @@ everything before a tensor is used; nothing is ever unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -193,6 +195,7 @@ class RecalkvConfig:
 
     ``compression`` is the requested fraction of KV-cache numbers removed; what was reached follows
     from ``layers``. ``settings`` and ``calibration`` are provenance: recorded, never interpreted.
+    ``factors_sha256`` is the digest of ``recalkv.safetensors``, in hex; it may be left out.
     """
 
     method: str
@@ -203,6 +206,7 @@ class RecalkvConfig:
     latent_quantization: LatentFormat | None = None
     tool_versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    factors_sha256: str | None = None
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str = CONFIG_FILE) -> RecalkvConfig:
@@ -220,7 +224,7 @@ class RecalkvConfig:
             _is_int(version) and version == FORMAT_VERSION,
             f"{where}.format_version: expected {FORMAT_VERSION}, found {_brief(version)}",
         )
-        _check_keys(cls, raw, where)
+        _check_keys(cls, {"factors_sha256": None, **raw}, where)
         for name, kind in _PROVENANCE.items():
             _require(
                 isinstance(raw[name], kind),
@@ -231,6 +235,11 @@ class RecalkvConfig:
             and not isinstance(raw["compression"], bool)
             and 0 <= raw["compression"] < 1,
             f"{where}.compression: expected a number in [0, 1), found {_brief(raw['compression'])}",
+        )
+        digest = raw.get("factors_sha256", "0" * 64)
+        _require(
+            isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None,
+            f"{where}.factors_sha256: expected 64 hexadecimal digits, found {_brief(digest)}",
         )
         quantization = raw["latent_quantization"]
         if quantization is not None:
@@ -259,7 +268,10 @@ class RecalkvConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; :meth:`from_hf_config` reads it back."""
-        return json.loads(json.dumps(asdict(self)))
+        raw = json.loads(json.dumps(asdict(self)))
+        if self.factors_sha256 is None:
+            del raw["factors_sha256"]
+        return raw
 
     def cached_numbers_per_token(self) -> int:
         """Numbers the compressed cache holds per token, over all layers."""
@@ -326,6 +338,15 @@ def save_factors(path: Path, factors: Mapping[str, torch.Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 digest of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 class FactorReader:
     """Strict, lazy reader of ``recalkv.safetensors``.
 
@@ -338,7 +359,7 @@ class FactorReader:
 
     def __init__(self, path: str | Path, config: RecalkvConfig, geometry: AttentionGeometry):
         self.path = Path(path)
-        self._layers, self._geometry = config.layers, geometry
+        self._config, self._geometry = config, geometry
         _require(self.path.is_file(), f"{self.path}: no such file; expected the factors")
         try:
             self._file = safe_open(self.path, framework="pt")
@@ -379,10 +400,22 @@ class FactorReader:
         self._file.__exit__(None, None, None)
 
     def check(self) -> None:
-        """Read every factor once. Raises :class:`CheckpointError` like :meth:`read`."""
-        for layer, layout in enumerate(self._layers):
+        """Read every factor once, then compare the file's digest with the one recorded, if any.
+
+        Raises:
+            CheckpointError: like :meth:`read`, or naming both digests.
+        """
+        for layer, layout in enumerate(self._config.layers):
             for factor in layout.factor_shapes(self._geometry):
                 self.read(layer, factor)
+        recorded = self._config.factors_sha256
+        if recorded is not None:
+            found = file_sha256(self.path)
+            _require(
+                found == recorded,
+                f"{self.path}: expected SHA-256 {recorded}, as {CONFIG_FILE} records, found "
+                f"{found}: the file is not what was written",
+            )
 
     def read(self, layer: int, factor: str) -> torch.Tensor:
         """Return one factor (shape of :meth:`LatentLayout.factor_shapes`), on the CPU."""

@@ -18,6 +18,7 @@ from recalkv_vllm.checkpoint import (
     RecalkvConfig,
     compression_reached,
     factor_name,
+    file_sha256,
     kv_bytes_per_token,
     rank_budget,
     read_hf_config,
@@ -212,3 +213,28 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         read_hf_config(tmp_path)
+
+
+def test_recorded_digest(factors_file):
+    recorded = replace(CONFIG, factors_sha256=file_sha256(factors_file))
+    assert RecalkvConfig.from_hf_config(json.loads(json.dumps(hf_config(recorded)))) == recorded
+    assert "factors_sha256" not in CONFIG.to_dict()
+    with FactorReader(factors_file, recorded, GEOMETRY) as reader:
+        reader.check()
+    content = bytearray(factors_file.read_bytes())
+    content[-4] ^= 1  # the lowest bit of the last number
+    factors_file.write_bytes(content)
+    with FactorReader(factors_file, CONFIG, GEOMETRY) as reader:
+        reader.check()
+    with (
+        FactorReader(factors_file, recorded, GEOMETRY) as reader,
+        pytest.raises(CheckpointError, match=f"expected SHA-256 {recorded.factors_sha256}.* found"),
+    ):
+        reader.check()
+
+
+@pytest.mark.parametrize("digest", [None, "", "0" * 63, "G" * 64, 7])
+def test_what_is_no_digest(digest):
+    raw = {**CONFIG.to_dict(), "factors_sha256": digest}
+    with pytest.raises(CheckpointError, match="factors_sha256: expected 64 hexadecimal digits"):
+        RecalkvConfig.from_hf_config({**HF_CONFIG, "recalkv": raw})

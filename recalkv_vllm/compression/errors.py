@@ -1,5 +1,23 @@
-"""The one exception of the offline tool that is the user's to resolve."""
+"""Exceptions of the offline tool that are the user's to resolve."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
 
 
 class InputError(ValueError):
     """Bad input; the message is one line naming the thing, what was expected and what was found."""
+
+
+class OutputError(InputError, OSError):
+    """What could not be written: no space, no permission, a file that grew too large."""
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Raise :class:`OutputError` that names ``what`` if the block cannot write it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{what}: cannot be written ({error})") from error

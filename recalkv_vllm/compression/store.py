@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+
+from recalkv_vllm.compression.errors import writing
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +49,8 @@ class SumStore:
         self.sums: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> SumStore:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.directory / "lock")
         try:
             self._lock.acquire(blocking=False)
@@ -53,7 +58,12 @@ class SumStore:
             log.info("calibration statistics: waiting for another process that is making them")
             self._lock.acquire()
         if not is_complete(self.directory):
-            self._open()
+            try:
+                with self._writing():
+                    self._open()
+            except BaseException:
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,6 +82,7 @@ class SumStore:
             live.mkdir()
             for name, shape in self.shapes.items():
                 np.lib.format.open_memmap(live / f"{name}.npy", "w+", np.float32, shape)
+                allocate(live / f"{name}.npy")
         self.sums = {
             name: torch.from_numpy(np.load(live / f"{name}.npy", mmap_mode="r+"))
             for name in self.shapes
@@ -86,7 +97,8 @@ class SumStore:
         """Note that one more sample is in all sums."""
         self.samples_done += 1
         if time.monotonic() - self._last_snapshot >= self.snapshot_seconds:
-            self._snapshot()
+            with self._writing():
+                self._snapshot()
 
     def _snapshot(self) -> None:
         older = self._snapshots().values()
@@ -103,14 +115,28 @@ class SumStore:
         """Declare the sums complete, over ``tokens`` tokens."""
         self.sums.clear()
         live = self.directory / LIVE
-        self._write_state(live, {"samples": self.samples_done, "tokens": tokens})
-        live.rename(self.directory / COMPLETE)
+        with self._writing():
+            self._write_state(live, {"samples": self.samples_done, "tokens": tokens})
+            live.rename(self.directory / COMPLETE)
         for path in self._snapshots().values():
             shutil.rmtree(path)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"calibration statistics {self.directory} (in RECALKV_CACHE)")
 
     @staticmethod
     def _write_state(directory: Path, state: dict[str, int]) -> None:
         (directory / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def allocate(path: Path) -> None:
+    """Give a sparse file its blocks. Raises :class:`OSError` if there are not so many.
+
+    Without, a full disk shows in the first store to a mapped page, which ends the process.
+    """
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def is_complete(directory: Path) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,15 @@ from recalkv_vllm.checkpoint import (
     FACTORS_FILE,
     RecalkvConfig,
     factor_name,
+    file_sha256,
     save_factors,
 )
 from recalkv_vllm.compression.architectures import compressed_architecture
-from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.errors import InputError, writing
 from recalkv_vllm.compression.factors import LayerFactors, reorder_rows
 from recalkv_vllm.compression.weights import Change, copy_weights
+
+log = logging.getLogger(__name__)
 
 #: Files of the base model that are copied as they are.
 COPIED = (
@@ -50,24 +56,33 @@ def check_absent(out: Path) -> None:
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A new directory beside ``out`` that becomes ``out`` if the block succeeds, else vanishes."""
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
-        check_absent(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """A new directory beside ``out`` that becomes ``out`` if the block succeeds, else vanishes.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    parent, prefix = out.absolute().parent, f".{out.name}."
+    with writing(f"output {out}"):
+        parent.mkdir(parents=True, exist_ok=True)
+        # What a killed run leaves cannot be told from what another one is writing.
+        for other in parent.glob(glob.escape(prefix) + "?" * 8):
+            log.warning("%s: of a run that was killed, or is still writing", other)
+        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        try:
+            yield partial
+            partial.chmod(0o755)  # mkdtemp makes it private
+            check_absent(out)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def dense_form(factors: list[LayerFactors], dtype: torch.dtype, convert: bool) -> Change:
     """How base weights become those of a plain model that computes what is served.
 
-    ``k_proj`` and ``v_proj`` become the products of the (rounded) factors. Query heads, output
-    columns and all biases move with their KV heads. Other tensors stay as they are.
+    ``k_proj`` and ``v_proj`` become the products of the (rounded) factors, also where they were
+    quantised. Query heads, output columns and all biases move with their KV heads; quantised ones
+    cannot, and come with heads in natural order. Other tensors stay as they are.
 
     Args:
         factors: rounded, one per layer.
@@ -89,13 +104,14 @@ def dense_form(factors: list[LayerFactors], dtype: torch.dtype, convert: bool) -
                 keys, values = (product.to(dtype) for product in layer.products())
                 queries = reorder_rows(tensor[: -2 * len(keys)], order)
                 yield name, torch.cat((queries, keys, values))
-            case "k" | "v", "weight":
+            case "k" | "v", "weight" | "weight_packed" | "qweight":
                 keys, values = layer.products()
+                name = f"{name.rpartition('.')[0]}.weight"
                 yield name, (keys if found["projection"] == "k" else values).to(dtype)
-            case "q", "weight" | "bias":
+            case ("q" | "k" | "v", "bias") | ("q", "weight"):
                 yield name, reorder_rows(tensor, order)
-            case "k" | "v", "bias":
-                yield name, reorder_rows(tensor, order)
+            case "k" | "v", _:
+                return  # scales and zero points of what is dense now
             case "o", "weight":
                 if layer.output is not None:
                     tensor = layer.output
@@ -140,18 +156,19 @@ def write_factors(
     recalkv: RecalkvConfig,
     factors: list[LayerFactors],
 ) -> None:
-    """Write ``config.json`` with the ``recalkv`` object, and ``recalkv.safetensors``."""
-    config = {
-        **base_config,
-        "architectures": [compressed_architecture(base_config)],
-        "recalkv": recalkv.to_dict(),
-    }
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    """Write ``recalkv.safetensors``, and ``config.json`` with the ``recalkv`` object."""
     tensors: dict[str, torch.Tensor] = {}
     for layer, part in enumerate(factors):
         for short in ("down", "k_up", "v_up"):
             tensors[factor_name(layer, short)] = getattr(part, short)
     save_factors(directory / FACTORS_FILE, tensors)
+    recorded = replace(recalkv, factors_sha256=file_sha256(directory / FACTORS_FILE))
+    config = {
+        **base_config,
+        "architectures": [compressed_architecture(base_config)],
+        "recalkv": recorded.to_dict(),
+    }
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _dtype_entry(base_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, str]:

@@ -7,6 +7,7 @@ import json
 import random
 import struct
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from recalkv_vllm.checkpoint import (
     LatentLayout,
     RecalkvConfig,
     factor_name,
+    file_sha256,
     save_factors,
 )
 from recalkv_vllm.latent_format import LatentFormat
+from tests.reliability.figures import count
 
-MUTANTS = 5_000
+MUTANTS = 5_000  # of configurations, and of files
 LAYOUT = LatentLayout(64, 2, ((0, 16), (16, 32)), ((32, 64),), (2, 0, 3, 1))
 CONFIG = RecalkvConfig("test", 0.5, (LAYOUT, LAYOUT), latent_quantization=LatentFormat("int4", 32))
 HF_CONFIG = {
@@ -48,6 +51,7 @@ def outcome(config: Any, path: Path) -> tuple[RecalkvConfig, dict[str, torch.Ten
         geometry = AttentionGeometry.from_hf_config(config)
         tensors = {}
         with FactorReader(path, recalkv, geometry) as reader:
+            reader.check()
             for i, layer in enumerate(recalkv.layers):
                 for short in layer.factor_shapes(geometry):
                     tensors[factor_name(i, short)] = reader.read(i, short)
@@ -117,13 +121,20 @@ def test_configurations(factors: Path) -> None:
             assert config.to_dict() == json.loads(json.dumps(mutant["recalkv"]))
             assert tensors.keys() == before[1].keys()
             assert all(torch.equal(tensors[name], before[1][name]) for name in tensors)
-    print(f"configurations: {MUTANTS} mutants, {dict(counts)}")
+    show(counts)
     assert counts["refused"] > MUTANTS / 2
     assert counts["read"] > 10
 
 
+def show(counts: Counter[str]) -> None:
+    """Add to the figures of this run."""
+    count("mutants tried", counts.total())
+    count("mutants refused", counts["refused"])
+    count("mutants loaded, to what they say", counts["read"])
+
+
 def broken_file(content: bytes, draw: random.Random) -> bytes:
-    """Cut, flip, extend, or rewrite the header of a safetensors file."""
+    """Cut, flip, extend, spoil numbers, or rewrite the header of a safetensors file."""
     (length,) = struct.unpack("<Q", content[:8])
     header, body = content[8 : 8 + length], content[8 + length :]
     match draw.randrange(6):
@@ -148,6 +159,14 @@ def broken_file(content: bytes, draw: random.Random) -> bytes:
             return struct.pack("<Q", len(text)) + text + body
 
 
+def flipped_number(content: bytes, draw: random.Random) -> bytes:
+    """One bit of the body, which leaves the file well-formed."""
+    (length,) = struct.unpack("<Q", content[:8])
+    position = draw.randrange(8 + length, len(content))
+    flipped = content[position] ^ (1 << draw.randrange(8))
+    return content[:position] + bytes([flipped]) + content[position + 1 :]
+
+
 def test_files(factors: Path, tmp_path: Path) -> None:
     """A file that is accepted holds the very tensors of the whole one."""
     draw = random.Random(2)
@@ -157,15 +176,35 @@ def test_files(factors: Path, tmp_path: Path) -> None:
     content = factors.read_bytes()
     path = tmp_path / "mutant.safetensors"
     counts: Counter[str] = Counter()
-    for _ in range(MUTANTS):
+    for _ in range(MUTANTS // 2):
         path.write_bytes(broken_file(content, draw))
         result = outcome(config, path)
         counts["refused" if isinstance(result, str) else "read"] += 1
         if not isinstance(result, str):
             assert result[1].keys() == before[1].keys()
             assert all(torch.equal(result[1][name], before[1][name]) for name in before[1])
-    print(f"files: {MUTANTS} mutants, {dict(counts)}")
-    assert counts["refused"] > MUTANTS / 2
+    show(counts)
+    assert counts["refused"] > MUTANTS / 4
+
+
+def test_files_with_a_digest(factors: Path, tmp_path: Path) -> None:
+    """Any change is refused where the configuration records a digest, one bit's included."""
+    draw = random.Random(3)
+    recorded = replace(CONFIG, factors_sha256=file_sha256(factors))
+    config = {**HF_CONFIG, "recalkv": recorded.to_dict()}
+    assert not isinstance(outcome(config, factors), str)
+    content = factors.read_bytes()
+    path = tmp_path / "mutant.safetensors"
+    counts: Counter[str] = Counter()
+    for _ in range(MUTANTS // 2):
+        change = draw.choice((broken_file, flipped_number))
+        mutant = change(content, draw)
+        path.write_bytes(mutant)
+        result = outcome(config, path)
+        counts["refused" if isinstance(result, str) else "read"] += 1
+        assert isinstance(result, str) or mutant == content
+    show(counts)
+    assert counts["refused"] > MUTANTS / 4
 
 
 @pytest.mark.parametrize("name", ["directory", "missing", "empty", "pickle"])
