@@ -53,8 +53,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--output-refit",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="kfac: refit o_proj to the dense model's attention output",
+        help="kfac: refit o_proj to the dense model's attention output (default: unless the "
+        "model's weights are quantised)",
     )
     add(
         "--rank-allocation",
@@ -73,13 +73,19 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="NAME|PATH",
         default="builtin",
         help="calibration text: a .txt, .jsonl or .parquet file, a datasets name "
-        "NAME[:CONFIG[:SPLIT]], or builtin (needs no network)",
+        "NAME[:CONFIG[:SPLIT]], builtin (the Python language reference; needs no network), or self "
+        "(sampled from the model)",
     )
     add("--text-column", metavar="C", default="text", help="column of a table that holds the text")
     add("--num-samples", metavar="N", type=int, default=256, help="calibration samples")
     add("--seq-len", metavar="N", type=int, default=2048, help="tokens per sample")
     add("--seed", metavar="N", type=int, default=42, help="seed of the choice of samples")
-    add("--device", default="auto", help="where to calibrate; auto: a GPU if there is one")
+    add(
+        "--device",
+        default="auto",
+        help="where to calibrate; auto: a GPU if there is one; spread: layers on all GPUs, then in "
+        "memory, then on disk, for a model that no GPU holds",
+    )
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),

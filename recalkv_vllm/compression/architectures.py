@@ -50,10 +50,6 @@ def compressed_architecture(config: Mapping[str, Any]) -> str:
             raise InputError(f"{model_type} with {field} is not supported")
     if not config.get("is_causal", True):
         raise InputError("is_causal false: expected a decoder, found bidirectional attention")
-    if "quantization_config" in config:
-        raise InputError(
-            "the model's weights are quantised; expected a model with floating-point weights"
-        )
     return ARCHITECTURES[model_type]
 
 
@@ -75,6 +71,10 @@ class Attention(Protocol):
 def attention_modules(model: CausalLM) -> list[Attention]:
     """The attention module of every decoder layer, first layer first."""
     return [layer.self_attn for layer in model.model.layers]
+
+
+#: Model types whose checkpoints hold queries, keys and values as one projection.
+FUSED = {"phi3"}
 
 
 class SplitProjection(nn.Module):

@@ -82,7 +82,10 @@ def _prepare(model: CausalLM, gradient: bool, seq_len: int) -> None:
     numbers_per_token = config.num_hidden_layers * (
         16 * config.hidden_size + 4 * config.intermediate_size
     )
-    if gradient and seq_len * numbers_per_token * model.dtype.itemsize > ACTIVATION_BYTES:
+    # Kept activations would keep a spread model's weights on their device, too.
+    spread = hasattr(model, "hf_device_map")
+    many = seq_len * numbers_per_token * model.dtype.itemsize > ACTIVATION_BYTES
+    if gradient and (many or spread):
         model.train()  # transformers checkpoints activations only in training mode
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -102,7 +105,8 @@ def _loss_gradient(model: CausalLM, hidden: torch.Tensor, ids: torch.Tensor) -> 
     for start in range(0, predicted, LOGIT_CHUNK):
         end = min(start + LOGIT_CHUNK, predicted)
         logits = _logits(model, hidden[0, start:end])
-        F.cross_entropy(logits, ids[0, start + 1 : end + 1], reduction="sum").backward()
+        target = ids[0, start + 1 : end + 1].to(logits.device)
+        F.cross_entropy(logits, target, reduction="sum").backward()
     assert hidden.grad is not None
     return hidden.grad
 

@@ -126,7 +126,9 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     )
     layers = ModelLayers(model, geometry, statistics)
     form, plans = choose_plan(method, options.compression, formats, layers)
-    refit = OutputRefit(model, calibrated.samples, device) if calibrated and refits else None
+    refit = None
+    if calibrated and refits:
+        refit = OutputRefit(model, calibrated.samples, source.single_device(device))
     factors, errors = factor_layers(
         geometry, method, plans, layers, dtype, refit, rotate=form is not None
     )

@@ -32,14 +32,16 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def _run(model: Path, prompts: list[list[int]], sampling: SamplingParams) -> list[RequestOutput]:
-    geometry = AttentionGeometry.from_hf_config(read_hf_config(model))
+    config = read_hf_config(model)
+    geometry = AttentionGeometry.from_hf_config(config)
     length = max(map(len, prompts)) + sampling.max_tokens
     # The dense size is enough for every checkpoint; one more prompt pays for rounding up to blocks.
     prompt_bytes = length * geometry.dense_width * geometry.num_layers * FLOAT32_BYTES
     with _stdout_to_stderr():
         engine = LLM(
             str(model),
-            dtype="float32",
+            # vLLM multiplies most quantised weights in 16 bits only.
+            dtype="auto" if "quantization_config" in config else "float32",
             enforce_eager=True,
             max_model_len=length,
             max_num_seqs=CONCURRENT_PROMPTS,

@@ -28,6 +28,7 @@ _HEADS_NAME = re.compile(
     r"layers\.(\d+)\.self_attn\.(q_proj\.weight|o_proj\.weight|[qkv]_proj\.bias)$"
 )
 _FUSED_NAME = re.compile(r"\.self_attn\.qkv_proj\.weight$")
+_KV_BIAS_NAME = re.compile(r"\.self_attn\.[kv]_proj\.bias$")
 
 
 @contextmanager
@@ -115,12 +116,14 @@ class LatentAttentionMixin:
         """The base model's weights, heads in the factors' order.
 
         Of a fused ``qkv_proj`` only the queries' rows. A checkpoint with factors of its own has its
-        heads in order already; those of an untouched base model are moved here.
+        heads in order already; those of an untouched base model are moved here. Biases that the
+        model does not have (AutoGPTQ stores them, all zero) are passed by, as vLLM does.
         """
+        biased = self.model.layers[self.model.start_layer].self_attn.k_bias is not None
         query_rows = self.recalkv_geometry.num_heads * self.recalkv_geometry.head_dim
         natural = hasattr(self.recalkv_model_config.hf_config, SEPARATE_FACTORS)
         for name, weight in weights:
-            if _FACTOR_NAME.match(name):
+            if _FACTOR_NAME.match(name) or (_KV_BIAS_NAME.search(name) and not biased):
                 continue
             if _FUSED_NAME.search(name):
                 name, weight = name.replace(".qkv_proj.", ".q_proj."), weight[:query_rows]

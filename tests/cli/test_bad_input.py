@@ -125,9 +125,48 @@ def test_unsupported_architecture(compress_fails, copy):
     assert "'gpt2' is not supported; expected one of" in error
 
 
-def test_quantised_base(compress_fails, copy):
-    directory = copy(quantization_config={"quant_method": "awq"})
-    assert "quantised" in compress_fails(directory, "--compression", 0.5)
+CT = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+AWQ, GPTQ = {"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes': no dense form"),
+        ({}, "expected one of awq, compressed-tensors, gptq, or the model before"),
+        ({**CT, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: latents take the place"),
+        ({**CT, "transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
+        ({**CT, "sparsity_config": {"format": "sparse-24-bitmask"}}, "(sparse-24-bitmask)"),
+        ({**AWQ, "bits": 8}, "4-bit"),
+        ({**AWQ, "version": "gemv"}, "gemv"),
+        ({**GPTQ, "bits": 3}, "bits: expected 2, 4 or 8, found 3"),
+        ({**GPTQ, "checkpoint_format": "marlin"}, "expected gptq or gptq_v2, found 'marlin'"),
+    ],
+)
+def test_quantised_weights_that_are_not_read(compress_fails, copy, settings, message):
+    assert message in compress_fails(copy(quantization_config=settings), "--compression", 0.5)
+
+
+def test_quantised_weights_that_are_fused(compress_fails, copy):
+    directory = copy(model_type="phi3", quantization_config=GPTQ)
+    assert "found quantised ones fused" in compress_fails(directory, "--compression", 0.5)
+
+
+@pytest.mark.parametrize("option", [["--output-refit"], ["--dtype", "float32"]])
+def test_options_that_would_change_quantised_weights(compress_fails, copy, option):
+    error = compress_fails(copy(quantization_config=AWQ), "--compression", 0.5, *option)
+    assert " ".join(option) in error
+    assert "the model's weights are quantised and stay as they are" in error
+
+
+def test_quantised_weights_that_are_not_there(compress_fails, copy):
+    """Plain weights under a configuration of quantised ones are taken as they are: no scales."""
+    directory = copy(quantization_config=GPTQ)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    error = compress_fails(directory, "--compression", 0.5, "--method", "svd")
+    assert "cannot be loaded (model.layers.1.mlp.up_proj.weight is missing)" in error
 
 
 def test_model_without_tokenizer(compress_fails, copy):

@@ -25,6 +25,7 @@ class MethodOptions:
         rank_allocation: one of the method's :attr:`Method.allocations`.
         spans: one of the method's :attr:`Method.span_kinds`.
         flop_per_byte: most reconstruction FLOP per cached byte of any layer.
+        heads_move: groups may be of any heads; else of neighbours, as for quantised projections.
     """
 
     k_group_size: int | None = None
@@ -32,6 +33,7 @@ class MethodOptions:
     rank_allocation: str | None = None
     spans: str | None = None
     flop_per_byte: float = float("inf")
+    heads_move: bool = True
 
 
 class Method(ABC):
@@ -75,6 +77,7 @@ class Method(ABC):
                 )
         self.rank_allocation = options.rank_allocation or self.allocations[0]
         self.spans = options.spans or self.span_kinds[0]
+        self.heads_move = options.heads_move
 
     @abstractmethod
     def observers(self, compression: float) -> set[str]:

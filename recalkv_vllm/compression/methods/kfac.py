@@ -192,7 +192,9 @@ class Kfac(Method):
         for inputs in track(layers, "choosing ranks", total=len(layers)):
             metric = LayerMetric(inputs, self.geometry.head_dim)
             for size, measured in self._measured.items():
-                order = metric.head_order(size, kept, self._sharing)
+                order = tuple(range(inputs.num_kv_heads))
+                if self.heads_move:
+                    order = metric.head_order(size, kept, self._sharing)
                 measured.append(self._measured_layer(metric, order, size, widths_of[size]))
 
     def _measured_layer(

@@ -23,7 +23,7 @@ class Recalkv(SplitMethod):
     @property
     def _reorders(self) -> bool:
         """Whether there is more than one way to group heads."""
-        return 1 < self.k_group_size < self.geometry.num_kv_heads
+        return self.heads_move and 1 < self.k_group_size < self.geometry.num_kv_heads
 
     def observers(self, compression: float) -> set[str]:
         needed = {"moments"} if compression > 0 or self._reorders else set()

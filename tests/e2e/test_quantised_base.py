@@ -1,0 +1,118 @@
+"""Models whose weights are quantised, compressed and served, beside stock vLLM."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from tests.e2e.conftest import run_engines, run_recalkv
+from tests.e2e.prompts import LONG_TEXT
+from tests.quantised_models import edit_config, quantise_model, write_dense
+
+#: Weights alone are quantised: what is multiplied with them is the same here and there. vLLM's
+#: kernels for these know no float32; in float16 these models' tokens are still far apart.
+WEIGHT_ONLY = ("int4", "awq", "gptq")
+#: Activations are quantised too, for stock vLLM's keys and values as well.
+ACTIVATIONS = ("int8", "fp8")
+RECALKV = {"attention_backend": "recalkv"}
+
+
+@pytest.fixture(scope="module")
+def bases(make_small, tmp_path_factory):
+    """``{format: (quantised, dense)}`` of one small model."""
+    root = tmp_path_factory.mktemp("quantised-base")
+    made = {}
+    for name in (*WEIGHT_ONLY, *ACTIVATIONS):
+        source = make_small("llama3-rope")
+        if name in WEIGHT_ONLY:
+            source = in_float16(source, root / f"{name}-source")
+        dense = quantise_model(source, root / name, name)
+        made[name] = root / name, write_dense(source, root / f"{name}-dense", dense)
+    return made
+
+
+def in_float16(source, directory):
+    """A copy whose scales are such that no engine rounds them."""
+    write_dense(source, directory, {})
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    edit_config(directory, dtype="float16")
+    return directory
+
+
+def overrides(factors):
+    return {
+        "architectures": json.loads((factors / "config.json").read_text())["architectures"],
+        "recalkv": {"factors": str(factors)},
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(bases, compressed, small_prompts):
+    """Results by format and by what ran: ``stock``, ``ours``, ``alone`` (factors) and ``dense``."""
+    scored = {
+        "prompts": small_prompts.ids,
+        "sampling": {"max_tokens": 24, "ignore_eos": True, "prompt_logprobs": 0},
+    }
+    jobs = {}
+    for name, (base, dense) in bases.items():
+        dtype = "float16" if name in WEIGHT_ONLY else "float32"
+        ours, options = compressed(base), {"dtype": dtype, **RECALKV}
+        jobs[name, "stock"] = small_prompts.job(base, scored, dtype=dtype)
+        jobs[name, "ours"] = small_prompts.job(ours, scored, **options)
+        if name in WEIGHT_ONLY:
+            alone = overrides(compressed(base, factors_only=True))
+            jobs[name, "alone"] = small_prompts.job(base, scored, hf_overrides=alone, **options)
+        else:
+            jobs[name, "dense"] = small_prompts.job(dense, scored)
+    return dict(zip(jobs, run_engines(*jobs.values()), strict=True))
+
+
+def prompt_likelihoods(run):
+    return torch.tensor(
+        [
+            likelihood
+            for output in run["outputs"][0]
+            for position in output["prompt_logprobs"][1:]
+            for likelihood in position.values()
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_tokens_equal_stock(runs, name):
+    stock = runs[name, "stock"]["tokens"]
+    assert len({tuple(tokens) for tokens in stock[0]}) == len(stock[0])
+    assert runs[name, "ours"]["tokens"] == stock
+    assert runs[name, "alone"]["tokens"] == stock
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_quantised_activations_change_no_more_than_in_stock(runs, name):
+    """Keys and values here see activations before rounding, so that tokens may differ.
+
+    Stock vLLM's distance to the same model without any rounding of activations is the measure.
+    """
+    dense, stock, ours = (prompt_likelihoods(runs[name, run]) for run in ("dense", "stock", "ours"))
+    rounding = (stock - dense).abs().mean()
+    assert 0 < (ours - dense).abs().mean() < 1.1 * rounding
+    # Two roundings that know nothing of one another: the root of two.
+    assert 0 < (ours - stock).abs().mean() < 1.5 * rounding
+
+
+def test_perplexity_of_half_the_cache(bases, tmp_path):
+    """The dense form that transformers evaluates is what is served, calibrated as ever."""
+    base, out, text = bases["int4"][0], tmp_path / "half", tmp_path / "text.txt"
+    text.write_text(LONG_TEXT)
+    few = ("--num-samples", 16, "--seq-len", 64)
+    run_recalkv("compress", base, "-o", out, "--compression", 0.5, *few)
+    tokens = len(AutoTokenizer.from_pretrained(base)(LONG_TEXT).input_ids)
+    options = ("--dataset", text, "--seq-len", 256, "--max-tokens", min(1024, tokens))
+    nll = {}
+    for engine in ("transformers", "vllm"):
+        done = run_recalkv("eval", out, *options, "--engine", engine, "--json")
+        nll[engine] = json.loads(done.stdout)["nll"]
+    assert nll["vllm"] == pytest.approx(nll["transformers"], rel=0.01)
