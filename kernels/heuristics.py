@@ -197,6 +197,9 @@ def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bo
     columns = tile_columns(shape, config)
     if several and shape.key_norm:
         return False  # 40 bytes and more spilled on sm_90
+    joint = shape.shared_columns == shape.k_width == shape.v_width
+    if several and joint and rule.local_rope and rule.families == (10,):
+        return False  # 16 bytes spilled by three heads
     if ragged(shape.k_width) or ragged(config.v_block):
         # A joint span of 48: the products of both spans are mma.sync's, beside wgmma's for scores.
         narrow = rule.local_rope and rule.warps == 4 and columns < 64
