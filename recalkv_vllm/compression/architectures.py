@@ -78,14 +78,16 @@ FUSED = {"phi3"}
 
 
 class SplitProjection(nn.Module):
-    """A fused ``qkv_proj`` (Phi-3) as three projections that can be watched one by one."""
+    """A fused ``qkv_proj`` (Phi-3) as three projections that can be watched, and exchanged."""
 
-    def __init__(self, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear):
+    def __init__(self, attention: Attention):
         super().__init__()
-        self.parts = nn.ModuleList((q_proj, k_proj, v_proj))
+        self._of = (attention,)  # in a tuple: as a module it would be its own descendant
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(x) for part in self.parts], dim=-1)
+        (attention,) = self._of
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return torch.cat([part(x) for part in parts], dim=-1)
 
 
 def split_fused_projections(model: CausalLM) -> None:
@@ -102,4 +104,4 @@ def split_fused_projections(model: CausalLM) -> None:
             part = nn.Linear(in_features, out_features, bias=False, device="meta")
             part.weight = nn.Parameter(weight)
             setattr(attention, f"{name}_proj", part)
-        attention.qkv_proj = SplitProjection(attention.q_proj, attention.k_proj, attention.v_proj)
+        attention.qkv_proj = SplitProjection(attention)

@@ -3,7 +3,7 @@
 Layer after layer, the calibration text runs through the dense and the compressed model side by
 side. Once a layer's keys and values are factored, its output projection becomes the least-squares
 fit from the compressed model's attention heads to the dense model's attention output, and so makes
-up for losses of this layer and of those before it.
+up for losses of this layer and of those before it, those of quantised latents among them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from recalkv_vllm.compression.architectures import CausalLM, attention_modules
+from recalkv_vllm.compression.architectures import Attention, CausalLM, attention_modules
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.factors import LayerFactors, natural_rows
+from recalkv_vllm.compression.rounded_projection import rounded_projections
+from recalkv_vllm.latent_format import LatentFormat
 
 #: Pull towards the model's own weights, relative to the mean square of the heads' outputs.
 RIDGE = 1e-3
@@ -35,12 +37,16 @@ class OutputRefit:
         model: the base model; its layers are changed one after the other.
         samples: ``[samples, seq_len]`` token ids.
         device: where layers run, one at a time.
+        form: how the compressed model's latents are stored; None for plain numbers.
     """
 
-    def __init__(self, model: CausalLM, samples: torch.Tensor, device: str):
+    def __init__(
+        self, model: CausalLM, samples: torch.Tensor, device: str, form: LatentFormat | None = None
+    ):
         self._layers = model.model.layers
         self._attention = attention_modules(model)
         self._device = device
+        self._form = form
         self._arguments = _layer_arguments(model, samples[:1])
         self._dense = [
             _input_of(self._layers[0], partial(model.model, sample[None], use_cache=False))
@@ -64,17 +70,14 @@ class OutputRefit:
         """
         layer, attention = self._layers[index].to(self._device), self._attention[index]
         output = attention.o_proj
-        dense = attention.k_proj.weight, attention.v_proj.weight
-        compressed = [
-            nn.Parameter(natural_rows(product, factors.layout.head_order).to(weight))
-            for product, weight in zip(factors.products(), dense, strict=True)
-        ]
+        dense = attention.k_proj, attention.v_proj
+        compressed = self._projections(attention, factors)
         heads_outer = torch.zeros(output.in_features, output.in_features, device=self._device)
         residual_outer = torch.zeros_like(output.weight, dtype=torch.float32)
         for i, hidden in enumerate(self._dense):
-            attention.k_proj.weight, attention.v_proj.weight = dense
+            attention.k_proj, attention.v_proj = dense
             self._dense[i], target = self._run(index, hidden)
-            attention.k_proj.weight, attention.v_proj.weight = compressed
+            attention.k_proj, attention.v_proj = compressed
             heads = self._heads(index, self._compressed[i])
             residual = (target - output(heads)).flatten(0, -2).float()
             heads = heads.flatten(0, -2).float()
@@ -92,6 +95,15 @@ class OutputRefit:
             self._compressed[i], _ = self._run(index, hidden)
         layer.to("cpu")
         return weight.cpu()
+
+    def _projections(self, attention: Attention, factors: LayerFactors) -> tuple[Any, Any]:
+        """The compressed model's key and value projections, heads in natural order."""
+        order = factors.layout.head_order
+        if self._form is not None:
+            natural = sorted(range(len(order)), key=order.__getitem__)
+            return rounded_projections(factors, self._form, natural, attention)
+        keys, values = (natural_rows(product, order) for product in factors.products())
+        return _with_weight(attention.k_proj, keys), _with_weight(attention.v_proj, values)
 
     def _run(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states after a layer, and the output of its ``o_proj``."""
@@ -149,6 +161,13 @@ def _layer_arguments(model: CausalLM, sample: torch.Tensor) -> list[dict[str, An
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _with_weight(linear: nn.Linear, weight: torch.Tensor) -> nn.Linear:
+    """The same layer with another weight."""
+    other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    other.weight, other.bias = nn.Parameter(weight.to(linear.weight)), linear.bias
+    return other
 
 
 def _to_device(value: Any, device: str) -> Any:

@@ -128,7 +128,7 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     form, plans = choose_plan(method, options.compression, formats, layers)
     refit = None
     if calibrated and refits:
-        refit = OutputRefit(model, calibrated.samples, source.single_device(device))
+        refit = OutputRefit(model, calibrated.samples, source.single_device(device), form)
     factors, errors = factor_layers(
         geometry, method, plans, layers, dtype, refit, rotate=form is not None
     )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recalkv_vllm.checkpoint import AttentionGeometry, rank_budget, read_hf_config
+from recalkv_vllm.compression import pipeline
 from recalkv_vllm.compression.calibration import _logits
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.factoring import ModelLayers, factor_layers
@@ -13,6 +14,7 @@ from recalkv_vllm.compression.pipeline import CompressOptions, choose_method, co
 from recalkv_vllm.compression.samples import draw_samples
 from recalkv_vllm.compression.source import load_model, load_tokenizer
 from recalkv_vllm.compression.text import documents
+from recalkv_vllm.evaluation.transformers_engine import load_served
 from tests.compression.test_compress import FEW, logits, read, weights
 from tests.e2e.architectures import CONFIGS, save_random_model
 
@@ -138,6 +140,30 @@ def test_output_refit(tiny, tmp_path):
     changed = {name for name in plain if not torch.equal(plain[name], refitted[name])}
     assert changed == {f"model.layers.{i}.self_attn.o_proj.weight" for i in range(2)}
     assert errors[True] < 0.99 * errors[False]
+
+
+@pytest.mark.parametrize("family", ["tiny", "phi3"])
+def test_refit_makes_up_for_quantised_latents(family, tiny, tokenizer, tmp_path, monkeypatch):
+    """Closer to the base, as served, than a refit that takes latents for exact."""
+    base = tiny
+    if family == "phi3":
+        base = save_random_model(CONFIGS["phi3-short-rope"], tmp_path / "base")
+        tokenizer.save_pretrained(base)
+    samples = draw_samples(documents("builtin"), load_tokenizer(base), 64, 32, 42)
+
+    def outputs(network):
+        with torch.no_grad():
+            return network(samples).logits
+
+    dense = outputs(load_model(base, torch.float32, "cpu"))
+    errors = {}
+    for name, kind in (("blind", lambda *args: OutputRefit(*args[:3])), ("aware", OutputRefit)):
+        monkeypatch.setattr(pipeline, "OutputRefit", kind)
+        out = tmp_path / name
+        chosen = options(base, out, 0.84, latent_dtype="int3", num_samples=64, dtype="float32")
+        compress(chosen)
+        errors[name] = float((outputs(load_served(out)) - dense).norm())
+    assert errors["aware"] < 0.99 * errors["blind"]
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "qwen2"])
