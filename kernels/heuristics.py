@@ -151,6 +151,7 @@ RULES = (
     Rule(EVERY, 32, 8, False, False, (256 * 128, 0), 16, 256, 512, True),
     Rule(EVERY, 32, 8, False, False, (512 * 128, 0), 16, 512, 512, False),
     Rule((9,), 32, 8, False, False, (64 * 128, 0), 16, 320, 384, True),
+    Rule((10,), 64, 8, True, False, (64 * 128, 0), 16, 320, 384, True),
     Rule((9,), 32, 4, False, False, (128 * 128, 0), 64, 128, 256, False),
     Rule((10,), 32, 4, False, False, (128 * 128, 0), 64, 128, 256, True),
     Rule((9,), 32, 4, False, False, (96 * 128, 0), 32, 48, 144, True),
