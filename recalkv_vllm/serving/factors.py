@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from vllm.config import ModelConfig
 
@@ -27,20 +27,35 @@ def locate_factors(model_config: ModelConfig) -> Path:
     """Path of ``recalkv.safetensors`` for a local directory or a hub id (downloaded to its cache).
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: when the hub has no such model or file.
+        CheckpointError: the hub has no such model, or does not answer.
     """
     if separate := getattr(model_config.hf_config, SEPARATE_FACTORS, None):
         return Path(separate)
     directory = Path(model_config.model)
-    if directory.is_dir():
-        return directory / FACTORS_FILE
-    return Path(hf_hub_download(model_config.model, FACTORS_FILE, revision=model_config.revision))
+    if not directory.is_dir():
+        directory = _download(model_config.model, model_config.revision, model_config.hf_token)
+    return directory / FACTORS_FILE
+
+
+def _download(repo_id: str, revision: str | None, token: bool | str | None) -> Path:
+    """Directory of the configuration and the factors of one commit of a hub's model."""
+    files = [CONFIG_FILE, FACTORS_FILE]
+    try:
+        found = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=files)
+        return Path(found)
+    # No name of a model, no such model or revision, no answer: each has an error of its own.
+    except (OSError, ValueError) as error:
+        which = f" at revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{repo_id}: expected a directory, or a model of the Hugging Face hub{which}; "
+            f"found neither ({type(error).__name__})"
+        ) from error
 
 
 def names_separate_factors(model_config: ModelConfig) -> bool:
     """Whether the config's ``recalkv`` object only says where the factors are."""
     raw = getattr(model_config.hf_config, "recalkv", None)
-    return isinstance(raw, Mapping) and set(raw) == {"factors"}
+    return isinstance(raw, Mapping) and {"factors"} <= set(raw) <= {"factors", "revision"}
 
 
 def adopt_separate_factors(model_config: ModelConfig) -> None:
@@ -50,10 +65,14 @@ def adopt_separate_factors(model_config: ModelConfig) -> None:
         CheckpointError: no factors there, or those of another base model or revision.
     """
     hf_config = model_config.hf_config
-    named = Path(hf_config.recalkv["factors"])
+    source, revision = hf_config.recalkv["factors"], hf_config.recalkv.get("revision")
+    if not isinstance(source, str) or not isinstance(revision, str | None):
+        raise CheckpointError(
+            f"--hf-overrides: recalkv: expected strings, found {hf_config.recalkv}"
+        )
+    named = Path(source)
     if not named.is_dir():
-        named = Path(hf_hub_download(str(named), CONFIG_FILE)).parent
-        hf_hub_download(hf_config.recalkv["factors"], FACTORS_FILE)
+        named = _download(source, revision, model_config.hf_token)
     theirs = read_hf_config(named)
     where = f"{named / CONFIG_FILE}"
     RecalkvConfig.from_hf_config(theirs, where)
@@ -82,7 +101,14 @@ def _files(model_config: ModelConfig) -> Callable[[str], Path | None]:
 
     def find(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(model_config.model, name, revision=model_config.revision))
+            return Path(
+                hf_hub_download(
+                    model_config.model,
+                    name,
+                    revision=model_config.revision,
+                    token=model_config.hf_token,
+                )
+            )
         except EntryNotFoundError:
             return None
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from recalkv_vllm.checkpoint import (
     AttentionGeometry,
@@ -16,12 +17,12 @@ from recalkv_vllm.checkpoint import (
     RecalkvConfig,
     kv_bytes_per_token,
 )
+from recalkv_vllm.serving.connectors import unsupported_connector
 from recalkv_vllm.serving.registration import ARCHITECTURES, BACKEND_NAME
 
 logger = logging.getLogger(__name__)
 
-#: KV connectors and ways of speculation that give the stock model's tokens in our tests.
-TESTED_CONNECTORS = ("ExampleConnector",)
+#: Ways of speculation that give the stock model's tokens in our tests.
 TESTED_SPECULATION = ("ngram", "draft_model")
 
 
@@ -110,6 +111,9 @@ def _unsupported_feature(config: VllmConfig, requested: str | None) -> str | Non
 
     parallel, model = config.parallel_config, config.model_config
     speculative, transfer = config.speculative_config, config.kv_transfer_config
+    connector = transfer and unsupported_connector(
+        transfer.kv_connector, transfer.kv_connector_extra_config, not current_platform.is_cpu()
+    )
     refusals = {
         f"--attention-backend: expected recalkv for a compressed checkpoint, found {requested}": (
             requested not in (None, BACKEND_NAME)
@@ -121,11 +125,9 @@ def _unsupported_feature(config: VllmConfig, requested: str | None) -> str | Non
         f"{parallel.decode_context_parallel_size}": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size: expected 1, found "
         f"{parallel.prefill_context_parallel_size}": parallel.prefill_context_parallel_size > 1,
-        "--kv-transfer-config: expected one of "
-        f"{', '.join(TESTED_CONNECTORS)}, found {transfer and transfer.kv_connector}": (
-            transfer is not None and transfer.kv_connector not in TESTED_CONNECTORS
-        ),
-        "--enable-sleep-mode: not supported": bool(getattr(model, "enable_sleep_mode", False)),
+        f"--kv-transfer-config: {connector}": connector is not None,
+        "--enable-sleep-mode: not supported: a wake-up from level 2 would not restore the factors "
+        "that kernels hold packed": bool(getattr(model, "enable_sleep_mode", False)),
         f"--speculative-config: expected method {' or '.join(TESTED_SPECULATION)}, found "
         f"{speculative and speculative.method}": (
             speculative is not None and speculative.method not in TESTED_SPECULATION
@@ -142,8 +144,10 @@ def _unsupported_feature(config: VllmConfig, requested: str | None) -> str | Non
 
 def _check_checkpoint(config: VllmConfig) -> None:
     """Read every factor once, and cut it as the ranks will, before any process is started."""
+    from recalkv_vllm.serving.cache_size import check_cache_size
     from recalkv_vllm.serving.factors import SEPARATE_FACTORS, locate_factors
     from recalkv_vllm.serving.latent_dtype import served_format
+    from recalkv_vllm.serving.metrics import publish
     from recalkv_vllm.serving.sharding import shard_latent
 
     hf_config = config.model_config.hf_config.to_dict()
@@ -167,20 +171,27 @@ def _check_checkpoint(config: VllmConfig) -> None:
                 f"tensor_parallel_size: with {tp_size} ranks, layer {i} would cache "
                 f"{' and '.join(map(str, sorted(ranks)))} numbers per token on different ranks"
             )
+    served = replace(recalkv, latent_quantization=form)
+    check_cache_size(config, served, geometry)
     if config.load_config.load_format == "dummy":
         return
     with FactorReader(locate_factors(config.model_config), recalkv, geometry) as reader:
         reader.check()
     itemsize = config.model_config.dtype.itemsize
-    served = replace(recalkv, latent_quantization=form)
     sizes = kv_bytes_per_token(served, geometry, itemsize)
     logger.info(
-        "recalkv: method %s, %d KV-cache bytes per token instead of %d (%.1f %% removed)",
+        "recalkv: method %s, %d KV-cache bytes per token instead of %d (%.1f %% removed); what a "
+        "device holds is told by: recalkv plan %s --max-model-len %d --memory SIZE",
         recalkv.method,
         sizes["compressed"],
         sizes["dense"],
         100 * (1 - sizes["compressed"] / sizes["dense"]),
+        config.model_config.model,
+        config.model_config.max_model_len,
     )
+    plain_dtype = str(config.model_config.dtype).removeprefix("torch.")
+    latent_dtype = plain_dtype if form is None else form.dtype
+    publish(config.model_config.served_model_name, recalkv, latent_dtype, sizes)
     if form != recalkv.latent_quantization:
         plain = kv_bytes_per_token(recalkv, geometry, itemsize)["compressed"]
         logger.info(
@@ -189,5 +200,5 @@ def _check_checkpoint(config: VllmConfig) -> None:
             config.cache_config.cache_dtype,
             form.group_size,
             plain / sizes["compressed"],
-            str(config.model_config.dtype).removeprefix("torch."),
+            plain_dtype,
         )

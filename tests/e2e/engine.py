@@ -21,11 +21,12 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 def resolve_model_class(engine):
     """Import a model's class here; vLLM would start a process only to look at it."""
+    from transformers.utils import cached_file
     from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    config = json.loads((Path(engine["model"]) / "config.json").read_text())
+    config = json.loads(Path(cached_file(engine["model"], "config.json")).read_text())
     config |= engine.get("hf_overrides", {})
     for architecture in config["architectures"]:
         cls = ModelRegistry.models[architecture].load_model_cls()

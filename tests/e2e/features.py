@@ -31,9 +31,11 @@ def refused(name: str, *tests: str) -> Feature:
 
 EQUALITY, FEATURES = "e2e/test_token_equality.py", "e2e/test_features.py"
 SERVER, REFUSALS = "e2e/test_server.py", "e2e/test_refusals.py"
+BASES = "e2e/test_quantised_base.py"
 QUANTISED, ALONE = "e2e/test_quantised.py", "e2e/test_factors_only.py"
 PARALLEL, LORA = "e2e/test_distribution.py", "serving/test_lora.py"
 SHARDS, COMPILED = "serving/test_sharding.py", "serving/test_captured_code.py"
+HUB, CONNECTORS = "e2e/test_hub.py", "serving/test_connectors.py"
 STARTUP, ARCHITECTURES = "serving/test_startup.py", "e2e/test_architectures.py"
 OPTION = f"{REFUSALS}::test_unsupported_option"
 
@@ -43,6 +45,11 @@ TABLE = (
         f"{SERVER}::test_concurrent_requests_get_the_answers_they_get_alone",
     ),
     works("Streaming, abort", f"{SERVER}::test_abort_frees_the_latents"),
+    works("Prometheus metrics of compression", f"{SERVER}::test_metrics_of_compression"),
+    works(
+        "The model's own dtype (bfloat16)",
+        "e2e/test_default_dtype.py::test_log_probabilities_are_as_good_as_transformers",
+    ),
     works("Continuous batching", f"{EQUALITY}::test_sixteen_at_once"),
     works("Chunked prefill with context", f"{EQUALITY}::test_chunked_prefill_with_context"),
     works(
@@ -86,12 +93,42 @@ TABLE = (
         f"{COMPILED}::test_nothing_is_read_from_the_device",
     ),
     works(
+        "The C++ and CUDA ops under fake tensors (`torch.library.opcheck`)",
+        "ops/test_tracing.py::test_attention",
+        "cuda/test_tracing.py::test_ops",
+    ),
+    works(
+        "CUDA graphs of decodes and verification: metadata, launches replayed on padded batches",
+        "serving/test_graph_capture.py::test_captured_metadata_shows_the_batch_of_a_replay",
+        "cuda/test_tracing.py::test_replayed_calls_serve_padded_batches",
+        "kernels/test_attention.py::test_replayed_launches_serve_padded_batches",
+    ),
+    works(
         "Factors alone on the untouched base model", f"{ALONE}::test_tokens_equal_the_base_models"
     ),
+    works("Models and factors named as on the hub", f"{HUB}::test_tokens_of_what_the_hub_has"),
+    works(
+        "The same without a network, from the hub's cache",
+        f"{HUB}::test_tokens_of_what_is_cached_without_a_network",
+    ),
+    refused("Factors that the hub has not", f"{HUB}::test_what_the_hub_has_not"),
     refused(
         "Factors of another base model or revision",
         f"{ALONE}::test_another_base_is_refused",
         f"{ALONE}::test_another_revision_of_the_base_is_refused",
+    ),
+    works(
+        "Base weights quantised by compressed-tensors (int4), AWQ or GPTQ",
+        f"{BASES}::test_tokens_equal_stock",
+    ),
+    works(
+        "Base weights and activations quantised by compressed-tensors (int8, fp8)",
+        f"{BASES}::test_quantised_activations_change_no_more_than_in_stock",
+    ),
+    refused(
+        "Base weights quantised otherwise; with them a KV cache, or fused projections",
+        "cli/test_bad_input.py::test_quantised_weights_that_are_not_read",
+        "cli/test_bad_input.py::test_quantised_weights_that_are_fused",
     ),
     works("LoRA on modules but k and v", f"{FEATURES}::test_lora_on_other_modules"),
     refused(
@@ -99,8 +136,15 @@ TABLE = (
         f"{LORA}::test_keys_and_values_are_refused",
         f"{LORA}::test_heads_must_be_where_the_adapter_means_them",
     ),
-    works("KV connector `ExampleConnector`", f"{FEATURES}::test_latents_go_through_a_kv_connector"),
-    refused("Other KV connectors, offloading", OPTION),
+    works(
+        "KV connectors `ExampleConnector`, `OffloadingConnector` and `MultiConnector` of them",
+        f"{FEATURES}::test_latents_go_through_kv_connectors",
+    ),
+    works(
+        "Offloading of blocks, by a worker of the tests: half the cache, half the bytes moved",
+        f"{FEATURES}::test_offloading_moves_half_the_bytes_of_half_the_cache",
+    ),
+    refused("Other KV connectors; offloading on a CPU", OPTION, f"{CONNECTORS}::test_refused"),
     refused("Sleep mode", f"{STARTUP}::test_refused"),
     works("Latents quantised to int8, int4 or fp8", f"{QUANTISED}::test_chunked_prefill"),
     works(
@@ -139,6 +183,18 @@ intention, and makes vLLM refuse a model that has no factors.
 Cascade attention is an optimisation that vLLM asks a backend for, and this one does not offer it.
 Attention sinks belong to architectures that `recalkv compress` refuses.
 
+## KV connectors
+
+vLLM 0.32 offloads from GPUs only, so the tests give `OffloadingConnector` a worker that copies
+pages on the host; which pages, and where they lie, is the connector's own. `canonical_layout` cuts
+pages by heads, which latents are not, and `TieringOffloadingSpec` is not tested: both are refused.
+
+## Metrics
+
+`/metrics` has `recalkv_info` (labels `model_name`, `method`, `compression`, `latent_dtype`,
+`version`) and `recalkv_kv_cache_bytes_per_token` (labels `model_name` and `cache`: `dense` or
+`compressed`), beside all of vLLM's own.
+
 ## Memory under tensor parallelism
 
 A rank caches the latents of the K and V groups that its KV heads read. A group that the heads of
@@ -152,10 +208,11 @@ the ranks.
 ## Factors alone
 
 `recalkv compress MODEL -o DIR --factors-only` writes `recalkv.safetensors` and `config.json`, and
-prints the command that serves them on the untouched base model (a directory or a hub name). Heads
-that compression moved are moved while the base model's weights load; over quantised weights, which
-cannot be moved so, compress with `--k-group-size 1`. A digest of the base model's key and value
-projections tells another revision.
+prints the command that serves them on the untouched base model. Both may be directories or names
+on the Hugging Face hub; `"recalkv": {{"factors": "owner/name", "revision": "v1"}}` pins the
+factors' revision, `--revision` the base model's. Heads that compression moved are moved while the
+base model's weights load; those of quantised weights cannot be moved, and stay where they are. A
+digest of the base model's key and value projections tells another revision.
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from tests.e2e.architectures import SIZES
 from tests.e2e.conftest import run_engines
+from tests.e2e.host_offloading import EXTRA_CONFIG as HOST_OFFLOADING
 
 RECALKV = {"attention_backend": "recalkv"}
 SCHEMA = {
@@ -123,26 +125,66 @@ def test_draft_model_speculation(small, compressed, small_prompts, draft):
     assert accepted == drafted["metrics"]["vllm:spec_decode_num_draft_tokens"] > 0
 
 
+def connector(name, **extra_config):
+    return {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": extra_config}
+
+
+@pytest.fixture(scope="module")
+def transferred(small_prompts, tmp_path_factory):
+    """``transferred(model, make)``: results of a prompt that comes again, others in between.
+
+    ``make(store)`` makes the connector's configuration, with a folder of this engine's: the example
+    connector tells prompts apart, not models.
+    """
+    greedy = {"max_tokens": 8, "ignore_eos": True}
+    # In one step, or vLLM's example connector stores no more of it than its first chunk.
+    prompts = [small_prompts.ids[0][:100]], small_prompts.ids[1:]
+    again, others = ({"prompts": ids, "sampling": greedy} for ids in prompts)
+
+    @cache
+    def run(model, make):
+        job = small_prompts.job(
+            model,
+            *(again, others, again),
+            kv_transfer_config=make(str(tmp_path_factory.mktemp("store"))),
+            enable_prefix_caching=False,
+        )
+        return run_engines(job)[0]
+
+    return run
+
+
+def example_connector(store):
+    return connector("ExampleConnector", shared_storage_path=store)
+
+
+def offloading_connector(_):
+    return connector("OffloadingConnector", **HOST_OFFLOADING)
+
+
+def both_connectors(store):
+    children = [offloading_connector(store), example_connector(store)]
+    return connector("MultiConnector", connectors=children)
+
+
+@pytest.mark.parametrize("make", [example_connector, offloading_connector, both_connectors])
 @pytest.mark.slow
-def test_latents_go_through_a_kv_connector(small, compressed, small_prompts, tmp_path):
-    batch = {"prompts": small_prompts.ids[-1:], "sampling": {"max_tokens": 8}}
-    runs = []
-    # Stores of their own: the connector tells prompts apart, not models.
-    for path, store, options in (
-        (small, tmp_path / "stock", {}),
-        (compressed(small), tmp_path / "ours", RECALKV),
-    ):
-        connector = {
-            "kv_connector": "ExampleConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"shared_storage_path": str(store)},
-        }
-        options = {**options, "kv_transfer_config": connector, "enable_prefix_caching": False}
-        runs += run_engines(small_prompts.job(path, batch, batch, **options))
-    stock, ours = runs
+def test_latents_go_through_kv_connectors(transferred, small, compressed, make):
+    stock, ours = transferred(small, make), transferred(compressed(small), make)
     assert ours["tokens"] == stock["tokens"]
-    hits = [run["metrics"]["vllm:external_prefix_cache_hits"] for run in runs]
+    assert ours["tokens"][0] == ours["tokens"][2]
+    hits = [run["metrics"]["vllm:external_prefix_cache_hits"] for run in (stock, ours)]
     assert hits[0] == hits[1] > 0
+
+
+@pytest.mark.slow
+def test_offloading_moves_half_the_bytes_of_half_the_cache(transferred, small, compressed):
+    half = compressed(small, compression=0.5)
+    stock, ours = transferred(small, offloading_connector), transferred(half, offloading_connector)
+    assert ours["tokens"][0] == ours["tokens"][2]
+    for direction in ("store", "load"):
+        name = f"vllm:kv_offload_{direction}_bytes"
+        assert ours["metrics"][name] == stock["metrics"][name] / 2 > 0
 
 
 @pytest.mark.slow

@@ -76,6 +76,10 @@ def test_good_checkpoint_passes_with_and_without_the_flag(half):
             {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
             ["--kv-transfer-config", "ExampleConnector", "found NixlConnector"],
         ),
+        (
+            {"kv_offloading_size": 1.0},
+            ["--kv-transfer-config", "OffloadingConnector: vLLM offloads from GPUs only"],
+        ),
     ],
 )
 def test_unsupported_option(half, arguments, words):

@@ -11,7 +11,12 @@ import openai
 import pytest
 
 from recalkv_vllm.benchmarks.vllm_server import VllmServer
-from recalkv_vllm.checkpoint import AttentionGeometry, read_hf_config
+from recalkv_vllm.checkpoint import (
+    AttentionGeometry,
+    RecalkvConfig,
+    kv_bytes_per_token,
+    read_hf_config,
+)
 from tests.e2e.conftest import run_recalkv
 from tests.e2e.prompts import LONG_TEXT, QUESTIONS
 
@@ -43,15 +48,35 @@ def ask(client, server, question, **options):
     )
 
 
-def metric(server, name):
-    found = re.search(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", server.metrics(), re.MULTILINE)
-    return float(found.group(1))
+def metric(server, name, **labels):
+    wanted = {f'{key}="{value}"' for key, value in labels.items()}
+    pattern = rf"^{re.escape(name)}(?:{{([^}}]*)}})? (\S+)$"
+    for found in re.finditer(pattern, server.metrics(), re.MULTILINE):
+        if wanted <= set((found[1] or "").split(",")):
+            return float(found[2])
+    raise AssertionError(f"no metric {name} with {labels}")
 
 
 def test_half_the_bytes_hold_twice_the_tokens(server, half):
     dense = AttentionGeometry.from_hf_config(read_hf_config(half))
     stock_tokens = KV_CACHE_BYTES / (dense.dense_width * dense.num_layers * 4)
     assert server.kv_cache_tokens() >= 1.95 * stock_tokens
+
+
+def test_metrics_of_compression(server, half):
+    """Under the label that vLLM's own metrics have, so that dashboards can join them."""
+    config = read_hf_config(half)
+    recalkv, geometry = (
+        RecalkvConfig.from_hf_config(config),
+        AttentionGeometry.from_hf_config(config),
+    )
+    name = {"model_name": server.model}
+    assert metric(server, "vllm:num_requests_running", **name) == 0
+    how = {"method": recalkv.method, "compression": "0.5", "latent_dtype": "float32"}
+    assert metric(server, "recalkv_info", **name, **how) == 1
+    for cache, size in kv_bytes_per_token(recalkv, geometry, 4).items():
+        found = metric(server, "recalkv_kv_cache_bytes_per_token", **name, cache=cache)
+        assert found == size
 
 
 def test_concurrent_requests_get_the_answers_they_get_alone(server, client):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from recalkv_vllm.ops import cpu  # noqa: F401  (loads the extension)
@@ -25,3 +28,14 @@ def poison_free_memory(case: AttentionCase) -> None:
     rows = sum(queries for queries, _ in case.batch) + case.padding_rows
     for width in (case.v_spans[0][1] - case.v_spans[0][0], 1):
         torch.full((rows * case.num_heads * width,), torch.nan)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run torch, and with it the ops, on ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

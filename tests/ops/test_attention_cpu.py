@@ -11,8 +11,6 @@ import torch
 from recalkv_vllm.latent_format import BITS
 from recalkv_vllm.ops import (
     bind_paged_latent_attention,
-    cpu,
-    cpu_tables,
     latent_cache_update,
     paged_latent_attention,
 )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recalkv_vllm.ops import cpu, latent_value_up, reference
+from recalkv_vllm.ops import latent_value_up, reference
 from tests.ops.checks import ERROR_FLOOR, ERROR_RATIO
 from tests.ops.cpu_versions import DTYPES, ISAS
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class RecordedCalls(TorchDispatchMode):
-    """Context manager that keeps the calls ``(op, arguments)`` of one namespace's ops on tensors."""
+    """Context manager that keeps calls ``(op, arguments)`` of a namespace's ops on tensors."""
 
     def __init__(self, namespace: str):
         super().__init__()

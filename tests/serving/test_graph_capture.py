@@ -83,9 +83,7 @@ def test_captured_metadata_shows_the_batch_of_a_replay(requests, queries):
 def test_one_batch_is_built_once_for_all_layers():
     runner = Runner(4, 1)
     common = runner.common([1, 1, 1], [5, 6, 7], 7)
-    other = LatentMetadataBuilder(
-        None, ["other"], runner.builder.vllm_config, torch.device("cpu")
-    )
+    other = LatentMetadataBuilder(None, ["other"], runner.builder.vllm_config, torch.device("cpu"))
     assert other.build(0, common) is runner.builder.build(0, common)
 
 

@@ -45,7 +45,11 @@ def configuration(**changes):
             {"parallel_config": {"prefill_context_parallel_size": 2}},
             "--prefill-context-parallel-size: expected 1, found 2",
         ),
-        ({"model_config": {"enable_sleep_mode": True}}, "--enable-sleep-mode: not supported"),
+        (
+            {"model_config": {"enable_sleep_mode": True}},
+            "--enable-sleep-mode: not supported: a wake-up from level 2 would not restore the "
+            "factors that kernels hold packed",
+        ),
         (
             {
                 "speculative_config": {"method": "draft_model"},

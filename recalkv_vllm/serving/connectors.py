@@ -1,0 +1,41 @@
+"""Which of vLLM's KV connectors may move latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: They give the stock model's tokens in our tests.
+TESTED_CONNECTORS = ("ExampleConnector", "MultiConnector", "OffloadingConnector")
+
+
+def unsupported_connector(
+    name: str | None, extra_config: Mapping[str, Any], on_gpu: bool
+) -> str | None:
+    """What is wrong with a connector, or with one of those that it combines; None if nothing is.
+
+    Args:
+        name: ``kv_connector`` of ``--kv-transfer-config``.
+        extra_config: its ``kv_connector_extra_config``.
+        on_gpu: whether the cache is on a GPU.
+    """
+    if name not in TESTED_CONNECTORS:
+        return f"expected one of {', '.join(TESTED_CONNECTORS)}, found {name}"
+    if name == "MultiConnector":
+        reasons = (
+            unsupported_connector(
+                child.get("kv_connector"), child.get("kv_connector_extra_config", {}), on_gpu
+            )
+            for child in extra_config.get("connectors", ())
+        )
+        return next(filter(None, reasons), None)
+    if name == "OffloadingConnector":
+        spec = extra_config.get("spec_name", "CPUOffloadingSpec")
+        if spec == "TieringOffloadingSpec":
+            return "spec_name: expected CPUOffloadingSpec, found TieringOffloadingSpec"
+        if spec == "CPUOffloadingSpec" and not on_gpu:
+            return "OffloadingConnector: vLLM offloads from GPUs only, found a CPU"
+        # It cuts pages by heads, so that they serve any tensor parallelism; latents are not so cut.
+        if extra_config.get("canonical_layout"):
+            return "canonical_layout: expected false, found true"
+    return None
