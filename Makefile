@@ -1,5 +1,7 @@
 # make demo: from nothing to a served compressed model.   make test: everything that CI runs.
 # make test-all: that, and the slow end-to-end tests.
+# make test-reliability: fuzzers, faults and a soak of five minutes, with figures at the end.
+# make test-asan: the C++ ops under AddressSanitizer and UndefinedBehaviourSanitizer.
 # make gpu: build, test and measure the kernels on a GPU.
 
 PYTHON ?= python3
@@ -16,8 +18,9 @@ PACKAGE := $(VENV)/.package
 export RECALKV_TEST_MODEL ?= $(abspath $(MODEL))
 
 OUT ?= .cache/gpu
+SANITIZED := build/sanitized
 
-.PHONY: demo test test-all gpu lint install model clean
+.PHONY: demo test test-all test-reliability test-asan gpu lint install model clean
 .DELETE_ON_ERROR:
 
 demo: install model
@@ -28,6 +31,21 @@ test: install model lint
 
 test-all: install model lint
 	$(BIN)/python -m pytest
+
+test-reliability: install model
+	RECALKV_FUZZ_EXAMPLES=1000 RECALKV_SOAK_SECONDS=300 $(BIN)/python -m pytest tests/reliability
+
+# The C++ extension with AddressSanitizer and UndefinedBehaviourSanitizer, in a copy of the package
+# that stands before the installed one. What malloc gives is filled with NaN.
+test-asan: install
+	RECALKV_SANITIZE=1 $(BIN)/python setup.py --quiet build \
+		--build-temp $(SANITIZED)/tmp --build-lib $(SANITIZED)/lib
+	RECALKV_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib:$(CURDIR) \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 \
+	UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/pytest --import-mode=importlib tests/reliability/test_sanitizers.py tests/ops \
+			tests/reliability/test_op_fuzz.py
 
 lint: install
 	$(BIN)/ruff check

@@ -1,5 +1,6 @@
 """Packages, the C++ and the CUDA extension; everything else is in pyproject.toml."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,6 +11,10 @@ ROOT = Path(__file__).parent
 CPU_HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.h"))
 CPU_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
 CUDA_ROOT = ROOT / "csrc" / "cuda"
+
+#: RECALKV_SANITIZE=1 builds the C++ extension for "make test-asan": an error ends the process.
+SANITIZE = os.environ.get("RECALKV_SANITIZE") == "1"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def cuda_extensions() -> list[Extension]:
@@ -57,7 +62,11 @@ setup(
             # -fopenmp only compiles; linking with it would load a second OpenMP runtime, and with
             # it a second pool of threads, beside the one that torch brings. Instruction sets are
             # chosen per file by #pragma, so no -m flag here.
-            extra_compile_args=["-O3", "-fopenmp", "-std=c++20", "-Wno-maybe-uninitialized"],
+            extra_compile_args=[
+                *("-O3", "-fopenmp", "-std=c++20", "-Wno-maybe-uninitialized"),
+                *([*SANITIZERS, "-O1", "-g1", "-fno-omit-frame-pointer"] if SANITIZE else ()),
+            ],
+            extra_link_args=SANITIZERS if SANITIZE else [],
         ),
     ],
     cmdclass={"build_ext": BuildExtension},

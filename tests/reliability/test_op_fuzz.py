@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -17,7 +15,7 @@ from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import reference
 from tests.ops.cases import AttentionCase, build, paged_cache
 from tests.ops.checks import ERROR_FLOOR, ERROR_RATIO, assert_matches_oracle
-from tests.ops.cpu_versions import DTYPES, VERSIONS, poison_free_memory
+from tests.ops.cpu_versions import DTYPES, VERSIONS, poison_free_memory, threads
 from tests.ops.strategies import attention_cases, latent_formats
 from tests.reliability.figures import count
 from tests.reliability.fuzzing import fuzzed
@@ -33,24 +31,12 @@ CASES = attention_cases(HEAD_DIMS)
 SEEDS = st.integers(0, 2**31)
 
 
-@contextmanager
-def on(isa: str, threads: int) -> Iterator[None]:
-    """Run the ops with an instruction set and a number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with mock.patch.dict(os.environ, RECALKV_CPU_ISA=isa):
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @fuzzed(80)
-@given(case=CASES, version=st.sampled_from(VERSIONS), threads=st.integers(1, 3))
-def test_attention(case: AttentionCase, version: tuple[str, torch.dtype], threads: int) -> None:
+@given(case=CASES, version=st.sampled_from(VERSIONS), workers=st.integers(1, 3))
+def test_attention(case: AttentionCase, version: tuple[str, torch.dtype], workers: int) -> None:
     isa, dtype = version
     inputs = build(case, dtype)
-    with on(isa, threads):
+    with threads(workers), mock.patch.dict(os.environ, RECALKV_CPU_ISA=isa):
         poison_free_memory(case)
         assert_matches_oracle(ops.paged_latent_attention(**inputs.arguments), case, dtype)
     count("batches tried")
@@ -84,15 +70,15 @@ def updates(
 
 
 @fuzzed(80)
-@given(data=st.data(), latent_format=st.none() | latent_formats(), threads=st.integers(1, 3))
+@given(data=st.data(), latent_format=st.none() | latent_formats(), workers=st.integers(1, 3))
 def test_cache_update(
-    data: st.DataObject, latent_format: LatentFormat | None, threads: int
+    data: st.DataObject, latent_format: LatentFormat | None, workers: int
 ) -> None:
     """The same bits as the reference's, those of all slots that were not named included."""
     z, cache, slots = data.draw(updates(latent_format))
     expected = cache.clone()
     reference.latent_cache_update(z, expected, slots, latent_format)
-    with on("avx2", threads):
+    with threads(workers):
         ops.latent_cache_update(z, cache, slots, latent_format)
     torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
     count("batches tried")
@@ -103,13 +89,13 @@ def test_cache_update(
     data=st.data(),
     version=st.sampled_from(VERSIONS),
     out_dtype=st.none() | st.sampled_from(DTYPES),
-    threads=st.integers(1, 3),
+    workers=st.integers(1, 3),
 )
 def test_value_up(
     data: st.DataObject,
     version: tuple[str, torch.dtype],
     out_dtype: torch.dtype | None,
-    threads: int,
+    workers: int,
 ) -> None:
     isa, dtype = version
     kv_heads, per_kv = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 8))
@@ -120,7 +106,7 @@ def test_value_up(
     v_up = torch.randn(kv_heads, head_dim, width, generator=generator).to(dtype) / width**0.5
     bias = torch.randn(kv_heads, head_dim, generator=generator).to(dtype)
     v_bias = bias if data.draw(st.booleans()) else None
-    with on(isa, threads):
+    with threads(workers), mock.patch.dict(os.environ, RECALKV_CPU_ISA=isa):
         torch.full(
             (tokens * kv_heads * per_kv * head_dim,), torch.nan
         )  # freed, and handed out next

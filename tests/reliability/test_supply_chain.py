@@ -182,7 +182,7 @@ def test_a_models_own_code_is_not_run(tiny: Path, tmp_path: Path) -> None:
         content = json.loads((model / name).read_text())
         content["auto_map"] = dict.fromkeys(classes, "modeling_own.Own")
         (model / name).write_text(json.dumps(content))
-    arguments = ["--compression", "0.5", "--num-samples", "2", "--seq-len", "32"]
+    arguments = ["--compression", "0.5", "--num-samples", "4", "--seq-len", "32"]
     status = main(["compress", str(model), "-o", str(tmp_path / "out"), *arguments])
     assert not proof.exists()
     assert status in (0, 2)
