@@ -1,6 +1,7 @@
 """Models whose weights are quantised, compressed and served, beside stock vLLM."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -19,18 +20,25 @@ ACTIVATIONS = ("int8", "fp8")
 RECALKV = {"attention_backend": "recalkv"}
 
 
+def slow(*names):
+    """The first of the formats in every run, the others where slow tests are asked for."""
+    return [names[0], *(pytest.param(name, marks=pytest.mark.slow) for name in names[1:])]
+
+
 @pytest.fixture(scope="module")
-def bases(make_small, tmp_path_factory):
-    """``{format: (quantised, dense)}`` of one small model."""
+def make_base(make_small, tmp_path_factory):
+    """``make_base(format)``: one small model, quantised and dense."""
     root = tmp_path_factory.mktemp("quantised-base")
-    made = {}
-    for name in (*WEIGHT_ONLY, *ACTIVATIONS):
+
+    @cache
+    def make(name):
         source = make_small("llama3-rope")
         if name in WEIGHT_ONLY:
             source = in_float16(source, root / f"{name}-source")
         dense = quantise_model(source, root / name, name)
-        made[name] = root / name, write_dense(source, root / f"{name}-dense", dense)
-    return made
+        return root / name, write_dense(source, root / f"{name}-dense", dense)
+
+    return make
 
 
 def in_float16(source, directory):
@@ -50,62 +58,71 @@ def overrides(factors):
     }
 
 
-@pytest.fixture(scope="module")
-def runs(bases, compressed, small_prompts):
-    """Results by format and by what ran: ``stock``, ``ours``, ``alone`` (factors) and ``dense``."""
+@pytest.fixture
+def run(make_base, compressed, small_prompts):
+    """``run(format)``: results of ``stock``, ``ours``, and ``alone`` (factors) or ``dense``."""
     scored = {
         "prompts": small_prompts.ids,
         "sampling": {"max_tokens": 24, "ignore_eos": True, "prompt_logprobs": 0},
     }
-    jobs = {}
-    for name, (base, dense) in bases.items():
+
+    def results(name):
+        base, dense = make_base(name)
         dtype = "float16" if name in WEIGHT_ONLY else "float32"
         ours, options = compressed(base), {"dtype": dtype, **RECALKV}
-        jobs[name, "stock"] = small_prompts.job(base, scored, dtype=dtype)
-        jobs[name, "ours"] = small_prompts.job(ours, scored, **options)
+        jobs = {
+            "stock": small_prompts.job(base, scored, dtype=dtype),
+            "ours": small_prompts.job(ours, scored, **options),
+        }
         if name in WEIGHT_ONLY:
             alone = overrides(compressed(base, factors_only=True))
-            jobs[name, "alone"] = small_prompts.job(base, scored, hf_overrides=alone, **options)
+            jobs["alone"] = small_prompts.job(base, scored, hf_overrides=alone, **options)
         else:
-            jobs[name, "dense"] = small_prompts.job(dense, scored)
-    return dict(zip(jobs, run_engines(*jobs.values()), strict=True))
+            jobs["dense"] = small_prompts.job(dense, scored)
+        return dict(zip(jobs, run_engines(*jobs.values()), strict=True))
+
+    return results
 
 
-def prompt_likelihoods(run):
+def prompt_likelihoods(result):
     return torch.tensor(
         [
             likelihood
-            for output in run["outputs"][0]
+            for output in result["outputs"][0]
             for position in output["prompt_logprobs"][1:]
             for likelihood in position.values()
         ]
     )
 
 
-@pytest.mark.parametrize("name", WEIGHT_ONLY)
-def test_tokens_equal_stock(runs, name):
-    stock = runs[name, "stock"]["tokens"]
+@pytest.mark.parametrize("name", slow(*WEIGHT_ONLY))
+def test_tokens_equal_stock(run, name):
+    found = {kind: result["tokens"] for kind, result in run(name).items()}
+    stock = found["stock"]
     assert len({tuple(tokens) for tokens in stock[0]}) == len(stock[0])
-    assert runs[name, "ours"]["tokens"] == stock
-    assert runs[name, "alone"]["tokens"] == stock
+    assert found["ours"] == stock
+    assert found["alone"] == stock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_quantised_activations_change_no_more_than_in_stock(runs, name):
+def test_quantised_activations_change_no_more_than_in_stock(run, name):
     """Keys and values here see activations before rounding, so that tokens may differ.
 
     Stock vLLM's distance to the same model without any rounding of activations is the measure.
     """
-    dense, stock, ours = (prompt_likelihoods(runs[name, run]) for run in ("dense", "stock", "ours"))
+    found = run(name)
+    dense, stock, ours = (prompt_likelihoods(found[kind]) for kind in ("dense", "stock", "ours"))
     rounding = (stock - dense).abs().mean()
     assert 0 < (ours - dense).abs().mean() < 1.1 * rounding
     # Two roundings that know nothing of one another: the root of two.
     assert 0 < (ours - stock).abs().mean() < 1.5 * rounding
 
 
-def test_perplexity_of_half_the_cache(bases, tmp_path):
+@pytest.mark.slow
+def test_perplexity_of_half_the_cache(make_base, tmp_path):
     """The dense form that transformers evaluates is what is served, calibrated as ever."""
-    base, out, text = bases["int4"][0], tmp_path / "half", tmp_path / "text.txt"
+    base, out, text = make_base("int4")[0], tmp_path / "half", tmp_path / "text.txt"
     text.write_text(LONG_TEXT)
     few = ("--num-samples", 16, "--seq-len", 64)
     run_recalkv("compress", base, "-o", out, "--compression", 0.5, *few)
