@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -51,6 +52,10 @@ ROWS = (
     # A cache of full rank that is only quantised, as others offer.
     *(Row("svd", 0.0, dtype) for dtype in ("int8", "int4", "int3")),
 )
+
+
+#: Lines that lie on one another stay visible.
+STYLES = ("o-", "s-", "^-", "o-", "x--", "D-")
 
 
 def run(*arguments: object) -> dict[str, Any]:
@@ -121,12 +126,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
         lines[label].append((row["kv_bytes_per_token"]["compressed"], loss))
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+    for (label, points), style in zip(lines.items(), itertools.cycle(STYLES)):
+        axes.plot(*zip(*sorted(points), strict=True), style, label=label)
     dense = result["rows"][0]["kv_bytes_per_token"]["dense"]
+    axes.set_yscale("symlog", linthresh=0.01)  # what loses nothing may seem to gain a little
+    axes.set_xscale("log")
+    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        ticks("{x:,.0f}")
+    axes.tick_params(axis="x", which="both", rotation=45)
     axes.set(
-        xscale="log",
-        yscale="log",
         xlabel=f"KV-cache bytes per token (dense: {dense:,})",
         ylabel="loss against the dense model, nats per token",
     )
