@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 #: They give the stock model's tokens in our tests.
-TESTED_CONNECTORS = ("ExampleConnector", "MultiConnector", "OffloadingConnector")
+TESTED_CONNECTORS = ("ExampleConnector", "OffloadingConnector")
 
 
 def unsupported_connector(
     name: str | None, extra_config: Mapping[str, Any], on_gpu: bool
 ) -> str | None:
-    """What is wrong with a connector, or with one of those that it combines; None if nothing is.
+    """What is wrong with a connector; None if nothing is.
 
     Args:
         name: ``kv_connector`` of ``--kv-transfer-config``.
@@ -20,15 +20,7 @@ def unsupported_connector(
         on_gpu: whether the cache is on a GPU.
     """
     if name not in TESTED_CONNECTORS:
-        return f"expected one of {', '.join(TESTED_CONNECTORS)}, found {name}"
-    if name == "MultiConnector":
-        reasons = (
-            unsupported_connector(
-                child.get("kv_connector"), child.get("kv_connector_extra_config", {}), on_gpu
-            )
-            for child in extra_config.get("connectors", ())
-        )
-        return next(filter(None, reasons), None)
+        return f"expected {' or '.join(TESTED_CONNECTORS)}, found {name}"
     if name == "OffloadingConnector":
         spec = extra_config.get("spec_name", "CPUOffloadingSpec")
         if spec == "TieringOffloadingSpec":

@@ -137,7 +137,7 @@ TABLE = (
         f"{LORA}::test_heads_must_be_where_the_adapter_means_them",
     ),
     works(
-        "KV connectors `ExampleConnector`, `OffloadingConnector` and `MultiConnector` of them",
+        "KV connectors `ExampleConnector` and `OffloadingConnector`",
         f"{FEATURES}::test_latents_go_through_kv_connectors",
     ),
     works(

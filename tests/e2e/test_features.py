@@ -162,12 +162,7 @@ def offloading_connector(_):
     return connector("OffloadingConnector", **HOST_OFFLOADING)
 
 
-def both_connectors(store):
-    children = [offloading_connector(store), example_connector(store)]
-    return connector("MultiConnector", connectors=children)
-
-
-@pytest.mark.parametrize("make", [example_connector, offloading_connector, both_connectors])
+@pytest.mark.parametrize("make", [example_connector, offloading_connector])
 @pytest.mark.slow
 def test_latents_go_through_kv_connectors(transferred, small, compressed, make):
     stock, ours = transferred(small, make), transferred(compressed(small), make)

@@ -11,7 +11,6 @@ from recalkv_vllm.serving.connectors import unsupported_connector
         ("ExampleConnector", {}, False),
         ("OffloadingConnector", {"cpu_bytes_to_use": 1}, True),
         ("OffloadingConnector", {"spec_name": "Own", "spec_module_path": "own"}, False),
-        ("MultiConnector", {"connectors": [{"kv_connector": "ExampleConnector"}]}, False),
     ],
 )
 def test_accepted(name, extra_config, on_gpu):
@@ -21,25 +20,14 @@ def test_accepted(name, extra_config, on_gpu):
 @pytest.mark.parametrize(
     ("name", "extra_config", "on_gpu", "message"),
     [
-        (
-            "SimpleCPUOffloadConnector",
-            {},
-            True,
-            "expected one of ExampleConnector, MultiConnector, OffloadingConnector, "
-            "found SimpleCPUOffloadConnector",
-        ),
+        ("SimpleCPUOffloadConnector", {}, True,
+         "expected ExampleConnector or OffloadingConnector, found SimpleCPUOffloadConnector"),
         ("OffloadingConnector", {}, False, "OffloadingConnector: vLLM offloads from GPUs only, "
          "found a CPU"),
         ("OffloadingConnector", {"spec_name": "TieringOffloadingSpec"}, True,
          "spec_name: expected CPUOffloadingSpec, found TieringOffloadingSpec"),
         ("OffloadingConnector", {"canonical_layout": True}, True,
          "canonical_layout: expected false, found true"),
-        (
-            "MultiConnector",
-            {"connectors": [{"kv_connector": "ExampleConnector"}, {"kv_connector": "Other"}]},
-            False,
-            "expected one of ExampleConnector, MultiConnector, OffloadingConnector, found Other",
-        ),
     ],
 )  # fmt: skip
 def test_refused(name, extra_config, on_gpu, message):
