@@ -216,6 +216,8 @@ def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bo
             return False
         if shape.code_bits == 8 and shape.k_width > 64 and rule.local_rope:
             return False  # 16 bytes spilled on sm_90
+        if shape.code_bits == 3 and shape.k_width > 64 and rule.tile == 64 and 8 in rule.families:
+            return False  # 8 bytes spilled on sm_80
         chunks = power_of_2_chunks(0, shape.k_width)
         if shape.code_bits == 3 and len(chunks) > 1:
             return False
