@@ -68,6 +68,7 @@ def answers(hub, cache, jobs):
     return dict(zip(jobs, results, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["factors", "compressed"])
 def test_tokens_of_what_the_hub_has(answers, name):
     assert answers[name]["tokens"] == answers["stock"]["tokens"]

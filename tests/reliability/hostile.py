@@ -7,7 +7,6 @@ from typing import Any
 #: Fields that spoil a completion request; each is refused with a 4xx status.
 MALFORMED: tuple[dict[str, Any], ...] = (
     {"model": "another-model"},
-    {"model": None},
     {"prompt": None},
     {"prompt": {"text": "x"}},
     {"prompt": [-1, 5]},

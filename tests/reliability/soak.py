@@ -38,7 +38,7 @@ SERVER = [
     *("--max-num-seqs", "16", "--max-num-batched-tokens", "256"),
 ]
 CLIENTS = 12
-#: Most requests per second, over all clients.
+#: Most requests per second, over all clients, where no number is given.
 RATE = 40
 #: A request that takes longer is a hang.
 TIMEOUT_SECONDS = 300
@@ -200,10 +200,10 @@ class Load:
             await self.send(data)
         await self.refused({"prompt": self.tokens(self.draw, 50_000)})
 
-    async def run(self, seconds: float) -> None:
+    async def run(self, seconds: float, requests: float) -> None:
         """All clients, until the time or the number of requests is used up."""
         deadline = time.monotonic() + seconds
-        left = int(seconds * RATE)
+        left = requests
         behaviours: dict[Callable[[], Awaitable[None]], int] = {
             self.complete: 6, self.stream: 4, self.probe: 4, self.vanish: 3, self.abort: 3,
             self.oversize: 1, self.malformed: 2, self.raw: 1,
@@ -239,8 +239,8 @@ def resident_mb(server: VllmServer) -> float:
     return sum(p.memory_info().rss for p in (root, *root.children(recursive=True))) / 1e6
 
 
-async def soak(server: VllmServer, seconds: float, seed: int = 0) -> Report:
-    """Load a running server; a quarter of the time is warm-up, after which memory is to be flat."""
+async def soak(server: VllmServer, seconds: float, requests: int, seed: int = 0) -> Report:
+    """Load a running server; a quarter of it is warm-up, after which memory is to be flat."""
     started = time.monotonic()
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
@@ -251,10 +251,10 @@ async def soak(server: VllmServer, seconds: float, seed: int = 0) -> Report:
         load.expect(load.answers == again, "the quiet server answers differently from itself")
         load.expect(not any(isinstance(answer, str) for answer in again), f"quiet: {again}")
         await load.everything_once()
-        await load.run(seconds / 4)
+        await load.run(seconds / 4, requests / 4)
         await settle(server)
         before = resident_mb(server)
-        await load.run(seconds * 3 / 4)
+        await load.run(seconds * 3 / 4, requests * 3 / 4)
         await settle(server)
         after = resident_mb(server)
         for probe in range(PROBES):
@@ -280,10 +280,13 @@ async def soak(server: VllmServer, seconds: float, seed: int = 0) -> Report:
     )
 
 
-def run(model: Path, seconds: float, log: Path, seed: int = 0) -> Report:
-    """Serve ``model``, soak it, stop it."""
+def run(
+    model: Path, seconds: float, log: Path, requests: int | None = None, seed: int = 0
+) -> Report:
+    """Serve ``model``, soak it for ``seconds`` or so many requests, stop it."""
+    requests = int(seconds * RATE) if requests is None else requests
     with VllmServer(model, SERVER, log) as server:
-        return asyncio.run(soak(server, seconds, seed))
+        return asyncio.run(soak(server, seconds, requests, seed))
 
 
 def main() -> None:
@@ -293,7 +296,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        report = run(options.model, options.seconds, Path(directory) / "log", options.seed)
+        report = run(options.model, options.seconds, Path(directory) / "log", seed=options.seed)
     print(json.dumps(asdict(report), indent=2))
 
 

@@ -104,6 +104,7 @@ def test_attention_of_a_sequence_does_not_depend_on_the_batch(
 LOGPROB_TOLERANCE = 2e-4
 
 
+@pytest.mark.slow
 def test_greedy_output_does_not_depend_on_the_batch(small: Path, compressed, small_prompts) -> None:
     """Alone, among companions, in another order, and prefilled in chunks of other sizes."""
     draw = random.Random(1)
