@@ -85,7 +85,11 @@ def tokens(lines: Iterator[bytes]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["API server", "engine"])
 def test_killed_while_serving(server: VllmServer, victim: str) -> None:
-    """No process is left over, and the same command serves again, on the same port."""
+    """The same command serves again, on the same port.
+
+    vLLM's engine outlives a killed API server, and an API server whose engine was killed ends with
+    status 0; so only the process group, which ends with the first server here, can be asked for.
+    """
     with server:
         stream = open_stream(server)
         engine = next(p for p in processes(server) if "EngineCore" in " ".join(p.cmdline()))
@@ -96,8 +100,7 @@ def test_killed_while_serving(server: VllmServer, victim: str) -> None:
         with pytest.raises((OSError, HTTPException, AssertionError, ValueError, KeyError)):
             tokens(stream)
         server.process.wait(timeout=60)
-        assert server.process.returncode != 0
-        wait_until_gone(server)
+    wait_until_gone(server)
     with server:
         assert tokens(open_stream(server, 20)) == 20
 
