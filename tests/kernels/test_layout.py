@@ -133,7 +133,7 @@ def test_every_shape_has_launch_parameters_that_fit(
 
 
 def test_no_launch_parameters() -> None:
-    shape = heuristics.AttentionShape(128, 1, 1, 1, 64, 64, 64, 2, 0, True, True, False)
+    shape = heuristics.AttentionShape(128, 1, 1, 1, 64, 64, 64, 2, 0, True, True, False, False)
     with pytest.raises(ValueError, match="no launch parameters for sm_90 fit"):
         heuristics.attention_config(shape, heuristics.Target(90, 132), 1)
     few = replace(shape, queries_per_kv=64)
