@@ -17,6 +17,9 @@ PACKAGE := $(VENV)/.package
 
 export RECALKV_TEST_MODEL ?= $(abspath $(MODEL))
 
+# Much of a test is the start of an engine, which one core does. A file's tests share fixtures.
+PARALLEL_PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 OUT ?= .cache/gpu
 SANITIZED := build/sanitized
 
@@ -27,10 +30,10 @@ demo: install model
 	@$(BIN)/python -m recalkv_vllm.benchmarks.demo $(MODEL) $(CHECKPOINT) -- $(COMPRESS)
 
 test: install model lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PARALLEL_PYTEST) -m "not slow"
 
 test-all: install model lint
-	$(BIN)/python -m pytest
+	$(PARALLEL_PYTEST)
 
 test-reliability: install model
 	RECALKV_FUZZ_EXAMPLES=1000 RECALKV_SOAK_SECONDS=300 $(BIN)/python -m pytest tests/reliability

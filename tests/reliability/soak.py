@@ -1,8 +1,8 @@
 """A real server under mixed load: ragged, shared, abandoned, oversize and malformed requests.
 
-``python -m tests.reliability.soak CHECKPOINT --seconds 900`` prints what happened as JSON. The load
-is bounded by time and by number of requests. Between, a fixed set of greedy probes is compared with
-the answers of the quiet server.
+``python -m tests.reliability.soak MODEL --seconds 900`` prints what happened as JSON. The load is
+bounded by time and by number of requests. Between, a fixed set of greedy probes is compared with
+the answers of the quiet server. A stock model is soaked likewise, to compare with.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BLOCK_SIZE = 32
 #: Room for two requests of the longest length: more preempt one another.
 BLOCKS = 2 * MAX_MODEL_LEN // BLOCK_SIZE + 1
 SERVER = [
-    *("--attention-backend", "recalkv", "--dtype", "float32", "--enforce-eager"),
+    *("--dtype", "float32", "--enforce-eager"),
     *("--max-model-len", str(MAX_MODEL_LEN), "--block-size", str(BLOCK_SIZE)),
     *("--num-gpu-blocks-override", str(BLOCKS), "--kv-cache-memory-bytes", str(256 << 20)),
     *("--max-num-seqs", "16", "--max-num-batched-tokens", "256"),
