@@ -1,6 +1,6 @@
 # make demo: from nothing to a served compressed model.   make test: everything that CI runs.
 # make test-all: that, and the slow end-to-end tests.
-# make test-reliability: fuzzers, faults and a soak of five minutes, with figures at the end.
+# make test-reliability: fuzzers, faults and a soak of 15 minutes, with figures at the end.
 # make test-asan: the C++ ops under AddressSanitizer and UndefinedBehaviourSanitizer.
 # make gpu: build, test and measure the kernels on a GPU.
 
@@ -36,7 +36,7 @@ test-all: install model lint
 	$(PARALLEL_PYTEST)
 
 test-reliability: install model
-	RECALKV_FUZZ_EXAMPLES=1000 RECALKV_SOAK_SECONDS=300 $(BIN)/python -m pytest tests/reliability
+	RECALKV_FUZZ_EXAMPLES=1000 RECALKV_SOAK_SECONDS=900 $(BIN)/python -m pytest tests/reliability
 
 # The C++ extension with AddressSanitizer and UndefinedBehaviourSanitizer, in a copy of the package
 # that stands before the installed one. What malloc gives is filled with NaN.

@@ -58,9 +58,13 @@ def metric(server, name, **labels):
 
 
 def test_half_the_bytes_hold_twice_the_tokens(server, half):
-    dense = AttentionGeometry.from_hf_config(read_hf_config(half))
-    stock_tokens = KV_CACHE_BYTES / (dense.dense_width * dense.num_layers * 4)
-    assert server.kv_cache_tokens() >= 1.95 * stock_tokens
+    """And ``recalkv plan`` tells how many."""
+    cache = ("--kv-cache-memory-bytes", KV_CACHE_BYTES, "--dtype", "float32", "--block-size", 128)
+    plan = json.loads(run_recalkv("plan", half, *cache, "--max-model-len", 1024, "--json").stdout)
+    assert server.kv_cache_tokens() == pytest.approx(
+        plan["kv_cache_tokens"]["compressed"], rel=0.02
+    )
+    assert server.kv_cache_tokens() >= 1.95 * plan["kv_cache_tokens"]["dense"]
 
 
 def test_metrics_of_compression(server, half):
