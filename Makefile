@@ -18,7 +18,7 @@ PACKAGE := $(VENV)/.package
 export RECALKV_TEST_MODEL ?= $(abspath $(MODEL))
 
 # Much of a test is the start of an engine, which one core does. A file's tests share fixtures.
-PARALLEL_PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PARALLEL_PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 OUT ?= .cache/gpu
 SANITIZED := build/sanitized
