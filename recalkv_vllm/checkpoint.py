@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from recalkv_vllm.latent_format import LatentFormat, token_bytes
+from recalkv_vllm.span import Span
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -32,7 +33,6 @@ INDEX_FILE = "model.safetensors.index.json"
 SPAN_MULTIPLE = 16
 FACTOR_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-Span = tuple[int, int]
 #: Types of what is recorded and never interpreted.
 _PROVENANCE = {"method": str, "settings": dict, "calibration": dict, "tool_versions": dict}
 
@@ -93,13 +93,19 @@ class LatentLayout:
     v_spans: tuple[Span, ...]
     head_order: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        # Plain pairs will do.
+        for name in ("k_spans", "v_spans"):
+            spans = tuple(Span(*span) for span in getattr(self, name))
+            object.__setattr__(self, name, spans)
+
     @property
     def k_width(self) -> int:
-        return self.k_spans[0][1] - self.k_spans[0][0]
+        return self.k_spans[0].width
 
     @property
     def v_width(self) -> int:
-        return self.v_spans[0][1] - self.v_spans[0][0]
+        return self.v_spans[0].width
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> LatentLayout:
@@ -129,8 +135,8 @@ class LatentLayout:
         return cls(
             rank=raw["rank"],
             k_group_size=raw["k_group_size"],
-            k_spans=tuple((s, e) for s, e in raw["k_spans"]),
-            v_spans=tuple((s, e) for s, e in raw["v_spans"]),
+            k_spans=raw["k_spans"],
+            v_spans=raw["v_spans"],
             head_order=tuple(order),
         )
 
@@ -157,8 +163,9 @@ class LatentLayout:
             f"found {len(self.v_spans)}",
         )
         for name, spans in (("k_spans", self.k_spans), ("v_spans", self.v_spans)):
-            width = spans[0][1] - spans[0][0]
-            for start, end in spans:
+            width = spans[0].width
+            for span in spans:
+                start, end = span
                 _require(
                     0 <= start < end <= self.rank
                     and start % SPAN_MULTIPLE == 0
@@ -167,8 +174,8 @@ class LatentLayout:
                     f"{SPAN_MULTIPLE}, found [{start}, {end}]",
                 )
                 _require(
-                    end - start == width,
-                    f"{where}.{name}: expected spans of one width ({width}), found {end - start}",
+                    span.width == width,
+                    f"{where}.{name}: expected spans of one width ({width}), found {span.width}",
                 )
         _require(
             sorted(self.head_order) == list(range(heads)),

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from recalkv_vllm.checkpoint import LatentLayout, Span
+from recalkv_vllm.checkpoint import LatentLayout
 from recalkv_vllm.compression.ranks import LayerPlan
 from recalkv_vllm.compression.statistics import FisherFactors, InputStatistics
+from recalkv_vllm.span import Span
 
 #: Up and down factor of one projection of one head group.
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -76,7 +77,7 @@ def natural_rows(tensor: torch.Tensor, head_order: tuple[int, ...]) -> torch.Ten
 
 def consecutive_spans(start: int, width: int, count: int) -> tuple[Span, ...]:
     """``count`` spans of one width, one after the other."""
-    return tuple((start + i * width, start + (i + 1) * width) for i in range(count))
+    return tuple(Span(start + i * width, start + (i + 1) * width) for i in range(count))
 
 
 def split_factors(
@@ -115,7 +116,7 @@ def nested_factors(groups: list[Factors], plan: LayerPlan, k_group_size: int) ->
         layout=LatentLayout(
             spans[-1][1],
             k_group_size,
-            tuple((start, start + plan.k_width) for start, _ in spans),
+            tuple(Span(start, start + plan.k_width) for start, _ in spans),
             spans,
             plan.head_order,
         ),

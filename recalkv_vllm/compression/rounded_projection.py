@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from recalkv_vllm.checkpoint import Span
 from recalkv_vllm.compression.architectures import Attention
 from recalkv_vllm.compression.factors import LayerFactors
 from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.span import Span
 
 
 class RoundedProjection(nn.Module):

@@ -98,7 +98,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.head_dim = head_dim
         self.scale = scale
         self.shard = shard
-        self.v_width = shard.v_spans[0][1] - shard.v_spans[0][0]
+        self.v_width = shard.v_spans[0].width
         self.sliding_window = sliding_window
         self.soft_cap = soft_cap
         self.latent_format = latent_format

@@ -18,6 +18,7 @@ from recalkv_vllm.checkpoint import (
 )
 from recalkv_vllm.latent_format import token_bytes
 from recalkv_vllm.serving.sharding import shard_latent
+from recalkv_vllm.span import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def supposed_config(compression: float, geometry: AttentionGeometry, tp_size: in
             f"compression {compression}: leaves {budget} cached numbers per token and layer, "
             f"which {groups} ranks of {geometry.num_kv_heads} KV heads cannot share"
         )
-    spans = tuple((i * width, (i + 1) * width) for i in range(groups))
+    spans = tuple(Span(i * width, (i + 1) * width) for i in range(groups))
     layout = LatentLayout(
         rank=groups * width,
         k_group_size=geometry.num_kv_heads // groups,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout, Span
+from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
+from recalkv_vllm.span import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,6 @@ def shard_latent(
     position = {column: i for i, column in enumerate(columns)}
 
     def local(spans: tuple[Span, ...]) -> tuple[Span, ...]:
-        return tuple((position[start], position[end - 1] + 1) for start, end in spans)
+        return tuple(Span(position[start], position[end - 1] + 1) for start, end in spans)
 
     return LatentShard(tuple(columns), kv_heads, local(k_spans), local(v_spans))
