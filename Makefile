@@ -37,6 +37,7 @@ test-all: install model lint
 
 test-reliability: install model
 	RECALKV_FUZZ_EXAMPLES=1000 RECALKV_SOAK_SECONDS=900 $(BIN)/python -m pytest tests/reliability
+	RECALKV_FUZZ_EXAMPLES=1000 $(PARALLEL_PYTEST) -m hypothesis --ignore tests/reliability
 
 # The C++ extension with AddressSanitizer and UndefinedBehaviourSanitizer, in a copy of the package
 # that stands before the installed one. What malloc gives is filled with NaN.

@@ -29,7 +29,7 @@ def total(choices):
     return sum(choice.loss for choice in choices), sum(choice.widths.rank for choice in choices)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(layers=st.lists(LAYER, min_size=1, max_size=4), budget=st.integers(16, 400))
 def test_nothing_within_the_budget_loses_less(layers, budget):
     possible = [

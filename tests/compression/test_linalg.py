@@ -20,7 +20,7 @@ def symmetric_root(a: torch.Tensor) -> torch.Tensor:
     return vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(n=st.integers(2, 40), hidden=st.integers(2, 40), seed=st.integers(0, 99), data=st.data())
 def test_plain_factors_reach_the_eckart_young_error(n, hidden, seed, data):
     rank = data.draw(st.integers(1, n))
@@ -33,7 +33,7 @@ def test_plain_factors_reach_the_eckart_young_error(n, hidden, seed, data):
     torch.testing.assert_close((weight - up @ down).square().sum(), tail, rtol=1e-8, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(n=st.integers(2, 24), seed=st.integers(0, 99), data=st.data())
 def test_whitened_factors_reach_the_optimum(n, seed, data):
     hidden = 32

@@ -22,7 +22,7 @@ SHARES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(shares=st.lists(SHARES, min_size=1, max_size=20), part=st.floats(0, 1))
 def test_budget_is_used_up_and_never_exceeded(shares, part):
     if not any(share.weight for share in shares):

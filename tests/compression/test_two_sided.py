@@ -27,7 +27,7 @@ def loss(change, inputs, outputs) -> float:
     return float(torch.trace(outputs @ change @ inputs @ change.T))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(rows=st.integers(2, 24), hidden=st.integers(2, 24), seed=st.integers(0, 99), data=st.data())
 def test_no_other_factors_lose_less(rows, hidden, seed, data):
     weight, inputs, outputs, generator = problem(rows, hidden, seed)
@@ -79,7 +79,7 @@ def test_sides_of_the_latent_are_balanced():
     )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 99), data=st.data())
 def test_nested_latents_lose_what_they_say(seed, data):
     weight, inputs, outputs, _ = problem(32, 40, seed)
