@@ -74,7 +74,7 @@ def token_weights(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
 
 def weighted_outer(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """``Σ w · row rowᵀ``, float64."""
-    return ((rows * weights[:, None]).T @ rows).double()
+    return ((rows * weights.unsqueeze(1)).T @ rows).double()
 
 
 class KroneckerFactors(Observer):
@@ -122,10 +122,13 @@ class KroneckerFactors(Observer):
             for sample in second:
                 measure(sample, [self._trace])
                 self.after_backward([], partial_sums)
-            self._inverses = []
-            for outer_x, outer_g, weight in zip(*partial_sums.values(), strict=True):
-                factors = mean_factors(outer_x, outer_g, float(weight), second.numel())
-                self._inverses.append((inverse_input(factors[0]), inverse_gradient(factors[1])))
+            sums_of_layers = zip(*partial_sums.values(), strict=True)
+            for layer, (outer_x, outer_g, weight) in enumerate(sums_of_layers):
+                outer_x, outer_g = mean_factors(outer_x, outer_g, weight, second.numel())
+                # Sums are kept in memory, a layer's rows where the layer is.
+                device = self._inverses[layer][0].device
+                inverses = inverse_input(outer_x), inverse_gradient(outer_g)
+                self._inverses[layer] = (inverses[0].to(device), inverses[1].to(device))
 
     def _pilot(
         self,
@@ -171,11 +174,11 @@ class KroneckerFactors(Observer):
             outer_x, outer_g = weighted_outer(x, by_gradient), weighted_outer(g, by_input)
             sums["kronecker_input"][layer] += outer_x.to(sums["kronecker_input"])
             sums["kronecker_gradient"][layer] += outer_g.to(sums["kronecker_gradient"])
-            sums["kronecker_weight"][layer] += float(by_gradient @ by_input)
+            sums["kronecker_weight"][layer] += (by_gradient @ by_input).to(sums["kronecker_weight"])
 
 
 def mean_factors(
-    outer_x: torch.Tensor, outer_g: torch.Tensor, weight: float, tokens: int
+    outer_x: torch.Tensor, outer_g: torch.Tensor, weight: torch.Tensor, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``A`` and ``G`` of one layer from its sums, float64.
 
@@ -185,7 +188,7 @@ def mean_factors(
     Args:
         outer_x: ``Σ x xᵀ · gᵀG⁻¹g / n``.
         outer_g: ``Σ g gᵀ · xᵀA⁻¹x / H``.
-        weight: ``Σ xᵀA⁻¹x · gᵀG⁻¹g / (H n)``.
+        weight: ``Σ xᵀA⁻¹x · gᵀG⁻¹g / (H n)``, a scalar.
         tokens: that the sums are over.
     """
     return outer_x.double() / weight, outer_g.double() / tokens

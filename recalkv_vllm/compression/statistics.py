@@ -88,7 +88,7 @@ class Statistics:
             torch.tensor(self._sums[name][layer], dtype=torch.float64)
             for name in KroneckerFactors.SUMS
         )
-        return FisherFactors(*mean_factors(outer_x, outer_g, float(weight), self._counts["tokens"]))
+        return FisherFactors(*mean_factors(outer_x, outer_g, weight, self._counts["tokens"]))
 
     def _mean(self, name: str, layer: int) -> torch.Tensor:
         """Mean over tokens, float64."""

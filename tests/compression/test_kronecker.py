@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from recalkv_vllm.compression import calibration, kronecker, statistics
 from recalkv_vllm.compression.architectures import attention_modules
@@ -165,3 +166,28 @@ def test_statistics_know_what_they_lack(geometry, load):
     found = collect({"moments"}, SAMPLES, geometry, "key", load)
     assert found.kronecker(0) is None
     assert set(statistics.OBSERVERS) == {"moments", "fisher", "kronecker"}
+
+
+def test_rounds_stay_on_the_device_of_the_model(monkeypatch):
+    """Sums are in memory; what weighs tokens is where they are. Fake tensors tell devices apart."""
+    tokens, hidden, width = 8, 6, 4
+    shapes = {"input": (1, hidden, hidden), "gradient": (1, width, width), "weight": (1,)}
+    with FakeTensorMode():
+        observer = kronecker.KroneckerFactors()
+
+        def rows(layer):
+            x, g = (torch.randn(tokens, n, device="cuda") for n in (hidden, width))
+            return x, g
+
+        def pilot(samples, layers, measure):
+            x, g = (torch.randn(n, n, device="cuda") for n in (hidden, width))
+            return [(x, g)]
+
+        monkeypatch.setattr(observer, "_pilot", pilot)
+        monkeypatch.setattr(observer._trace, "take", rows)
+        sums = {f"kronecker_{name}": torch.zeros(shape) for name, shape in shapes.items()}
+        samples = torch.zeros(40, tokens, dtype=torch.long)
+        observer.prepare(samples, sums, measure=lambda sample, observers: None)
+        observer.after_backward([], sums)
+        assert {each.device.type for pair in observer._inverses for each in pair} == {"cuda"}
+        assert {each.device.type for each in sums.values()} == {"cpu"}
