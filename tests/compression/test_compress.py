@@ -68,7 +68,7 @@ def test_checkpoint_holds_what_it_says(tiny_models, tmp_path, family, method):
         k: v for k, v in base_config.items() if k not in changed
     }
     assert recalkv.method == method
-    assert recalkv.cached_numbers_per_token() == rank_budget(0.5, geometry)
+    assert recalkv.cached_elements_per_token() == rank_budget(0.5, geometry)
     assert summary["kv_bytes_per_token"] == {"dense": 2 * 128 * 2, "compressed": 128 * 2}
     assert summary["compression"] == 0.5
     assert 0 < max(layer["k_error"] for layer in summary["layers"]) < 1

@@ -43,7 +43,7 @@ def test_spans_and_budget(tiny_models, tmp_path, family, spans, size, compressio
     )
     recalkv, geometry, factors = read(out)
     budget = rank_budget(compression, geometry)
-    used = recalkv.cached_numbers_per_token()
+    used = recalkv.cached_elements_per_token()
     groups = 4 // size
     # Short of the budget by less than one step of the cheapest kind.
     assert budget - 16 * groups < used <= budget
