@@ -83,8 +83,7 @@ void Attention<Format>::attend(int head, int64_t first, int valid) {
       const int64_t high = position - first + 1;
       const int64_t state = int64_t{head} * rows + begin + row;
       rescale[row] = softmax(scores + row * kTile, weights + row * kTokenUnits,
-                             static_cast<int>(low < 0 ? 0 : low < kTile ? low : kTile),
-                             static_cast<int>(high < 0 ? 0 : high < valid ? high : valid),
+                             clamp(low, kTile), clamp(high, valid),
                              running_max[state], running_sum[state]);
     }
     for_blocks(count, layer.v_width, [&](auto r, auto v, int row, int column)

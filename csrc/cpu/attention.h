@@ -23,7 +23,7 @@ using Unit = uint32_t;
 // What the cache holds of a latent: its numbers, in the type of the queries, or codes and scales.
 enum class Codec { kNumbers, kInt8, kFp8, kInt4, kInt3 };
 
-// Codes and scales as recalkv_vllm/latent_format.py lays them out: a block's codes, then its scales.
+// As recalkv_vllm/latent_format.py lays it out: a block's codes, then its scales.
 struct Quantization {
   Codec codec;
   int rank;

@@ -9,6 +9,12 @@ namespace recalkv::RECALKV_ISA {
 
 RECALKV_INLINE int round_up(int count) { return (count + 15) / 16 * 16; }
 
+// x, but no less than 0 and no more than `most`.
+RECALKV_INLINE int clamp(int64_t x, int most) {
+  if (x < 0) return 0;
+  return x < most ? static_cast<int>(x) : most;
+}
+
 // Whether expanding is cheaper than rebuilding whole keys, for `rows` queries per KV head.
 RECALKV_INLINE bool use_expansion(const Layer& layer, int rows) {
   if (!layer.basis || rows > kRowBlock) return false;
@@ -150,8 +156,7 @@ struct Attention {
 
   // Tokens of the tile at `first` that this task covers, 0 past its end.
   RECALKV_INLINE int tile_tokens(int64_t first) const {
-    const int64_t left = task.kv_end - first;
-    return static_cast<int>(left < 0 ? 0 : left < kTile ? left : kTile);
+    return clamp(task.kv_end - first, kTile);
   }
 
   void run() {

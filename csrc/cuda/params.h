@@ -32,7 +32,7 @@ struct DecodeParams {
   int32_t block_size;
   int32_t k_width;
   int32_t v_width;
-  int32_t rotated_half;  // half the rotated columns of q that pair up as (i, i + half); 0 if (2i, 2i + 1)
+  int32_t rotated_half;  // columns (i, i + rotated_half) of q pair up; 0 where (2i, 2i + 1) do
   int32_t window;        // newest keys a query sees, itself included
   float scale;
   float soft_cap;  // 0 is none

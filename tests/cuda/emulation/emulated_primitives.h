@@ -1,6 +1,6 @@
-// csrc/cuda/primitives.cuh on the host: every CUDA thread is a fiber, warp-wide instructions exchange
-// registers between lanes with the fragment layouts of the PTX ISA (sections "Matrix Fragments for
-// mma.m16n8k16", "ldmatrix" and "movmatrix").
+// csrc/cuda/primitives.cuh on the host: every CUDA thread is a fiber, warp-wide instructions
+// exchange registers between lanes with the fragment layouts of the PTX ISA (sections "Matrix
+// Fragments for mma.m16n8k16", "ldmatrix" and "movmatrix").
 //
 // Made to catch mistakes: shared memory starts as NaN, writes past it, misaligned vector accesses,
 // lanes that disagree on the next warp-wide instruction, deadlocks and copies nobody waited for are
@@ -455,8 +455,8 @@ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, u
 
 template <typename Element>
 inline uint32_t pack(float low, float high) {
-  return emulation::encode<Element>(low) |
-         static_cast<uint32_t>(emulation::encode<Element>(high)) << 16;
+  const uint32_t upper = emulation::encode<Element>(high);
+  return emulation::encode<Element>(low) | upper << 16;
 }
 
 template <typename Element>
