@@ -20,16 +20,15 @@ namespace {
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // What only the values tell, and what would otherwise read memory that is not ours.
-void check_batch(const at::Tensor& kv_cache, const at::Tensor& block_table,
-                 const int32_t* seq_lens, const int32_t* starts, int64_t tokens,
-                 int64_t max_position) {
+void check_batch(const at::Tensor& kv_cache, const at::Tensor& block_table, const int32_t* seq_lens,
+                 const int32_t* starts, int64_t tokens, int64_t max_position) {
   const int64_t blocks = kv_cache.size(0), block_size = kv_cache.size(1);
   const int64_t capacity = block_table.size(1) * block_size;
   for (int64_t i = 0; i < block_table.size(0); ++i) {
     const int64_t queries = int64_t{starts[i + 1]} - starts[i];
-    TORCH_CHECK_VALUE(starts[i] >= 0 && queries >= 0 && starts[i + 1] <= tokens,
-                      "query_start_loc[", i + 1, "]: expected ", starts[i], " to ", tokens,
-                      " (rows of q), found ", starts[i + 1]);
+    TORCH_CHECK_VALUE(starts[i] >= 0 && queries >= 0 && starts[i + 1] <= tokens, "query_start_loc[",
+                      i + 1, "]: expected ", starts[i], " to ", tokens, " (rows of q), found ",
+                      starts[i + 1]);
     if (queries == 0 || seq_lens[i] == 0) continue;
     TORCH_CHECK_VALUE(seq_lens[i] >= queries && seq_lens[i] <= capacity, "seq_lens[", i,
                       "]: expected ", queries, " (its queries) to ", capacity,
@@ -114,9 +113,8 @@ std::tuple<at::Tensor, at::Tensor> paged_latent_attention(
   layer.soft_cap = static_cast<float>(soft_cap);
   layer.window = window;
   layer.quantization = quantization_of(latent_dtype, rank, group_size);
-  const Batch batch{q.const_data_ptr(),     q.stride(0),
-                    kv_cache.const_data_ptr(), kv_cache.stride(0),
-                    kv_cache.stride(1),     static_cast<int>(kv_cache.size(1))};
+  const Batch batch{q.const_data_ptr(), q.stride(0),        kv_cache.const_data_ptr(),
+                    kv_cache.stride(0), kv_cache.stride(1), static_cast<int>(kv_cache.size(1))};
 
   at::Tensor out = at::empty({q.size(0), q.size(1), v_width}, q.options().dtype(at::kFloat));
   at::Tensor lse = at::empty({q.size(0), q.size(1)}, out.options());

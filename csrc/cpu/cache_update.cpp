@@ -74,9 +74,8 @@ void quantize_all(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& s
 
 }  // namespace
 
-void latent_cache_update(const at::Tensor& z, at::Tensor& kv_cache,
-                         const at::Tensor& slot_mapping, std::string_view latent_dtype,
-                         int64_t group_size) {
+void latent_cache_update(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_mapping,
+                         std::string_view latent_dtype, int64_t group_size) {
   const Quantization how = quantization_of(latent_dtype, z.size(1), group_size);
   AT_DISPATCH_INDEX_TYPES(slot_mapping.scalar_type(), "latent_cache_update", [&] {
     if (how.codec == Codec::kNumbers) return copy<index_t>(z, kv_cache, slot_mapping);

@@ -36,8 +36,8 @@ void Attention<Format>::dequantize_from(const Tile& tile, int valid) {
         const Vec offset = splat(number * centre(kCodec));
         for (; column < end; column += kLanes) {
           const Vec units = load_codes<kCodec>(tile.codes[t], column, how.rank);
-          Format::store_latent(out + column, kCodec == Codec::kFp8 ? mul(units, scale)
-                                                                   : fma(units, scale, offset));
+          Format::store_latent(
+              out + column, kCodec == Codec::kFp8 ? mul(units, scale) : fma(units, scale, offset));
         }
       }
     }

@@ -41,18 +41,17 @@ void Attention<Format>::absorb(int head, int64_t first) {
             store(a_lanes, a);
             store(b_lanes, b);
             for (int lane = 0; lane < count; ++lane)
-              total += a_lanes[lane] * bias[2 * (i + lane)] +
-                       b_lanes[lane] * bias[2 * (i + lane) + 1];
+              total +=
+                  a_lanes[lane] * bias[2 * (i + lane)] + b_lanes[lane] * bias[2 * (i + lane) + 1];
           }
         }
         shift[row * kTerms + term] = total;
       }
     }
     Unit* out = absorbed + int64_t{head} * rows * kTerms * k_units;
-    const Unit* factors =
-        layer.pair_factors + int64_t{first_head + head} * pairs * layer.k_width;
-    for_blocks(rows * kTerms, layer.k_width, [&](auto r, auto v, int row, int column)
-                                                 __attribute__((always_inline)) {
+    const Unit* factors = layer.pair_factors + int64_t{first_head + head} * pairs * layer.k_width;
+    for_blocks(rows * kTerms, layer.k_width,
+               [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
       constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
       Vec acc[kR][kV];
       for (int i = 0; i < kR; ++i)
@@ -76,8 +75,8 @@ void Attention<Format>::score_expanded(int head, int64_t first) {
       Vec acc[kTerms][kVecs];
       for (int term = 0; term < kTerms; ++term)
         for (int j = 0; j < kVecs; ++j) acc[term][j] = splat(shift[row * kTerms + term]);
-      product<Format>(acc, rows_in + int64_t{row} * kTerms * k_units, k_units,
-                      z_columns + column, kTile, k_units);
+      product<Format>(acc, rows_in + int64_t{row} * kTerms * k_units, k_units, z_columns + column,
+                      kTile, k_units);
       for (int j = 0; j < kVecs; ++j) {
         Vec score = mul(acc[0][j], load(basis + column + j * kLanes));
         for (int term = 1; term < kTerms; ++term)

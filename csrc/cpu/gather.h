@@ -21,8 +21,7 @@ void Attention<Format>::locate(int64_t first, int valid, Tile& tile) const {
       tile.scales[t] = reinterpret_cast<const uint16_t*>(scales) + int64_t{offset} * how.groups;
       tile.latents[t] = dequantized + t * dequantized_stride;
     } else {
-      tile.latents[t] =
-          static_cast<const Raw*>(batch.cache) + from + offset * batch.token_stride;
+      tile.latents[t] = static_cast<const Raw*>(batch.cache) + from + offset * batch.token_stride;
     }
     if (++offset == batch.block_size) {
       offset = 0;

@@ -16,8 +16,10 @@ extern const Kernels kernels_avx512_bf16{
     avx512_bf16::scratch_bytes<BFloat16Dot>,
     {nullptr, nullptr, avx512_bf16::run_task<BFloat16Dot>},
     avx512_bf16::value_up_scratch_bytes<BFloat16Dot>,
-    {{}, {}, {value_up<BFloat16Dot, Float32Source>, value_up<BFloat16Dot, Float16Source>,
-              value_up<BFloat16Dot, BFloat16Source>}},
+    {{},
+     {},
+     {value_up<BFloat16Dot, Float32Source>, value_up<BFloat16Dot, Float16Source>,
+      value_up<BFloat16Dot, BFloat16Source>}},
 };
 
 }  // namespace recalkv

@@ -66,8 +66,7 @@ void make_schedule(const Layer& layer, const int32_t* seq_lens, const int32_t* q
     } else {
       const int64_t splits = std::clamp<int64_t>(pieces, 1, std::max<int64_t>(1, tiles(block)));
       block.tiles_per_split = std::max<int64_t>(1, ceil_div(tiles(block), splits));
-      block.group_parts =
-          static_cast<int>(std::clamp<int64_t>(pieces / splits, 1, layer.k_groups));
+      block.group_parts = static_cast<int>(std::clamp<int64_t>(pieces / splits, 1, layer.k_groups));
     }
     block.splits =
         static_cast<int>(std::max<int64_t>(1, ceil_div(tiles(block), block.tiles_per_split)));
@@ -80,9 +79,9 @@ void make_schedule(const Layer& layer, const int32_t* seq_lens, const int32_t* q
   // Longest first, so that no thread starts a long task when the others are done.
   std::stable_sort(schedule.blocks.begin(), schedule.blocks.end(),
                    [&](const QueryBlock& a, const QueryBlock& b) {
-                     return cost(layer, a) / (a.splits * a.group_parts) >
-                            cost(layer, b) / (b.splits * b.group_parts);
-                   });
+    return cost(layer, a) / (a.splits * a.group_parts) >
+           cost(layer, b) / (b.splits * b.group_parts);
+  });
 }
 
 }  // namespace recalkv

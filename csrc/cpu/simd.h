@@ -56,8 +56,7 @@ RECALKV_INLINE void to_bf16(uint16_t* p, Vec v) {
 #else
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000));
   const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
@@ -66,8 +65,8 @@ RECALKV_INLINE void to_bf16(uint16_t* p, Vec v) {
 }
 RECALKV_INLINE Vec copy_sign(Vec size, Vec sign) {
   const __m512i mask = _mm512_set1_epi32(0x7fffffff);
-  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(mask, _mm512_castps_si512(size),
-                                                       _mm512_castps_si512(sign), 0xca));
+  return _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(mask, _mm512_castps_si512(size), _mm512_castps_si512(sign), 0xca));
 }
 RECALKV_INLINE Vec load_units(const Unit* p) { return _mm512_loadu_ps(p); }
 RECALKV_INLINE void store_units(Unit* p, Vec v) { _mm512_storeu_ps(p, v); }
@@ -157,15 +156,14 @@ RECALKV_INLINE void to_fp16(uint16_t* p, Vec v) {
 RECALKV_INLINE void to_bf16(uint16_t* p, Vec v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const Vec nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-  const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000),
-                                          _mm256_castps_si256(nan));
+  const __m256i kept =
+      _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
   const __m256i high = _mm256_srli_epi32(kept, 16);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_packus_epi32(_mm256_castsi256_si128(high),
-                                    _mm256_extracti128_si256(high, 1)));
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(p),
+      _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
 }
 RECALKV_INLINE Vec copy_sign(Vec size, Vec sign) {
   const Vec mask = splat(-0.0f);

@@ -37,27 +37,27 @@ struct Attention {
   const bool expanded;              // low-frequency pairs are expanded
   const int exact_rows;             // rows of a head's factors that are rebuilt
 
-  Unit* queries;        // [num_heads][rows][depth], pair order
-  Unit* z_columns;      // [k_units][kTile]
-  Unit* keys;           // [depth][kTile]
-  Unit* values;         // [kTokenUnits][v_width]
-  float* scores;        // [kRowBlock][kTile]
-  Unit* weights;        // [kRowBlock][kTokenUnits]
-  float* running_max;   // [num_heads][rows]
-  float* running_sum;   // [num_heads][rows]
-  float* key_scale;     // [kTile], 1 / RMS of each key
-  float* rescale;       // [kRowBlock]
-  Raw* zeros;           // a latent for tokens past the end
-  Unit* widened;        // [kLanes][widest row], where the source is not made of units
-  Unit* turned;         // [rows][kTerms][expanded_pairs], see absorb()
-  Unit* absorbed;       // [num_heads][rows][kTerms][k_units]
-  float* offsets;       // [num_heads][rows][kTerms], the key bias' share
-  Raw* dequantized;     // [kTile][dequantized_stride], where the cache is quantised
+  Unit* queries;       // [num_heads][rows][depth], pair order
+  Unit* z_columns;     // [k_units][kTile]
+  Unit* keys;          // [depth][kTile]
+  Unit* values;        // [kTokenUnits][v_width]
+  float* scores;       // [kRowBlock][kTile]
+  Unit* weights;       // [kRowBlock][kTokenUnits]
+  float* running_max;  // [num_heads][rows]
+  float* running_sum;  // [num_heads][rows]
+  float* key_scale;    // [kTile], 1 / RMS of each key
+  float* rescale;      // [kRowBlock]
+  Raw* zeros;          // a latent for tokens past the end
+  Unit* widened;       // [kLanes][widest row], where the source is not made of units
+  Unit* turned;        // [rows][kTerms][expanded_pairs], see absorb()
+  Unit* absorbed;      // [num_heads][rows][kTerms][k_units]
+  float* offsets;      // [num_heads][rows][kTerms], the key bias' share
+  Raw* dequantized;    // [kTile][dequantized_stride], where the cache is quantised
   int64_t dequantized_stride;
   struct Part {
     int64_t begin, end;
   };
-  Part* parts;          // [num_parts], see plan_parts()
+  Part* parts;  // [num_parts], see plan_parts()
   int num_parts = 0;
   // Where a tile's tokens lie; latents are null past the end.
   struct Tile {
@@ -65,8 +65,8 @@ struct Attention {
     const uint8_t* codes[kTile];
     const uint16_t* scales[kTile];
   };
-  const Tile* next;     // the tile to prefetch
-  int prefetched = 0;   // of its tokens
+  const Tile* next;    // the tile to prefetch
+  int prefetched = 0;  // of its tokens
   int prefetch_step;
 
   Attention(const Layer& l, const Batch& b, const Task& t, Scratch& scratch)
@@ -155,9 +155,7 @@ struct Attention {
   void attend(int head, int64_t first, int valid);
 
   // Tokens of the tile at `first` that this task covers, 0 past its end.
-  RECALKV_INLINE int tile_tokens(int64_t first) const {
-    return clamp(task.kv_end - first, kTile);
-  }
+  RECALKV_INLINE int tile_tokens(int64_t first) const { return clamp(task.kv_end - first, kTile); }
 
   void run() {
     start();

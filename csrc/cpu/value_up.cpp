@@ -38,21 +38,20 @@ at::Tensor latent_value_up(const at::Tensor& o_lat, const at::Tensor& v_up,
   job.v_width = static_cast<int>(v_up.size(2));
   const int64_t rows = o_lat.size(0) * job.queries_per_kv;
   const int64_t blocks = (rows + kTile - 1) / kTile;
-  const int64_t work = std::max<int64_t>(1, std::min<int64_t>(rows, kTile) * job.head_dim *
-                                                job.v_width);
+  const int64_t work =
+      std::max<int64_t>(1, std::min<int64_t>(rows, kTile) * job.head_dim * job.v_width);
   at::parallel_for(0, blocks * v_up.size(0), std::max<int64_t>(1, kWorkPerThread / work),
                    [&](int64_t begin, int64_t end) {
-                     static thread_local Workspace scratch;
-                     void* memory = scratch.reserve(kernels->value_up_scratch_bytes(job));
-                     for (int64_t i = begin; i < end; ++i) {
-                       ValueUp block = job;
-                       block.head = static_cast<int>(i / blocks);
-                       block.first_row = i % blocks * kTile;
-                       block.rows =
-                           static_cast<int>(std::min<int64_t>(kTile, rows - block.first_row));
-                       kernels->value_up[from][to](block, memory);
-                     }
-                   });
+    static thread_local Workspace scratch;
+    void* memory = scratch.reserve(kernels->value_up_scratch_bytes(job));
+    for (int64_t i = begin; i < end; ++i) {
+      ValueUp block = job;
+      block.head = static_cast<int>(i / blocks);
+      block.first_row = i % blocks * kTile;
+      block.rows = static_cast<int>(std::min<int64_t>(kTile, rows - block.first_row));
+      kernels->value_up[from][to](block, memory);
+    }
+  });
   return out;
 }
 
