@@ -56,8 +56,8 @@ void Attention<Format>::attend(int head, int64_t first, int valid) {
   const int used_units = (valid + Format::kPerUnit - 1) / Format::kPerUnit;
   for (int begin = 0; begin < rows; begin += kRowBlock) {
     const int count = rows - begin < kRowBlock ? rows - begin : kRowBlock;
-    const int64_t oldest = task.first_position + begin / layer.queries_per_kv;
-    const int64_t newest = task.first_position + (begin + count - 1) / layer.queries_per_kv;
+    const int64_t oldest = task.first_position + begin / batch.queries_per_kv;
+    const int64_t newest = task.first_position + (begin + count - 1) / batch.queries_per_kv;
     if (newest < first) continue;
     if (layer.window && oldest - layer.window + 1 >= first + valid) continue;
 
@@ -78,7 +78,7 @@ void Attention<Format>::attend(int head, int64_t first, int valid) {
       }
     });
     for (int row = 0; row < count; ++row) {
-      const int64_t position = task.first_position + (begin + row) / layer.queries_per_kv;
+      const int64_t position = task.first_position + (begin + row) / batch.queries_per_kv;
       const int64_t low = layer.window ? position - layer.window + 1 - first : 0;
       const int64_t high = position - first + 1;
       const int64_t state = int64_t{head} * rows + begin + row;

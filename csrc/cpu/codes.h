@@ -1,4 +1,4 @@
-// Codes of quantised latents as vectors of floats: kLanes columns of a token, from one that is a
+// Codes of quantized latents as vectors of floats: kLanes columns of a token, from one that is a
 // multiple of kLanes on. Integers come as they are stored, without the half step and the offset.
 #pragma once
 
@@ -30,8 +30,8 @@ RECALKV_INLINE Vec load_int8(const uint8_t* codes, int64_t column) {
 #endif
 }
 
-// e4m3 in the bits of a half has 8 less in the exponent's bias, so this is 2^-8 of the number. A
-// NaN becomes a number: quantising writes one only beside a scale that is NaN itself.
+// e4m3 in the bits of a half has 8 less in the exponent's bias, so this is 2^-8 of the value. A NaN
+// becomes a finite value: quantizing writes one only beside a scale that is NaN itself.
 RECALKV_INLINE Vec load_fp8(const uint8_t* codes, int64_t column) {
 #if RECALKV_AVX512
   const __m256i x =

@@ -1,9 +1,12 @@
-// One task of the attention: tile after tile, gather latents, rebuild a head's keys, score, softmax
-// and accumulate value latents. The steps are defined in a header each.
+// One task of the attention: tile after tile, gather latents, reconstruct a head's keys, score,
+// softmax and accumulate value latents. The steps are defined in a header each.
 #pragma once
 
+#include "batch.h"
+#include "layer.h"
 #include "product.h"
 #include "scratch.h"
+#include "task.h"
 
 namespace recalkv::RECALKV_ISA {
 
@@ -15,10 +18,10 @@ RECALKV_INLINE int clamp(int64_t x, int most) {
   return x < most ? static_cast<int>(x) : most;
 }
 
-// Whether expanding is cheaper than rebuilding whole keys, for `rows` queries per KV head.
+// Whether expanding is cheaper than reconstructing whole keys, for `rows` queries per KV head.
 RECALKV_INLINE bool use_expansion(const Layer& layer, int rows) {
   if (!layer.basis || rows > kRowBlock) return false;
-  const int absorb = rows * kTerms * 2 * layer.expanded_pairs / kSpan;
+  const int absorb = rows * kTerms * 2 * layer.expanded_pairs / kStretch;
   return 2 * layer.exact_pairs + rows * kTerms + absorb < layer.head_dim * 7 / 8;
 }
 
@@ -35,7 +38,7 @@ struct Attention {
   const int depth;                  // units of a head
   const int k_units;                // units of a K span
   const bool expanded;              // low-frequency pairs are expanded
-  const int exact_rows;             // rows of a head's factors that are rebuilt
+  const int exact_rows;             // rows of a head's factors that are reconstructed
 
   Unit* queries;       // [num_heads][rows][depth], pair order
   Unit* z_columns;     // [k_units][kTile]
@@ -52,7 +55,7 @@ struct Attention {
   Unit* turned;        // [rows][kTerms][expanded_pairs], see absorb()
   Unit* absorbed;      // [num_heads][rows][kTerms][k_units]
   float* offsets;      // [num_heads][rows][kTerms], the key bias' share
-  Raw* dequantized;    // [kTile][dequantized_stride], where the cache is quantised
+  Raw* dequantized;    // [kTile][dequantized_stride], where the cache is quantized
   int64_t dequantized_stride;
   struct Part {
     int64_t begin, end;
@@ -75,7 +78,7 @@ struct Attention {
         task(t),
         first_head(t.group_begin * l.group_heads),
         num_heads((t.group_end - t.group_begin) * l.group_heads),
-        rows(t.num_queries * l.queries_per_kv),
+        rows(t.num_queries * b.queries_per_kv),
         depth(l.head_dim / Format::kPerUnit),
         k_units(l.k_width / Format::kPerUnit),
         expanded(Format::kRawIsUnits && use_expansion(l, rows)),
@@ -95,7 +98,7 @@ struct Attention {
     parts = scratch.take<Part>(layer.k_groups + layer.v_groups);
     if (quantized()) {
       // A line more than a row, or the rows of large ranks would share few sets of the cache.
-      dequantized_stride = layer.quantization.rank + 64 / static_cast<int64_t>(sizeof(Raw));
+      dequantized_stride = batch.latents.rank + 64 / static_cast<int64_t>(sizeof(Raw));
       dequantized = scratch.take<Raw>(kTile * dequantized_stride);
     }
     prefetch_step = kTile / (num_heads * (exact_rows / kRows + 1)) + 1;
@@ -109,12 +112,12 @@ struct Attention {
 
   // Row (query, head) of the results that a KV head's row is.
   RECALKV_INLINE int64_t out_row(int head, int row) const {
-    const int query = row / layer.queries_per_kv;
-    return int64_t{query} * layer.num_heads + (first_head + head) * layer.queries_per_kv +
-           row % layer.queries_per_kv;
+    const int query = row / batch.queries_per_kv;
+    return int64_t{query} * batch.num_heads + (first_head + head) * batch.queries_per_kv +
+           row % batch.queries_per_kv;
   }
 
-  RECALKV_INLINE bool quantized() const { return layer.quantization.codec != Codec::kNumbers; }
+  RECALKV_INLINE bool quantized() const { return batch.latents.codec != Codec::kNone; }
 
   RECALKV_INLINE const Raw* span(const Raw* latent, int64_t start) const {
     return latent == nullptr ? zeros : latent + start;
@@ -179,7 +182,7 @@ struct Attention {
           gathered = group;
         }
         if (expanded) {
-          if (first % kSpan == 0 || first == task.kv_begin) absorb(head, first);
+          if (first % kStretch == 0 || first == task.kv_begin) absorb(head, first);
           score_expanded(head, first);
         }
         reconstruct(global, first / kTile);
@@ -194,15 +197,14 @@ struct Attention {
 };
 
 template <class Format>
-void run_task(const Layer& layer, const Batch& batch, const Task& task, void* scratch) {
+void attend_task(const Layer& layer, const Batch& batch, const Task& task, void* scratch) {
   Scratch memory{static_cast<char*>(scratch)};
   Attention<Format>(layer, batch, task, memory).run();
 }
 
 template <class Format>
-int64_t scratch_bytes(const Layer& layer, const Task& task) {
+int64_t attend_scratch_bytes(const Layer& layer, const Batch& batch, const Task& task) {
   Scratch memory{nullptr};
-  const Batch batch{};
   Attention<Format> unused(layer, batch, task, memory);
   return memory.used;
 }

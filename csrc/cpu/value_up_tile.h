@@ -3,6 +3,7 @@
 
 #include "product.h"
 #include "scratch.h"
+#include "value_up.h"
 
 namespace recalkv::RECALKV_ISA {
 

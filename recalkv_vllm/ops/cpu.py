@@ -91,34 +91,53 @@ class CpuAttention(BoundAttention):
         order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)
         k_factors = layer.k_up.reshape(-1, layer.head_dim, layer.k_width)[:, order]
         k_factors = k_factors.to(compute_dtype).contiguous()
-        basis = coefficients = pair_factors = None
-        # A key norm needs the whole key.
-        if isa == "avx512_bf16" and rope is not None and layer.k_norm_weight is None:
-            expansion = cpu_tables.expansion(rope, layer.head_dim)
-            if expansion is not None:
-                basis, coefficients = expansion.basis, expansion.coefficients
-                slow = k_factors[:, 2 * expansion.exact_pairs :]
-                pair_factors = slow.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
-        bias, norm = layer.k_bias, layer.k_norm_weight
-        self._format = layer.latent_format
-        self._constants = (
-            k_factors,
-            None if bias is None else bias[:, order].float().contiguous(),
-            None if norm is None else norm[order].float().contiguous(),
-            None if rope is None else cpu_tables.rope_tiles(rope),
-            basis,
-            coefficients,
-            pair_factors,
-            [start for start, _ in layer.k_spans],
-            [start for start, _ in layer.v_spans],
-            layer.v_width,
-            2**31 - 1 if rope is None else rope.shape[0],
-            layer.is_neox,
-            layer.scale,
-            layer.k_norm_eps,
-            layer.soft_cap or 0.0,
-            layer.sliding_window or 0,
-            isa,
+        classes = torch.classes.recalkv_cpu
+        rotation = expansion = None
+        if rope is not None:
+            rotation = classes.Rotation(
+                tiles=cpu_tables.rope_tiles(rope),
+                max_position=rope.shape[0],
+                is_neox=layer.is_neox,
+            )
+            # A key norm needs the whole key.
+            if isa == "avx512_bf16" and layer.k_norm_weight is None:
+                expansion = self._expansion(k_factors, rope)
+        bias, norm, latent_format = layer.k_bias, layer.k_norm_weight, layer.latent_format
+        self._layer = classes.AttentionLayer(
+            isa=isa,
+            keys=classes.Keys(
+                factors=k_factors,
+                bias=None if bias is None else bias[:, order].float().contiguous(),
+                norm_weight=None if norm is None else norm[order].float().contiguous(),
+                norm_eps=layer.k_norm_eps,
+            ),
+            spans=classes.Spans(
+                k_starts=[span.start for span in layer.k_spans],
+                v_starts=[span.start for span in layer.v_spans],
+                v_width=layer.v_width,
+            ),
+            rotation=rotation,
+            expansion=expansion,
+            logits=classes.Logits(
+                scale=layer.scale,
+                soft_cap=layer.soft_cap or 0.0,
+                window=layer.sliding_window or 0,
+            ),
+            latent_dtype="" if latent_format is None else latent_format.dtype,
+            group_size=0 if latent_format is None else latent_format.group_size,
+        )
+
+    @staticmethod
+    def _expansion(k_factors: torch.Tensor, rope: torch.Tensor) -> torch.ScriptObject | None:
+        """The layer's low-frequency pairs, packed; None where there are none."""
+        found = cpu_tables.expansion(rope, k_factors.shape[1])
+        if found is None:
+            return None
+        slow = k_factors[:, 2 * found.exact_pairs :]
+        return torch.classes.recalkv_cpu.Expansion(
+            basis=found.basis,
+            coefficients=found.coefficients,
+            pair_factors=slow.unflatten(1, (-1, 2)).transpose(2, 3).contiguous(),
         )
 
     def __call__(
@@ -130,11 +149,8 @@ class CpuAttention(BoundAttention):
         query_start_loc: torch.Tensor,
         hints: BatchHints = NO_HINTS,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        how: tuple[str, int, int] = ("", 0, kv_cache.shape[2])
-        if (form := self._format) is not None:
-            how = (form.dtype, form.group_size, form.rank_of(kv_cache.shape[2]))
         return torch.ops.recalkv_cpu.paged_latent_attention.default(
-            q, kv_cache, block_table, seq_lens, query_start_loc, *self._constants, *how
+            self._layer, q, kv_cache, block_table, seq_lens, query_start_loc
         )
 
 
@@ -176,10 +192,16 @@ if _import_error is None:
         return v_up.new_empty((*o_lat.shape[:2], v_up.shape[1]), dtype=out_dtype)
 
     @torch.library.register_fake("recalkv_cpu::paged_latent_attention")
-    def _(q, kv_cache, block_table, seq_lens, query_start_loc, k_factors, k_bias, k_norm_weight,
-          rope, basis, coefficients, pair_factors, k_starts, v_starts, v_width, *_):  # fmt: skip
+    def _(
+        layer: torch.ScriptObject,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, heads, _ = q.shape
         return (
-            q.new_empty((tokens, heads, v_width), dtype=torch.float32),
+            q.new_empty((tokens, heads, layer.v_width()), dtype=torch.float32),
             q.new_empty((tokens, heads), dtype=torch.float32),
         )
