@@ -25,14 +25,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from recalkv_vllm.kernels import heuristics
-from recalkv_vllm.kernels.bound import PagedLatentAttention, Part
-from recalkv_vllm.kernels.launch import (
-    Launch,
-    cache_update_launch,
-    merge_launch,
-    value_up_launch,
-)
 from recalkv_vllm.latent_format import BITS, LatentFormat
+from recalkv_vllm.ops import Batch
+from recalkv_vllm.ops.triton.attention import TritonAttention
+from recalkv_vllm.ops.triton.cache_update import cache_update_launch
+from recalkv_vllm.ops.triton.launch import Launch
+from recalkv_vllm.ops.triton.merge import merge_launch
+from recalkv_vllm.ops.triton.plan import Part
+from recalkv_vllm.ops.triton.value_up import value_up_launch
 
 from .geometries import GEOMETRIES, SPANS, group_sizes, latent_of
 from .inputs import latent_layer
@@ -128,7 +128,7 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     latent = latent_of(geometry, case.compression, case.group_size, case.spans)
     form, queries, dtype = case.latent_format, MODES[mode], torch.bfloat16
     layer = latent_layer(geometry, latent, POSITIONS, dtype, latent_format=form)
-    attend = PagedLatentAttention(layer, target)
+    attention = TritonAttention(layer, target)
     cache = z = torch.zeros(2, 16, latent.rank, dtype=dtype)
     if form is not None:
         cache = torch.zeros(2, 16, form.slot_bytes(latent.rank), dtype=torch.uint8)
@@ -137,14 +137,13 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     lse = torch.zeros(queries, heads)
     index = torch.zeros(16, dtype=torch.int32)
     part = Part(0, 1, range(queries), queries, bounded=mode != "prefill")
-    table = index[None]
-    yield next(attend.launches(part, q, cache, table, index[:1], index[:2], o_lat, lse, 32))
+    batch = Batch(index[None], index[:1], index[:2], max_seq_len=32)
+    yield next(attention.launches(part, q, cache, batch, o_lat, lse))
     if mode == "prefill":
         return
     yield merge_launch(o_lat[None], lse[None], o_lat, lse)
     yield cache_update_launch(z[0, :1], cache, torch.zeros(1, dtype=torch.int64), form)
-    v_up = torch.zeros(geometry.num_kv_heads, head_dim, latent.v_width, dtype=dtype)
-    yield value_up_launch(o_lat, v_up, None, torch.zeros_like(q))
+    yield value_up_launch(o_lat, layer.v_up, None, torch.zeros_like(q))
 
 
 @cache

@@ -13,13 +13,12 @@ from itertools import product
 
 import torch
 
-from recalkv_vllm.kernels.layout import next_power_of_2, power_of_2_chunks
+from recalkv_vllm.kernels.columns import next_power_of_2, power_of_2_chunks
+from recalkv_vllm.kernels.splits import MAX_SPLITS, cheapest_split
 
 #: Largest shared memory of one program, by compute capability.
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10,
                 103: 227 << 10, 120: 99 << 10}  # fmt: skip
-#: Partial results of more splits cost more to merge than they win.
-MAX_SPLITS = 64
 #: Verification of up to this many queries per sequence is decode; more is prefill.
 MAX_DECODE_QUERIES = 16
 #: Query rows of one program in prefill: each reconstructed key serves them all.
@@ -306,17 +305,10 @@ def most_programs(target: Target) -> int:
 def split_count(programs: int, max_tiles: int, target: Target) -> int:
     """Splits of the cached tokens: fixed by shapes alone, so that a graph can hold it.
 
-    Minimises waves of programs times tiles per program, with two tiles' worth of start-up each.
     The bound on programs bounds the workspace too.
     """
-    slots = 2 * target.num_sms
     most = max(1, min(MAX_SPLITS, max_tiles, most_programs(target) // programs))
-
-    def cost(splits: int) -> float:
-        waves = -(-programs * splits // slots)
-        return waves * (-(-max_tiles // splits) + 2) + 0.01 * splits
-
-    return min(range(1, most + 1), key=cost)
+    return cheapest_split(programs, 2 * target.num_sms, max_tiles, most)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from recalkv_vllm import ops
 from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.ops import BatchLimits, LatentLayer, bind
 from recalkv_vllm.serving.backend import LatentMetadata, RecalkvBackend
 from recalkv_vllm.serving.sharding import LatentShard
 
@@ -38,7 +38,7 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
     ) -> None:
         """Write latents ``key: [tokens, rank]`` into the cache; ``value`` is the same tensor."""
         latents, paged = key[: slot_mapping.shape[0]], kv_cache.squeeze(1)
-        ops.latent_cache_update(latents, paged, slot_mapping, layer.latent_format)
+        layer.ops.update_cache(latents, paged, slot_mapping)
 
     def forward(
         self,
@@ -58,18 +58,11 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         if attn_metadata is None:
             # Memory profiling: take what a real step takes, so that it is counted.
             o_lat = query.new_zeros(*query.shape[:2], layer.v_width, dtype=torch.float32)
-            output.copy_(layer.value_up(o_lat))
+            output.copy_(layer.ops.value_up(o_lat))
             return output
         tokens = attn_metadata.num_actual_tokens
-        o_lat, _ = layer.attend(
-            query[:tokens],
-            kv_cache.squeeze(1),
-            attn_metadata.block_table,
-            attn_metadata.seq_lens,
-            attn_metadata.query_start_loc,
-            attn_metadata.hints,
-        )
-        output[:tokens].copy_(layer.value_up(o_lat))
+        o_lat, _ = layer.ops.attend(query[:tokens], kv_cache.squeeze(1), attn_metadata.batch)
+        output[:tokens].copy_(layer.ops.value_up(o_lat))
         return output
 
 
@@ -88,7 +81,6 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         shard: LatentShard,
         sliding_window: int | None,
         prefix: str,
-        soft_cap: float | None = None,
         latent_format: LatentFormat | None = None,
     ):
         super().__init__()
@@ -96,16 +88,15 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.layer_name = prefix
         self.num_heads = num_heads
         self.head_dim = head_dim
-        self.scale = scale
         self.shard = shard
         self.v_width = shard.v_spans[0].width
         self.sliding_window = sliding_window
-        self.soft_cap = soft_cap
         self.latent_format = latent_format
-        self._largest_batch = (
-            vllm_config.scheduler_config.max_num_seqs,
-            max_decode_query_len(vllm_config),
-            vllm_config.model_config.max_model_len,
+        self._limits = BatchLimits(
+            num_heads=num_heads,
+            num_seqs=vllm_config.scheduler_config.max_num_seqs,
+            decode_query_len=max_decode_query_len(vllm_config),
+            seq_len=vllm_config.model_config.max_model_len,
         )
         self.attn_type = AttentionType.DECODER
         self.attn_backend = RecalkvBackend
@@ -115,52 +106,10 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
-    def bind(
-        self,
-        k_up: torch.Tensor,
-        v_up: torch.Tensor,
-        *,
-        k_bias: torch.Tensor | None,
-        v_bias: torch.Tensor | None,
-        cos_sin_cache: torch.Tensor,
-        is_neox: bool,
-        k_norm_weight: torch.Tensor | None = None,
-        k_norm_eps: float = 1e-6,
-    ) -> None:
-        """Give the kernels this rank's factors, once weights are loaded.
-
-        Args:
-            k_up: ``[G_k, s·d, k_width]``.
-            v_up: ``[h_kv, d, v_width]``.
-            k_bias: ``[h_kv, d]``.
-            v_bias: ``[h_kv, d]``.
-            cos_sin_cache: ``[max_position, rot_dim]``.
-            is_neox: RoPE pairing.
-            k_norm_weight: ``[d]``.
-            k_norm_eps: its epsilon.
-        """
-        layer = ops.LatentLayer(
-            k_up=k_up,
-            k_spans=self.shard.k_spans,
-            v_spans=self.shard.v_spans,
-            head_dim=self.head_dim,
-            scale=self.scale,
-            cos_sin_cache=cos_sin_cache,
-            is_neox=is_neox,
-            k_bias=k_bias,
-            k_norm_weight=k_norm_weight,
-            k_norm_eps=k_norm_eps,
-            sliding_window=self.sliding_window,
-            soft_cap=self.soft_cap,
-            latent_format=self.latent_format,
-        )
-        self.attend = ops.bind_paged_latent_attention(layer)
-        self.attend.reserve(self.num_heads, *self._largest_batch)
-        self._v_up, self._v_bias = v_up, v_bias
-
-    def value_up(self, o_lat: torch.Tensor) -> torch.Tensor:
-        """Head outputs ``[tokens, h_q, d]`` of value latents ``[tokens, h_q, v_width]``."""
-        return ops.latent_value_up(o_lat, self._v_up, self._v_bias)
+    def bind(self, layer: LatentLayer) -> None:
+        """Give the kernels this rank's constants, once weights are loaded."""
+        self.ops = bind(layer)
+        self.ops.reserve(self._limits)
 
     def forward(self, query: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """Cache ``latent: [tokens, rank]`` and attend ``query: [tokens, h_q·d]``, rotated.

@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from recalkv_vllm.ops import BatchHints
+from recalkv_vllm.ops import Batch
 from recalkv_vllm.serving.registration import BACKEND_NAME
 
 SUPPORTED_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -76,18 +76,12 @@ class LatentMetadata(AttentionMetadata):
     """One batch, the same for all layers.
 
     Args:
-        query_start_loc: ``[num_reqs + 1]`` int32.
-        seq_lens: ``[num_reqs]`` int32, cached tokens including this step's.
-        block_table: ``[num_reqs, max_blocks]`` int32.
-        num_actual_tokens: tokens of the batch without padding.
-        hints: what the host knows of the batch.
+        batch: what the kernels are told of it.
+        num_actual_tokens: its tokens without padding.
     """
 
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
+    batch: Batch
     num_actual_tokens: int
-    hints: BatchHints
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
@@ -122,20 +116,23 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         built = getattr(common, "_recalkv_metadata", None)
         # A drafter changes the object from step to step.
         if built is None or not (
-            built.block_table is common.block_table_tensor
-            and built.query_start_loc is common.query_start_loc
-            and built.seq_lens is common.seq_lens
+            built.batch.block_table is common.block_table_tensor
+            and built.batch.query_start_loc is common.query_start_loc
+            and built.batch.seq_lens is common.seq_lens
+            and built.batch.max_seq_len == common.max_seq_len
             and built.num_actual_tokens == common.num_actual_tokens
-            and built.hints.max_seq_len == common.max_seq_len
         ):
             threshold = self.reorder_batch_threshold
             num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, threshold)
-            built = LatentMetadata(
-                query_start_loc=common.query_start_loc,
-                seq_lens=common.seq_lens,
+            batch = Batch(
                 block_table=common.block_table_tensor,
-                num_actual_tokens=common.num_actual_tokens,
-                hints=BatchHints(num_decodes, num_decode_tokens, threshold, common.max_seq_len),
+                seq_lens=common.seq_lens,
+                query_start_loc=common.query_start_loc,
+                num_decodes=num_decodes,
+                num_decode_tokens=num_decode_tokens,
+                max_decode_query_len=threshold,
+                max_seq_len=common.max_seq_len,
             )
+            built = LatentMetadata(batch, common.num_actual_tokens)
             common._recalkv_metadata = built
         return built

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLi
 
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, LatentLayout
 from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.ops import LatentLayer
 from recalkv_vllm.serving.attention import LatentAttention
 from recalkv_vllm.serving.rotary import position_table, rotate_queries
 from recalkv_vllm.serving.sharding import shard_latent
@@ -83,9 +84,10 @@ class LatentSelfAttention(nn.Module):
             shard,
             stock.attn.sliding_window,
             prefix=name,
-            soft_cap=vllm_config.model_config.hf_config.to_dict().get("attn_logit_softcapping"),
             latent_format=latent_format,
         )
+        self.scaling = stock.scaling
+        self.soft_cap = vllm_config.model_config.hf_config.to_dict().get("attn_logit_softcapping")
         self.attn.process_weights_after_loading = self.bind_factors
 
     def _load_bias(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
@@ -106,15 +108,23 @@ class LatentSelfAttention(nn.Module):
     def bind_factors(self, act_dtype: torch.dtype) -> None:
         """Hand factors and biases to the kernels; vLLM calls it once weights are loaded."""
         cos_sin_cache, is_neox = position_table(self.rotary_emb)
-        self.attn.bind(
-            self.k_up.data,
-            self.v_up.data,
-            k_bias=None if self.k_bias is None else self.k_bias.data,
-            v_bias=None if self.v_bias is None else self.v_bias.data,
+        layer = LatentLayer(
+            k_up=self.k_up.data,
+            v_up=self.v_up.data,
+            k_spans=self.shard.k_spans,
+            v_spans=self.shard.v_spans,
+            head_dim=self.head_dim,
+            scale=self.scaling,
             cos_sin_cache=cos_sin_cache,
             is_neox=is_neox,
+            k_bias=None if self.k_bias is None else self.k_bias.data,
+            v_bias=None if self.v_bias is None else self.v_bias.data,
+            sliding_window=self.attn.sliding_window,
+            soft_cap=self.soft_cap,
+            latent_format=self.attn.latent_format,
             **self._key_norm(),
         )
+        self.attn.bind(layer)
 
     def _key_norm(self) -> dict[str, Any]:
         if self.k_norm is None:

@@ -1,13 +1,19 @@
-"""Host side of the CUDA kernel's data layout: factors, rotations, and columns of a tile.
-
-Runs once, when weights are loaded; plain torch.
-"""
+"""A layer's constants as the CUDA kernel takes them; runs once, when weights are loaded."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 
-from recalkv_vllm.ops.cuda_plan import Layer, Plan, tile_spans, v_blocks
+from recalkv_vllm.ops.contract import KernelUnavailableError, LatentLayer
+from recalkv_vllm.ops.cuda.plan import tile_spans, v_blocks
+from recalkv_vllm.ops.cuda.shapes import LayerShape, Plan
+from recalkv_vllm.ops.rotary import pair_order
+
+#: In place of a window, where there is none.
+NO_WINDOW = 1 << 30
 
 #: Positions per row of the base table; tiles are this long or twice as long.
 BASE_STEP = 16
@@ -17,12 +23,78 @@ LARGEST_TILE = 32
 ROTATION_ERROR = 2.0**-6
 
 
-def pair_order(head_dim: int, rot_dim: int, is_neox: bool) -> torch.Tensor:
-    """Columns of a head with the two members of every rotation pair side by side."""
-    order = torch.arange(head_dim)
-    if is_neox:
-        order[:rot_dim] = order[:rot_dim].view(2, -1).T.flatten()
-    return order
+class LayerSizes(NamedTuple):
+    """The op's argument ``sizes``; names as in ``csrc/cuda/params.h``."""
+
+    k_width: int
+    v_width: int
+    rotated_half: int
+    window: int
+    base_rotation_stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """Arguments of the torch op ``decode``; columns of a head are in pair order.
+
+    Args:
+        k_factor: see :func:`pack_factor`.
+        k_bias: ``[h_kv, d]`` float32.
+        k_norm_weight: ``[d]`` float32, divided by ``norm_factor``.
+        base_rotation: see :func:`rotation_tables`, as for the next.
+        local_rotation: alike.
+        soft_cap: 0 is none.
+    """
+
+    k_factor: torch.Tensor
+    k_bias: torch.Tensor | None
+    k_norm_weight: torch.Tensor | None
+    base_rotation: torch.Tensor
+    local_rotation: torch.Tensor
+    sizes: LayerSizes
+    scale: float
+    soft_cap: float
+    norm_eps: float
+    norm_factor: float
+
+
+def pack_layer(layer: LatentLayer) -> PackedLayer:
+    """Pack a layer's constants.
+
+    Raises:
+        KernelUnavailableError: the kernel cannot rotate keys as the layer's table does.
+    """
+    device = layer.k_up.device
+    rotations = rotation_tables(layer.cos_sin_cache, layer.head_dim, device)
+    if rotations is None:
+        raise KernelUnavailableError(
+            "cos_sin_cache: expected angles proportional to the position, found others"
+        )
+    order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox).to(device)
+    norm, norm_factor = None, 1.0
+    if layer.k_norm_weight is not None:
+        # Keys are rounded before they are normed: below their own magnitude they cannot
+        # overflow float16.
+        norm_factor = 2 * float(layer.k_norm_weight.abs().max()) or 1.0
+        norm = (layer.k_norm_weight.float() / norm_factor)[order].contiguous()
+    return PackedLayer(
+        k_factor=pack_factor(layer.k_up, layer.head_dim, order),
+        k_bias=None if layer.k_bias is None else layer.k_bias.float()[:, order].contiguous(),
+        k_norm_weight=norm,
+        base_rotation=rotations[0],
+        local_rotation=rotations[1],
+        sizes=LayerSizes(
+            k_width=layer.k_width,
+            v_width=layer.v_width,
+            rotated_half=layer.rot_dim // 2 if layer.is_neox else 0,
+            window=layer.sliding_window or NO_WINDOW,
+            base_rotation_stride=0 if layer.cos_sin_cache is None else layer.head_dim,
+        ),
+        scale=layer.scale,
+        soft_cap=layer.soft_cap or 0.0,
+        norm_eps=layer.k_norm_eps,
+        norm_factor=norm_factor,
+    )
 
 
 def pack_factor(k_up: torch.Tensor, head_dim: int, order: torch.Tensor) -> torch.Tensor:
@@ -75,7 +147,7 @@ def rotation_tables(
     return padded(base, base.shape[0]), padded(local, LARGEST_TILE)
 
 
-def tile_columns(layer: Layer, plan: Plan) -> torch.Tensor:
+def tile_columns(layer: LayerShape, plan: Plan) -> torch.Tensor:
     """``[v_blocks, head_blocks, 2 + heads + chunks]`` int32, as ``TileColumns`` in staging.cuh.
 
     Of each block: column of the K span in its tile, number of 8-column chunks, columns of its
@@ -86,14 +158,15 @@ def tile_columns(layer: Layer, plan: Plan) -> torch.Tensor:
         for first in range(0, len(layer.k_spans), plan.heads):
             sources = [
                 column
-                for start, end in tile_spans(layer, first, plan.heads, part)
-                for column in range(start, end, 8)
+                for span in tile_spans(layer, first, plan.heads, part)
+                for column in range(span.start, span.end, 8)
             ]
             place = {column: 8 * i for i, column in enumerate(sources)}
-            values = [
-                place[start + part[0]] for start, _ in layer.v_spans[first : first + plan.heads]
-            ]
+            v_spans = layer.v_spans[first : first + plan.heads]
+            values = [place[span.start + part.start] for span in v_spans]
             unused = [0] * (plan.tile_width // 8 - len(sources))
-            rows.append([place[layer.k_spans[first][0]], len(sources), *values, *sources, *unused])
+            rows.append(
+                [place[layer.k_spans[first].start], len(sources), *values, *sources, *unused]
+            )
     table = torch.tensor(rows, dtype=torch.int32)
     return table.view(-1, len(layer.k_spans) // plan.heads, table.shape[1])

@@ -1,10 +1,10 @@
 """Paged write of new latents as codes and scales (``recalkv_vllm/latent_format.py``).
 
-Roofline. Pure traffic, less than the unquantised write: ``rank`` numbers read and ``slot_bytes``
+Roofline. Pure traffic, less than the unquantized write: ``rank`` elements read and ``slot_bytes``
 written per new token; a decode step moves a few kilobytes and costs a launch.
 
-Data movement. One program per (token, a few whole groups). Numbers stay in registers from the read
-to the packed byte; neighbouring codes of a byte are added up after shifting, which crosses threads
+Data movement. One program per (token, a few whole groups). Elements stay in registers from the read
+to the packed byte; neighboring codes of a byte are added up after shifting, which crosses threads
 only for int3's plane of high bits.
 """
 
@@ -55,7 +55,7 @@ def store_plane(
 
 
 @triton.jit
-def write_quantised_latents(
+def write_quantized_latents(
     z,
     codes,
     scales,
@@ -72,7 +72,7 @@ def write_quantised_latents(
     GROUPS_PER_PROGRAM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Quantise ``z[token]`` into slot ``slot_mapping[token]``; a negative slot is padding."""
+    """Quantize ``z[token]`` into slot ``slot_mapping[token]``; a negative slot is padding."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot < 0:
@@ -80,11 +80,11 @@ def write_quantised_latents(
     SIZE: tl.constexpr = GROUPS_PER_PROGRAM * GROUP
     group = tl.program_id(1) * GROUPS_PER_PROGRAM + tl.arange(0, GROUPS_PER_PROGRAM)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    numbers = tl.load(z + token * stride_z + column, mask=column < RANK, other=0.0).to(tl.float32)
+    elements = tl.load(z + token * stride_z + column, mask=column < RANK, other=0.0).to(tl.float32)
     HALF: tl.constexpr = 128 if CODEC == "int8" else 8 if CODEC == "int4" else 4
     STEPS: tl.constexpr = 448.0 if CODEC == "fp8" else 1.0 * HALF
     rounded = tl.div_rn(
-        largest_magnitudes(numbers), tl.full([GROUPS_PER_PROGRAM], STEPS, tl.float32)
+        largest_magnitudes(elements), tl.full([GROUPS_PER_PROGRAM], STEPS, tl.float32)
     )
     rounded = rounded.to(tl.bfloat16)
     scale = rounded.to(tl.float32)
@@ -92,7 +92,7 @@ def write_quantised_latents(
     inverse = tl.where(
         scale == 0, 0.0, tl.div_rn(tl.full([GROUPS_PER_PROGRAM], 1.0, tl.float32), scale)
     )
-    scaled = numbers * inverse[:, None]
+    scaled = elements * inverse[:, None]
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     scale_row = scales + block * stride_scale_block + offset * stride_scale_slot
     tl.store(scale_row + group, scale.to(tl.bfloat16), mask=group < GROUPS)

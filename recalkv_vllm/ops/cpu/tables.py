@@ -1,18 +1,19 @@
 """Rotation tables of the C++ attention, made once per cos/sin cache: a model's layers share them.
 
-**Expansion of low frequencies.** Within a span of positions ``[b, b + T)`` a low-frequency pair
+**Expansion of low frequencies.** Within a stretch of positions ``[b, b + T)`` a low-frequency pair
 hardly turns, and the cosines and sines of all such pairs are, to well below bf16 rounding,
 combinations of very few functions of the offset: ``cos(θ (b + t)) ≈ Σ_m C_m φ_m(t)``, likewise
-``sin`` with ``S_m``. The ``φ_m`` are the leading singular vectors of those rows in the first span
-(shifting a span only mixes cosine and sine, so that they fit every span). A pair's share of a score
-is then ``Σ_m φ_m(t) · (A_m · z_t)`` with ``A_m`` its factors folded into the query, once per span,
-and its key rows need not be rebuilt. How many pairs qualify is measured here on the table itself,
-whatever scaling made it.
+``sin`` with ``S_m``. The ``φ_m`` are the leading singular vectors of those rows in the first
+stretch (shifting a stretch only mixes cosine and sine, so that they fit every one). A pair's share
+of a score is then ``Σ_m φ_m(t) · (A_m · z_t)`` with ``A_m`` its factors folded into the query, once
+per stretch, and its key rows need not be reconstructed. How many pairs qualify is measured here on
+the table itself, whatever scaling made it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 #: Largest error of an expanded cosine or sine: the rounding of a bf16 key.
 EXPANSION_ERROR = 2.0**-9
-#: Spans that the search for the pairs looks at; what it finds is then checked on all.
-SEARCHED_SPANS = 64
+#: Stretches that the search for the pairs looks at; what it finds is then checked on all.
+SEARCHED_STRETCHES = 64
 #: Pairs are padded to whole vectors.
 PAIR_MULTIPLE = 16
 
@@ -32,8 +33,8 @@ class Expansion:
 
     Args:
         exact_pairs: pairs before this one, in order of falling frequency, are not expanded.
-        basis: ``[terms, span]``.
-        coefficients: ``[spans, terms, 2, expanded pairs up to PAIR_MULTIPLE]``, cosines then sines.
+        basis: ``[terms, stretch]``.
+        coefficients: ``[stretches, terms, 2, expanded pairs up to PAIR_MULTIPLE]``, cosines, sines.
     """
 
     exact_pairs: int
@@ -41,8 +42,8 @@ class Expansion:
     coefficients: torch.Tensor
 
 
-_tiles = WeakTensorKeyDictionary()
-_expansions = WeakTensorKeyDictionary()
+_tiles: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
+_expansions: MutableMapping[torch.Tensor, dict[int, Expansion | None]] = WeakTensorKeyDictionary()
 
 
 def by_chunk(cos_sin_cache: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -75,13 +76,13 @@ def expansion(cos_sin_cache: torch.Tensor, head_dim: int) -> Expansion | None:
 
 
 def _expand(cos_sin_cache: torch.Tensor, head_dim: int) -> Expansion | None:
-    _, terms, span = torch.ops.recalkv_cpu.table_sizes()
-    partial = cos_sin_cache.shape[0] % span
-    if cos_sin_cache.shape[0] < span:
+    _, terms, stretch = torch.ops.recalkv_cpu.table_sizes()
+    partial = cos_sin_cache.shape[0] % stretch
+    if cos_sin_cache.shape[0] < stretch:
         return None
-    whole = by_chunk(cos_sin_cache, span)
+    whole = by_chunk(cos_sin_cache, stretch)
     # Columns that RoPE leaves alone are pairs that never turn.
-    still = whole.new_zeros(whole.shape[0], 2, (head_dim - cos_sin_cache.shape[1]) // 2, span)
+    still = whole.new_zeros(whole.shape[0], 2, (head_dim - cos_sin_cache.shape[1]) // 2, stretch)
     still[:, 0] = 1
     whole = torch.cat((whole, still), dim=2)
     allowed = EXPANSION_ERROR
@@ -90,7 +91,7 @@ def _expand(cos_sin_cache: torch.Tensor, head_dim: int) -> Expansion | None:
         binade = 2.0 ** math.ceil(math.log2(whole.max()))
         allowed += 1.5 * binade * torch.finfo(cos_sin_cache.dtype).eps / 4
     # Slow rows lie on few polynomials; the rest of a low-precision table is its rounding.
-    offset = torch.linspace(-1, 1, span, dtype=torch.float32)
+    offset = torch.linspace(-1, 1, stretch, dtype=torch.float32)
     smooth = torch.linalg.qr(offset[:, None] ** torch.arange(3 * terms)).Q
 
     def fit(exact: int, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -109,7 +110,7 @@ def _expand(cos_sin_cache: torch.Tensor, head_dim: int) -> Expansion | None:
 
     pairs = head_dim // 2
     sample = whole[: whole.shape[0] - bool(partial)]
-    sample = sample[:: -(-sample.shape[0] // SEARCHED_SPANS)]
+    sample = sample[:: -(-sample.shape[0] // SEARCHED_STRETCHES)]
     # In turn, for rounding makes the error no monotonic function of the pairs.
     for exact in range(pairs):
         if fit(exact, sample) is not None and (fitted := fit(exact, whole)) is not None:
@@ -119,7 +120,7 @@ def _expand(cos_sin_cache: torch.Tensor, head_dim: int) -> Expansion | None:
     basis, coefficients = fitted
     padding = -(pairs - exact) % PAIR_MULTIPLE
     # Balanced magnitudes: orthonormal functions of T positions are about T^-1/2.
-    balance = span**0.5
+    balance = stretch**0.5
     coefficients = torch.nn.functional.pad(coefficients.permute(0, 3, 1, 2), (0, padding))
     return Expansion(
         exact_pairs=exact,

@@ -8,22 +8,12 @@ from __future__ import annotations
 import torch
 import triton
 
-from recalkv_vllm.kernels.bound import PagedLatentAttention
 from recalkv_vllm.kernels.heuristics import target_of
-from recalkv_vllm.kernels.launch import (
-    INTERPRETED,
-    cache_update_launch,
-    value_up_launch,
-)
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.ops.contract import LatentLayer
+from recalkv_vllm.ops.triton.attention import TritonLayer
+from recalkv_vllm.ops.triton.launch import INTERPRETED
 
-__all__ = [
-    "bind_paged_latent_attention",
-    "describe",
-    "latent_cache_update",
-    "latent_value_up",
-    "unsupported_reason",
-]
+__all__ = ["TritonLayer", "bind", "describe", "unsupported_reason"]
 
 LARGEST_HEAD_DIM = 256
 OLDEST_ARCH = 80
@@ -50,29 +40,6 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     return f"Triton {triton.__version__}, {where}"
 
 
-def latent_cache_update(
-    z: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    latent_format: LatentFormat | None = None,
-) -> None:
-    """See :func:`recalkv_vllm.ops.reference.latent_cache_update`."""
-    if slot_mapping.shape[0]:
-        cache_update_launch(z, kv_cache, slot_mapping, latent_format).run()
-
-
-bind_paged_latent_attention = PagedLatentAttention
-
-
-def latent_value_up(
-    o_lat: torch.Tensor,
-    v_up: torch.Tensor,
-    v_bias: torch.Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """See :func:`recalkv_vllm.ops.reference.latent_value_up`."""
-    out = o_lat.new_empty(*o_lat.shape[:2], v_up.shape[1], dtype=out_dtype or v_up.dtype)
-    if o_lat.shape[0]:
-        value_up_launch(o_lat, v_up, v_bias, out).run()
-    return out
+def bind(layer: LatentLayer) -> TritonLayer:
+    """Pack a layer's constants."""
+    return TritonLayer(layer)
