@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from recalkv_vllm.names import LATENT_DTYPES, RANK_ALLOCATIONS, SPAN_KINDS, WEIGHT_DTYPES
+
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the sub-command's parser."""
@@ -39,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("--v-groups", metavar="N", type=int, help="V groups (default: the method's)")
     add(
         "--spans",
-        choices=("nested", "joint", "split"),
+        choices=SPAN_KINDS,
         help="kfac: one latent for K and V of a group, of which K reads what --target pays for "
         "(nested, the default) or everything (joint), or a latent each (split)",
     )
@@ -58,12 +60,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add(
         "--rank-allocation",
-        choices=("loss", "fisher", "uniform"),
+        choices=RANK_ALLOCATIONS,
         help="how ranks are split over layers (default: the method's)",
     )
     add(
         "--latent-dtype",
-        choices=("bf16", "auto", "fp8", "int8", "int4", "int3"),
+        choices=LATENT_DTYPES,
         default="bf16",
         help="of the cached numbers; bf16: the factors' own; auto: kfac's choice of bits and ranks "
         "with the least expected loss",
@@ -88,7 +90,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", *WEIGHT_DTYPES),
         default="auto",
         help="dtype of the written weights and factors; auto: the model's own",
     )
@@ -108,7 +110,8 @@ def group_size(text: str) -> int | None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the sub-command; the JSON object."""
     from recalkv_vllm.cli.libraries import quiet_libraries
-    from recalkv_vllm.compression.pipeline import CompressOptions, compress
+    from recalkv_vllm.compression.options import CompressOptions
+    from recalkv_vllm.compression.pipeline import compress
 
     quiet_libraries()
     names = CompressOptions.__dataclass_fields__

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recalkv_vllm.names import ENGINES
+
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the sub-command's parser."""
@@ -37,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("--max-tokens", metavar="N", type=int, help="use no more than N tokens of the text")
     add(
         "--engine",
-        choices=("transformers", "vllm"),
+        choices=ENGINES,
         default="transformers",
         help="transformers runs the dense products in float32; vllm runs the served latents",
     )
@@ -49,10 +51,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the sub-command; the JSON object."""
     from recalkv_vllm.checkpoint import read_hf_config
     from recalkv_vllm.cli.libraries import quiet_libraries
+    from recalkv_vllm.compression.base_model.find import find_model
     from recalkv_vllm.compression.errors import InputError
-    from recalkv_vllm.compression.reader import check_factors
-    from recalkv_vllm.compression.source import find_model
-    from recalkv_vllm.evaluation.report import read_card, record
+    from recalkv_vllm.compression.output.reader import check_factors
+    from recalkv_vllm.evaluation.report import add_to_card, read_card
 
     quiet_libraries()
     numbers = {"--seq-len": [options.seq_len], "--max-tokens": [options.max_tokens or 2]}
@@ -73,22 +75,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **METRICS[options.metric](options, directory),
     }
     if options.card:
-        record(directory, result)
+        add_to_card(directory, result)
     return result
 
 
 def _windows(
     options: argparse.Namespace, directory: Path
 ) -> tuple[dict[str, Any], list[list[int]]]:
+    from recalkv_vllm.compression.base_model.model import BaseModel
+    from recalkv_vllm.compression.calibration.text import describe, documents
     from recalkv_vllm.compression.errors import InputError
-    from recalkv_vllm.compression.source import load_tokenizer
-    from recalkv_vllm.compression.text import describe, documents
     from recalkv_vllm.evaluation.perplexity import cut_windows
 
     if options.dataset is None:
         raise InputError(f"--dataset: expected a text for --metric {options.metric}, found none")
     text = documents(options.dataset, options.text_column)
-    windows = cut_windows(text, load_tokenizer(directory), options.seq_len, options.max_tokens)
+    windows = cut_windows(
+        text, BaseModel(directory).tokenizer(), options.seq_len, options.max_tokens
+    )
     return {"dataset": describe(options.dataset), "seq_len": options.seq_len}, windows
 
 
@@ -102,8 +106,8 @@ def _perplexity(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 
 def _agreement(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    from recalkv_vllm.compression.base_model.find import find_model
     from recalkv_vllm.compression.errors import InputError
-    from recalkv_vllm.compression.source import find_model
     from recalkv_vllm.evaluation.agreement import agreement
 
     if options.base is None:
@@ -119,12 +123,12 @@ def _agreement(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 
 def _passkey(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    from recalkv_vllm.compression.source import load_tokenizer
+    from recalkv_vllm.compression.base_model.model import BaseModel
     from recalkv_vllm.evaluation.engines import load_engine
     from recalkv_vllm.evaluation.passkey import passkey
 
     engine = load_engine(options.engine)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = BaseModel(directory).tokenizer()
     grid = (options.lengths, options.depths, options.samples, options.seed)
     return passkey(engine, directory, tokenizer, *grid)
 
@@ -138,11 +142,11 @@ METRICS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
 
 def show(result: dict[str, Any]) -> None:
     """Print the result for people."""
-    from recalkv_vllm.evaluation.report import in_words
+    from recalkv_vllm.evaluation.report import describe_result
 
     if result["metric"] == "passkey":
         _show_grid(result)
-    what, found = in_words(result)
+    what, found = describe_result(result)
     print(f"{result['model']}: {what}: {found}")
 
 

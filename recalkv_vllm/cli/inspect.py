@@ -26,8 +26,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import time
 
     from recalkv_vllm.cli.plot import plot_layers
-    from recalkv_vllm.compression.reader import check_factors
-    from recalkv_vllm.compression.summary import summarize
+    from recalkv_vllm.compression.output.reader import check_factors
+    from recalkv_vllm.compression.output.summary import summarize
 
     began = time.monotonic()
     recalkv, geometry, itemsize = check_factors(options.checkpoint)

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         InputError: bad input, or not enough memory for the weights.
     """
     from recalkv_vllm.checkpoint import AttentionGeometry, RecalkvConfig, read_hf_config
-    from recalkv_vllm.compression import source
+    from recalkv_vllm.compression.base_model.find import find_model
     from recalkv_vllm.compression.errors import InputError
     from recalkv_vllm.serving import capacity
 
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if getattr(options, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {getattr(options, name)}: expected at least 1")
-    directory = source.find_model(options.model)
+    directory = find_model(options.model)
     hf_config = read_hf_config(directory)
     geometry = AttentionGeometry.from_hf_config(hf_config)
     dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
@@ -73,16 +73,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             recalkv = RecalkvConfig.from_hf_config(hf_config)
         elif options.compression is not None:
             recalkv = capacity.supposed_config(options.compression, geometry, tp_size)
-        latent_bytes = recalkv and capacity.latent_bytes_per_token(
-            recalkv, geometry, itemsize, tp_size
-        )
+        per_token = {"dense": capacity.dense_bytes_per_token(geometry, itemsize, tp_size)}
+        if recalkv is not None:
+            per_token["compressed"] = capacity.latent_bytes_per_token(
+                recalkv, geometry, itemsize, tp_size
+            )
     except ValueError as error:
         raise InputError(str(error)) from error
 
-    per_token = {
-        "dense": capacity.dense_bytes_per_token(geometry, itemsize, tp_size),
-        "compressed": latent_bytes,
-    }
     weights = {"dense": capacity.weight_bytes(directory, hf_config, itemsize) // tp_size}
     if recalkv is not None:
         factors = capacity.factor_bytes(recalkv, geometry, itemsize)

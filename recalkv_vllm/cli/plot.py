@@ -12,7 +12,7 @@ def plot_layers(summary: dict[str, Any], path: Path) -> None:
     """Draw cached numbers per token and relative errors of every layer.
 
     Args:
-        summary: as :func:`recalkv_vllm.compression.summary.summarize` gives it.
+        summary: as :func:`recalkv_vllm.compression.output.summary.summarize` gives it.
         path: of the picture; its ending chooses the format.
 
     Raises:
