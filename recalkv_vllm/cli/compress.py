@@ -8,7 +8,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from recalkv_vllm.names import LATENT_DTYPES, RANK_ALLOCATIONS, SPAN_KINDS, WEIGHT_DTYPES
+from recalkv_vllm.names import (
+    LATENT_DTYPES,
+    METHOD_NAMES,
+    RANK_ALLOCATIONS,
+    SPAN_KINDS,
+    WEIGHT_DTYPES,
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -29,7 +35,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         required=True,
         help="fraction of the KV cache to remove, in [0, 1); 0 is full rank and exact",
     )
-    add("--method", default="kfac", help="kfac, recalkv, palu or svd")
+    add(
+        "--method",
+        default="kfac",
+        help=f"{', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}",
+    )
     add(
         "--k-group-size",
         metavar="N",

@@ -160,7 +160,7 @@ def test_options_that_would_change_quantised_weights(compress_fails, copy, optio
 
 
 def test_quantised_weights_that_are_not_there(compress_fails, copy):
-    """Plain weights under a configuration of quantised ones are taken as they are: no scales."""
+    """Plain weights under a configuration of quantized ones are taken as they are: no scales."""
     directory = copy(quantization_config=GPTQ)
     tensors = load_file(directory / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]

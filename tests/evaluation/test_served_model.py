@@ -36,7 +36,7 @@ def quantize(checkpoint: Path, latent_format: LatentFormat) -> RecalkvConfig:
     return recalkv
 
 
-def test_quantised_latents_are_rounded(checkpoint):
+def test_quantized_latents_are_rounded(checkpoint):
     plain = load_served(checkpoint)
     recalkv = quantize(checkpoint, LatentFormat("int4", 16))
     served = load_served(checkpoint)

@@ -153,7 +153,9 @@ def test_factors_are_those_of_the_dense_form(quantized, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["kfac", "recalkv"])
-def test_heads_move_only_where_weights_are_not_quantized(quantized, tmp_path, method, monkeypatch):
+def test_heads_are_reordered_only_where_weights_are_not_quantized(
+    quantized, tmp_path, method, monkeypatch
+):
     for where in ("lowrank.layer_metric", "methods.recalkv"):
         monkeypatch.setattr(
             f"recalkv_vllm.compression.{where}.group_heads", lambda *_: [[0, 2], [1, 3]]

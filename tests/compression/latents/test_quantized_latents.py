@@ -124,7 +124,7 @@ def compress(tiny: Path, out: Path, capsys: pytest.CaptureFixture, *args: str) -
 
 @pytest.mark.parametrize("method", ["kfac", "palu"])
 @pytest.mark.parametrize("dtype", ["int4", "fp8"])
-def test_quantised_checkpoint_keeps_its_budget(tiny, tmp_path, capsys, method, dtype) -> None:
+def test_quantized_checkpoint_keeps_its_budget(tiny, tmp_path, capsys, method, dtype) -> None:
     arguments = ["--method", method, "--compression", "0.8", "--latent-dtype", dtype]
     made = compress(tiny, tmp_path / "out", capsys, *arguments)
     assert made["latent_quantization"] == {"dtype": dtype, "group_size": 32}
