@@ -17,7 +17,7 @@ PACKAGE := $(VENV)/.package
 
 export RECALKV_TEST_MODEL ?= $(abspath $(MODEL))
 
-# Tests spend much of their time starting engines, which uses one core. Tests of a file share fixtures.
+# Most of a test is the start of an engine, which uses one core. Tests of a file share fixtures.
 PARALLEL_PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 OUT ?= .cache/gpu
