@@ -1,6 +1,9 @@
 """Packages, the C++ and the CUDA extension; everything else is in pyproject.toml."""
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -17,9 +20,26 @@ SANITIZE = os.environ.get("RECALKV_SANITIZE") == "1"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
+def reason_against_cuda() -> str | None:
+    """Why the CUDA kernels cannot be built here, or None."""
+    if torch.version.cuda is None:
+        return "torch is a build without CUDA"
+    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
+    if not nvcc.is_file():
+        return f"no nvcc (CUDA_HOME={CUDA_HOME})"
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.\d+", told)
+    major = torch.version.cuda.split(".")[0]
+    if release is None or release[1] != major:
+        found = release[0] if release else told.strip()
+        return f"{nvcc}: expected CUDA {major}, as torch's, found {found}"
+    return None
+
+
 def cuda_extensions() -> list[Extension]:
-    """The CUDA kernels, where nvcc and a CUDA build of torch are there to build them."""
-    if torch.version.cuda is None or CUDA_HOME is None or not Path(CUDA_HOME, "bin/nvcc").is_file():
+    """The CUDA kernels, where they can be built; Triton's serve a GPU without them."""
+    if reason := reason_against_cuda():
+        print(f"recalkv_vllm: CUDA kernels are not built: {reason}", file=sys.stderr)
         return []
 
     def files(*patterns: str) -> list[str]:

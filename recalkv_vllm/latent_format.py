@@ -1,7 +1,7 @@
-"""How quantised latents lie in the paged cache: the format that kernels and offline tool share.
+"""How quantized latents lie in the paged cache: the format that kernels and offline tool share.
 
-A token's latent of ``rank`` numbers is stored as ``rank`` codes and one bfloat16 scale for every
-``group_size`` neighbouring numbers. A block of ``block_size`` tokens holds all its codes first,
+A token's latent of ``rank`` elements is stored as ``rank`` codes and one bfloat16 scale for every
+``group_size`` neighboring elements. A block of ``block_size`` tokens holds all its codes first,
 token after token, then all its scales, so that both stay aligned without padding.
 """
 
@@ -19,23 +19,23 @@ BITS = {"int8": 8, "fp8": 8, "int4": 4, "int3": 3}
 FP8 = torch.float8_e4m3fn
 LARGEST_FP8 = torch.finfo(FP8).max
 SCALE_BYTES = 2
-#: Smaller scales are stored as zero: their inverse could be infinite, and zeros then not a number.
+#: Smaller scales are stored as zero: their inverse could be infinite, and zeros then NaN.
 SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
-#: Numbers per scale; a multiple of the 16 that spans start and end at.
+#: Elements per scale; a multiple of the 16 that spans start and end at.
 GROUP_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
 class LatentFormat:
-    """Codes and scales of a quantised latent.
+    """Codes and scales of a quantized latent.
 
     An integer code ``u`` of ``b`` bits stands for ``(u + 0.5 - 2**(b - 1)) · scale`` with ``scale =
-    max|z| / 2**(b - 1)`` over its group: all codes are used, and the largest number is off by half
+    max|z| / 2**(b - 1)`` over its group: all codes are used, and the largest element is off by half
     a step like any other. An fp8 code (e4m3) stands for itself times ``max|z| / 448``.
 
     Args:
         dtype: ``int8``, ``fp8``, ``int4`` or ``int3``.
-        group_size: numbers per scale, counted from the start of the latent; the last group may be
+        group_size: elements per scale, counted from the start of the latent; the last group may be
             short. 0: one scale for the whole latent.
     """
 
@@ -112,7 +112,7 @@ class LatentFormat:
     def quantize(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes ``[..., rank]`` (unpacked, uint8) and scales ``[..., groups]`` (bfloat16) of ``z``.
 
-        Codes are chosen for the rounded scale. A group of zeros, or of numbers so small that the
+        Codes are chosen for the rounded scale. A group of zeros, or of elements so small that the
         scale would not be a normal number, has scale zero.
         """
         groups = self._grouped(z.float())
@@ -130,7 +130,7 @@ class LatentFormat:
         return codes.flatten(-2)[..., : z.shape[-1]], scale.squeeze(-1)
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Numbers ``[..., rank]``, float32, of unpacked codes and scales."""
+        """Elements ``[..., rank]``, float32, of unpacked codes and scales."""
         if self.dtype == "fp8":
             units = codes.view(FP8).float()
         else:
@@ -171,20 +171,20 @@ class LatentFormat:
         return padded.unflatten(-1, (-1, size))
 
 
-def token_bytes(form: LatentFormat | None, rank: int, itemsize: int) -> int:
-    """Bytes of one token's latent: as ``form`` stores it, or ``itemsize`` a number without one."""
-    return rank * itemsize if form is None else form.slot_bytes(rank)
+def token_bytes(latent_format: LatentFormat | None, rank: int, itemsize: int) -> int:
+    """Bytes of one token's latent: as the format stores it, or ``itemsize`` for each element."""
+    return rank * itemsize if latent_format is None else latent_format.slot_bytes(rank)
 
 
 @functools.cache
-def _rank_of(form: LatentFormat, slot_bytes: int) -> int:
-    guess = slot_bytes * 8 // form.bits // 16 * 16
+def _rank_of(latent_format: LatentFormat, slot_bytes: int) -> int:
+    guess = slot_bytes * 8 // latent_format.bits // 16 * 16
     for rank in range(guess, 0, -16):
-        if form.slot_bytes(rank) == slot_bytes:
+        if latent_format.slot_bytes(rank) == slot_bytes:
             return rank
-        if form.slot_bytes(rank) < slot_bytes:
+        if latent_format.slot_bytes(rank) < slot_bytes:
             break
-    raise ValueError(f"expected the slot bytes of a rank in {form}, found {slot_bytes}")
+    raise ValueError(f"expected the slot bytes of a rank in {latent_format}, found {slot_bytes}")
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -11,3 +11,11 @@ import torch
 if not torch.cuda.is_available():
     # Triton decides when its own library is imported whether kernels are interpreted.
     os.environ["TRITON_INTERPRET"] = "1"
+
+from hypothesis import settings
+
+# The same examples in every run, so that a commit's outcome does not depend on luck. How many of a
+# fuzzer's, and other ones in every run, are asked for by RECALKV_FUZZ_EXAMPLES.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile("random" if "RECALKV_FUZZ_EXAMPLES" in os.environ else "repeatable")

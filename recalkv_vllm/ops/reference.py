@@ -47,16 +47,19 @@ def latent_cache_update(
     all_codes[where] = latent_format.pack(codes)
 
 
-def read_latents(
+def cached_latents(
     kv_cache: torch.Tensor,
     blocks: torch.Tensor,
-    offsets: torch.Tensor,
+    length: int,
     latent_format: LatentFormat | None,
 ) -> torch.Tensor:
-    """Latents ``[tokens, rank]`` of the slots ``blocks, offsets: [tokens]``."""
+    """Latents ``[length, rank]`` of one sequence, ``blocks: [max_blocks]`` its row of the table."""
+    positions = torch.arange(length, device=kv_cache.device)
+    block_size = kv_cache.shape[1]
+    where = blocks.long()[positions // block_size], positions % block_size
     if latent_format is None:
-        return kv_cache[blocks, offsets]
-    codes, scales = (part[blocks, offsets] for part in latent_format.split_cache(kv_cache))
+        return kv_cache[where]
+    codes, scales = (part[where] for part in latent_format.split_cache(kv_cache))
     return latent_format.dequantize(latent_format.unpack(codes), scales)
 
 
@@ -121,6 +124,36 @@ def reconstruct_keys(
     return keys
 
 
+def causal_logits(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> torch.Tensor:
+    """Logits of one sequence's newest queries, minus infinity where a query sees no key.
+
+    Args:
+        q: ``[queries, h_q, d]``, the last tokens of the sequence.
+        keys: ``[tokens, h_kv, d]``.
+
+    Returns:
+        ``[h_q, queries, tokens]``.
+    """
+    num_queries, length = q.shape[0], keys.shape[0]
+    keys = keys.repeat_interleave(q.shape[1] // keys.shape[1], dim=1)
+    logits = torch.einsum("qhd,nhd->hqn", q, keys) * scale
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    positions = torch.arange(length, device=q.device)
+    distance = positions[length - num_queries :, None] - positions[None, :]
+    hidden = distance < 0
+    if sliding_window is not None:
+        hidden |= distance >= sliding_window
+    return logits.masked_fill(hidden, -torch.inf)
+
+
 def paged_latent_attention(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -172,13 +205,10 @@ def paged_latent_attention(
         ``query_start_loc[-1]`` are unspecified (here: zero, and minus infinity).
     """
     tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k_up.shape[0] * k_up.shape[1] // head_dim
-    queries_per_kv = num_heads // num_kv_heads
     v_width = v_spans[0][1] - v_spans[0][0]
     out_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
     o_lat = torch.zeros(tokens, num_heads, v_width, dtype=out_dtype, device=q.device)
     lse = torch.full((tokens, num_heads), -torch.inf, dtype=out_dtype, device=q.device)
-    block_size = kv_cache.shape[1]
     starts = query_start_loc.tolist()
 
     for seq, length in enumerate(seq_lens.tolist()):
@@ -186,13 +216,10 @@ def paged_latent_attention(
         num_queries = rows.stop - rows.start
         if num_queries == 0 or length == 0:
             continue
-        positions = torch.arange(length, device=q.device)
-        blocks = block_table[seq].long()[positions // block_size]
-        z = read_latents(kv_cache, blocks, positions % block_size, latent_format)
-        z = z.to(compute_dtype)
+        z = cached_latents(kv_cache, block_table[seq], length, latent_format).to(compute_dtype)
         keys = reconstruct_keys(
             z,
-            positions,
+            torch.arange(length, device=q.device),
             k_up,
             k_spans,
             head_dim,
@@ -201,19 +228,16 @@ def paged_latent_attention(
             k_bias=k_bias,
             k_norm_weight=k_norm_weight,
             k_norm_eps=k_norm_eps,
-        ).repeat_interleave(queries_per_kv, dim=1)
+        )
         values = torch.stack([z[:, start:end] for start, end in v_spans], dim=1)
         values = values.repeat_interleave(num_heads // len(v_spans), dim=1)
-
-        logits = torch.einsum("qhd,nhd->hqn", q[rows].to(compute_dtype), keys) * scale
-        if soft_cap is not None:
-            logits = soft_cap * torch.tanh(logits / soft_cap)
-        query_positions = torch.arange(length - num_queries, length, device=q.device)
-        distance = query_positions[:, None] - positions[None, :]
-        hidden = distance < 0
-        if sliding_window is not None:
-            hidden |= distance >= sliding_window
-        logits = logits.masked_fill(hidden, -torch.inf)
+        logits = causal_logits(
+            q[rows].to(compute_dtype),
+            keys,
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+        )
         o_lat[rows] = torch.einsum("hqn,nhr->qhr", logits.softmax(dim=-1), values).to(out_dtype)
         lse[rows] = logits.logsumexp(dim=-1).T.to(out_dtype)
     return o_lat, lse

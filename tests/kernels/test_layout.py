@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from recalkv_vllm.kernels import heuristics, layout
@@ -110,7 +110,6 @@ def shapes(draw: st.DrawFn) -> heuristics.AttentionShape:
     )
 
 
-@settings(deadline=None)
 @given(
     shape=shapes(),
     arch=st.sampled_from((80, 86, 89, 90, 100, 120)),

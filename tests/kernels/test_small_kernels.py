@@ -9,7 +9,8 @@ from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops import reference
 from recalkv_vllm.ops import triton as ops
 from tests.ops.cases import AttentionCase, paged_cache
-from tests.ops.checks import ERROR_FLOOR, ERROR_RATIO
+from tests.ops.checks import assert_within
+from tests.ops.rounding import allowed_value_up_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,12 +70,10 @@ def test_value_up(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> Non
     oracle = reference.latent_value_up(
         o_lat, v_up, v_bias, out_dtype=torch.float64, compute_dtype=torch.float64
     )
-    plain = reference.latent_value_up(o_lat, v_up, v_bias, compute_dtype=dtype)
     result = ops.latent_value_up(o_lat, v_up, v_bias)
     assert result.dtype == dtype
     assert result.shape == (tokens, heads, head_dim)
-    allowed = ERROR_RATIO * (plain.double() - oracle).abs().max() + ERROR_FLOOR[dtype]
-    assert (result.double() - oracle).abs().max() <= allowed
+    assert_within(result, oracle, allowed_value_up_error(o_lat, v_up, v_bias), "value up")
 
 
 def test_value_up_of_a_view_into_another_dtype() -> None:

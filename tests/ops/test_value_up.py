@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from recalkv_vllm.ops import latent_value_up, reference
-from tests.ops.checks import ERROR_FLOOR, ERROR_RATIO
+from tests.ops.checks import assert_within
 from tests.ops.cpu_versions import DTYPES, ISAS
+from tests.ops.rounding import allowed_value_up_error
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -29,13 +30,10 @@ def test_matches_oracle(
     oracle = reference.latent_value_up(
         o_lat, v_up, v_bias, out_dtype=torch.float64, compute_dtype=torch.float64
     )
-    plain = reference.latent_value_up(o_lat, v_up, v_bias, compute_dtype=dtype)
     result = latent_value_up(o_lat, v_up, v_bias)
     assert result.dtype == dtype
     assert result.shape == (tokens, heads, head_dim)
-    floor = ERROR_FLOOR[dtype] * oracle.abs().max()
-    allowed = ERROR_RATIO * (plain.double() - oracle).abs().max() + floor
-    assert (result.double() - oracle).abs().max() <= allowed
+    assert_within(result, oracle, allowed_value_up_error(o_lat, v_up, v_bias), "value up")
 
 
 @pytest.mark.parametrize("isa", ISAS)

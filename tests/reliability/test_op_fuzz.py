@@ -14,8 +14,9 @@ from recalkv_vllm import ops
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import reference
 from tests.ops.cases import AttentionCase, build, paged_cache
-from tests.ops.checks import ERROR_FLOOR, ERROR_RATIO, assert_matches_oracle
+from tests.ops.checks import assert_matches_oracle, assert_within
 from tests.ops.cpu_versions import DTYPES, VERSIONS, poison_free_memory, threads
+from tests.ops.rounding import allowed_value_up_error
 from tests.ops.strategies import attention_cases, latent_formats
 from tests.reliability.figures import count
 from tests.reliability.fuzzing import fuzzed
@@ -113,14 +114,11 @@ def test_value_up(
         result = ops.latent_value_up(o_lat, v_up, v_bias, out_dtype=out_dtype)
     wide = torch.float64
     oracle = reference.latent_value_up(o_lat, v_up, v_bias, out_dtype=wide, compute_dtype=wide)
-    plain = reference.latent_value_up(o_lat, v_up, v_bias, out_dtype=out_dtype, compute_dtype=dtype)
     count("batches tried")
     assert result.dtype == (out_dtype or dtype)
     assert result.shape == oracle.shape
-    if tokens:
-        floor = max(ERROR_FLOOR[dtype], ERROR_FLOOR[result.dtype]) * oracle.abs().max()
-        allowed = ERROR_RATIO * (plain.double() - oracle).abs().max() + floor
-        assert (result.double() - oracle).abs().max() <= allowed
+    allowed = allowed_value_up_error(o_lat, v_up, v_bias, out_dtype)
+    assert_within(result, oracle, allowed, "value up")
 
 
 def assert_refused(call: Call) -> None:
