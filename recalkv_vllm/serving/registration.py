@@ -8,22 +8,12 @@ import sys
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from recalkv_vllm.architectures import SUPPORTED
+
 BACKEND_NAME = "RECALKV"
 BACKEND_CLASS = "recalkv_vllm.serving.backend.RecalkvBackend"
-_MODELS = "vllm.model_executor.models"
 #: Served architecture -> vLLM's own class that it derives from, as ``module:class``.
-ARCHITECTURES = {
-    "RecalkvGemma2ForCausalLM": f"{_MODELS}.gemma2:Gemma2ForCausalLM",
-    "RecalkvGemma3ForCausalLM": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
-    "RecalkvGraniteForCausalLM": f"{_MODELS}.granite:GraniteForCausalLM",
-    "RecalkvLlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
-    "RecalkvMistralForCausalLM": f"{_MODELS}.mistral:MistralForCausalLM",
-    "RecalkvMixtralForCausalLM": f"{_MODELS}.mixtral:MixtralForCausalLM",
-    "RecalkvPhi3ForCausalLM": f"{_MODELS}.phi3:Phi3ForCausalLM",
-    "RecalkvQwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",
-    "RecalkvQwen3ForCausalLM": f"{_MODELS}.qwen3:Qwen3ForCausalLM",
-    "RecalkvQwen3MoeForCausalLM": f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM",
-}
+ARCHITECTURES = {entry.served_name: entry.vllm_class for entry in SUPPORTED.values()}
 
 
 def _registered_backend_path() -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from recalkv_vllm.compression.pipeline import CompressOptions, compress
+from recalkv_vllm.compression.options import CompressOptions
+from recalkv_vllm.compression.pipeline import compress
 from tests.e2e.architectures import CONFIGS, SIZES, save_random_model
 from tests.e2e.prompts import LONG_TEXT, QUESTIONS
 from tests.tiny_models import train_tokenizer

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from tests.e2e.conftest import run_engines, run_recalkv
 from tests.e2e.equality import assert_equal_up_to_rounding
 from tests.e2e.prompts import LONG_TEXT
-from tests.quantised_models import edit_config, quantise_model, write_dense
+from tests.quantized_models import edit_config, quantize_model, write_dense
 
 #: Weights alone are quantised: what is multiplied with them is the same here and there. vLLM's
 #: kernels for these know no float32.
@@ -36,7 +36,7 @@ def make_base(make_small, tmp_path_factory):
         source = make_small("llama3-rope")
         if name in WEIGHT_ONLY:
             source = in_float16(source, root / f"{name}-source")
-        dense = quantise_model(source, root / name, name)
+        dense = quantize_model(source, root / name, name)
         return root / name, write_dense(source, root / f"{name}-dense", dense)
 
     return make
