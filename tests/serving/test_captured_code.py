@@ -14,10 +14,9 @@ import recalkv_vllm
 PACKAGE = Path(recalkv_vllm.__file__).parent
 KERNELS = PACKAGE.parent / "kernels"
 CAPTURED = (
-    PACKAGE / "serving" / "attention.py",
-    PACKAGE / "serving" / "backend.py",
-    PACKAGE / "serving" / "self_attention.py",
-    PACKAGE / "serving" / "rotary.py",
+    *sorted((PACKAGE / "serving" / "attention").glob("[!_]*.py")),
+    PACKAGE / "serving" / "model" / "self_attention.py",
+    PACKAGE / "serving" / "model" / "factor_layers.py",
     PACKAGE / "ops" / "__init__.py",
     PACKAGE / "ops" / "validation.py",
     PACKAGE / "ops" / "triton.py",

@@ -16,9 +16,10 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear
 
 from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
 from recalkv_vllm.latent_format import LatentFormat
-from recalkv_vllm.serving.attention import LatentAttention
-from recalkv_vllm.serving.factor_layers import LatentDown, PerHead
-from recalkv_vllm.serving.rotary import position_table, rotate_queries
+from recalkv_vllm.ops import LatentLayer
+from recalkv_vllm.serving.attention.layer import LatentAttention
+from recalkv_vllm.serving.attention.rotary import position_table, rotate_queries
+from recalkv_vllm.serving.model.factor_layers import LatentDown, PerHead
 from recalkv_vllm.serving.sharding import shard_latent
 
 
@@ -31,7 +32,7 @@ class LatentSelfAttention(nn.Module):
 
     def __init__(
         self,
-        stock: nn.Module,
+        stock: Any,
         layout: LatentLayout,
         geometry: AttentionGeometry,
         vllm_config: VllmConfig,
@@ -68,15 +69,16 @@ class LatentSelfAttention(nn.Module):
         # Norms of single heads, where the model has them: queries' runs here, keys' in attention.
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         del vllm_config.compilation_config.static_forward_context[name]
+        self.scale = stock.scaling
+        self.soft_cap = vllm_config.model_config.hf_config.to_dict().get("attn_logit_softcapping")
         self.attn = LatentAttention(
             stock.num_heads,
             head_dim,
             stock.scaling,
-            shard,
+            shard.rank,
             stock.attn.sliding_window,
+            latent_format,
             prefix=name,
-            soft_cap=vllm_config.model_config.hf_config.to_dict().get("attn_logit_softcapping"),
-            latent_format=latent_format,
         )
         self.attn.process_weights_after_loading = self.bind_factors
 
@@ -84,15 +86,22 @@ class LatentSelfAttention(nn.Module):
         """Hand factors and biases to the kernels; vLLM calls it whenever weights were loaded."""
         cos_sin_cache, is_neox = position_table(self.rotary_emb)
         k_groups = len(self.shard.k_spans)
-        self.attn.bind(
-            self.k_up.weight.data.unflatten(0, (k_groups, -1)).flatten(1, 2),
-            self.v_up.weight.data,
-            k_bias=None if self.k_bias is None else self.k_bias.weight.data,
-            v_bias=None if self.v_bias is None else self.v_bias.weight.data,
+        layer = LatentLayer(
+            k_up=self.k_up.weight.data.unflatten(0, (k_groups, -1)).flatten(1, 2),
+            k_spans=self.shard.k_spans,
+            v_spans=self.shard.v_spans,
+            head_dim=self.head_dim,
+            scale=self.scale,
             cos_sin_cache=cos_sin_cache,
             is_neox=is_neox,
+            k_bias=None if self.k_bias is None else self.k_bias.weight.data,
+            sliding_window=self.attn.sliding_window,
+            soft_cap=self.soft_cap,
+            latent_format=self.attn.latent_format,
             **self._key_norm(),
         )
+        v_bias = None if self.v_bias is None else self.v_bias.weight.data
+        self.attn.impl.bind(layer, self.v_up.weight.data, v_bias)
 
     def _key_norm(self) -> dict[str, Any]:
         if self.k_norm is None:

@@ -1,74 +1,21 @@
-"""The attention backend ``RECALKV``: what vLLM asks about it, and its per-batch metadata."""
+"""What is known of a batch before its layers run: built once, read by all of them."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from vllm.v1.attention.backend import (
-    AttentionBackend,
     AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
-    MultipleOf,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from recalkv_vllm.ops import BatchHints
-from recalkv_vllm.serving.registration import BACKEND_NAME
-
-SUPPORTED_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SUPPORTED_KV_CACHE_DTYPES = ["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]
-
-
-class RecalkvBackend(AttentionBackend):
-    """Attention over a paged cache of latents."""
-
-    forward_includes_kv_cache_update = False
-    supported_dtypes: ClassVar[list[torch.dtype]] = SUPPORTED_DTYPES
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = SUPPORTED_KV_CACHE_DTYPES
-
-    @staticmethod
-    def get_name() -> str:
-        return BACKEND_NAME
-
-    @staticmethod
-    def get_impl_cls() -> type:
-        from recalkv_vllm.serving.attention import LatentAttentionImpl
-
-        return LatentAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[LatentMetadataBuilder]:
-        return LatentMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(16)]
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # Kernels index by stride; with one latent "head", both mean a token's latent is contiguous.
-        return (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return True
-
-    @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Reasons against serving a stock attention layer: our own layers never ask.
-
-        vLLM asks this for layers of models without factors, on platforms whose selector checks.
-        """
-        return [
-            "this model has no low-rank factors; compress it first: "
-            "recalkv compress MODEL -o OUT --compression 0.5"
-        ]
 
 
 @dataclass(slots=True)
@@ -118,7 +65,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> LatentMetadata:
-        common = common_attn_metadata
+        common: Any = common_attn_metadata  # to keep what is built on it
         built = getattr(common, "_recalkv_metadata", None)
         # A drafter changes the object from step to step.
         if built is None or not (
@@ -129,6 +76,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
             and built.hints.max_seq_len == common.max_seq_len
         ):
             threshold = self.reorder_batch_threshold
+            assert threshold is not None
             num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, threshold)
             built = LatentMetadata(
                 query_start_loc=common.query_start_loc,

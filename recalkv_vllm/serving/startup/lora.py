@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from vllm.config import VllmConfig
@@ -51,9 +52,11 @@ def check_adapters_of_requests() -> None:
     Wraps a method because in vLLM 0.32 an adapter that does not load ends the engine process. Can
     go when it fails the request instead.
     """
-    from vllm.v1.engine.input_processor import InputProcessor
+    # Not above: it loads much that only an engine's front end needs.
+    from vllm.v1.engine import input_processor
 
-    validate = InputProcessor._validate_lora
+    processor: Any = input_processor.InputProcessor
+    validate = processor._validate_lora
     if getattr(validate, "checked_by_recalkv", False):
         return
 
@@ -63,8 +66,8 @@ def check_adapters_of_requests() -> None:
         if lora_request is not None and (layers := served_layers(self.vllm_config)):
             check_adapter(lora_request.lora_path, layers)
 
-    _validate_lora.checked_by_recalkv = True
-    InputProcessor._validate_lora = _validate_lora
+    processor._validate_lora = _validate_lora
+    processor._validate_lora.checked_by_recalkv = True
 
 
 def served_layers(config: VllmConfig) -> Sequence[LatentLayout]:

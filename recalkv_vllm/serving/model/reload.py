@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from recalkv_vllm.checkpoint import CONFIG_FILE, CheckpointError, RecalkvConfig, read_hf_config
-from recalkv_vllm.serving.factors import SEPARATE_FACTORS, check_base
+from recalkv_vllm.serving.factor_files import SEPARATE_FACTORS, check_base
 
 
 def reloading(model: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """vLLM's model classes with latent attention; everything else in them stays vLLM's.
 
-The classes themselves are made when asked for, from the table in ``registration``: importing all of
+The classes themselves are made when asked for, from the table of architectures: importing all of
 vLLM's models to serve one would cost seconds in every process.
 """
 
@@ -10,17 +10,22 @@ import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
 
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
-from recalkv_vllm.serving.factors import SEPARATE_FACTORS, locate_factors
-from recalkv_vllm.serving.latent_dtype import served_format
-from recalkv_vllm.serving.registration import ARCHITECTURES
-from recalkv_vllm.serving.reload import check_graphs, config_beside, old_weights_kept, reloading
-from recalkv_vllm.serving.self_attention import LatentSelfAttention
-from recalkv_vllm.serving.weights import (
+from recalkv_vllm.serving.factor_files import SEPARATE_FACTORS, locate_factors
+from recalkv_vllm.serving.latent_dtype import model_dtype, served_format
+from recalkv_vllm.serving.model.reload import (
+    check_graphs,
+    config_beside,
+    old_weights_kept,
+    reloading,
+)
+from recalkv_vllm.serving.model.self_attention import LatentSelfAttention
+from recalkv_vllm.serving.model.weights import (
     base_weights,
     come_from_files,
     file_factors,
@@ -28,6 +33,7 @@ from recalkv_vllm.serving.weights import (
     sent_weights,
     without_kv_projections,
 )
+from recalkv_vllm.serving.names import ARCHITECTURES
 
 
 @contextmanager
@@ -46,8 +52,16 @@ def _stock_attention_backend(vllm_config: VllmConfig) -> Iterator[None]:
         attention_config.backend, cache_config.cache_dtype = backend, cache_dtype
 
 
-class LatentAttentionMixin:
+if TYPE_CHECKING:  # any of vLLM's causal language models
+    from vllm.model_executor.models.llama import LlamaForCausalLM as _Stock
+else:
+    _Stock = object
+
+
+class LatentAttentionMixin(_Stock):
     """Put before one of vLLM's causal language models to give it latent attention."""
+
+    model: Any
 
     def __init_subclass__(cls) -> None:
         cls.hf_to_vllm_mapper = without_kv_projections(cls.hf_to_vllm_mapper)
@@ -68,7 +82,7 @@ class LatentAttentionMixin:
         latent_format = served_format(
             self.recalkv_config.latent_quantization,
             vllm_config.cache_config.cache_dtype,
-            vllm_config.model_config.dtype,
+            model_dtype(vllm_config.model_config),
         )
         for i in self._served_layers():
             layer = self.model.layers[i]
@@ -88,7 +102,7 @@ class LatentAttentionMixin:
         """
         model_config = self.recalkv_vllm_config.model_config
         layers = [self.model.layers[i].self_attn for i in self._served_layers()]
-        running = any(layer.attn.bound for layer in layers)
+        running = any(layer.attn.impl.bound for layer in layers)
         with old_weights_kept(self, model_config):
             if running:
                 check_graphs(self.recalkv_vllm_config)
@@ -96,7 +110,7 @@ class LatentAttentionMixin:
             if not running or come_from_files(weights):
                 # Before the first weight is loaded: what is wrong with them shows here.
                 reader = self._open_factors()
-                factors = file_factors(reader, self._served_layers(), model_config.dtype)
+                factors = file_factors(reader, self._served_layers(), model_dtype(model_config))
             else:
                 weights = sent_weights(weights, self.recalkv_config, self.recalkv_geometry)
             weights = base_weights(
@@ -108,7 +122,7 @@ class LatentAttentionMixin:
         if running and not reloading(self):
             # A patch of weights in place, of which vLLM tells nobody.
             for layer in layers:
-                layer.bind_factors(model_config.dtype)
+                layer.bind_factors(model_dtype(model_config))
         return loaded
 
     def _served_layers(self) -> range:

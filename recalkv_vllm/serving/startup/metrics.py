@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Literal
 
 from prometheus_client import Gauge
 
@@ -18,7 +19,7 @@ from recalkv_vllm.version import __version__
 @cache
 def _gauges() -> tuple[Gauge, Gauge]:
     # Several API servers of one engine set the same: any of them will do.
-    mode = "mostrecent"
+    mode: Literal["mostrecent"] = "mostrecent"
     info = Gauge(
         "recalkv_info",
         "How the served model's KV cache is compressed; always 1.",
@@ -42,7 +43,7 @@ def publish(
     Args:
         model_name: the label that vLLM's own metrics have.
         served: its configuration.
-        latent_dtype: what a latent's numbers are in the cache.
+        latent_dtype: dtype of a latent's elements in the cache.
         sizes: bytes per token, ``dense`` and ``compressed``.
     """
     info, size = _gauges()

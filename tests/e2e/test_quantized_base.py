@@ -1,4 +1,4 @@
-"""Models whose weights are quantised, compressed and served, beside stock vLLM."""
+"""Models whose weights are quantized, compressed and served, beside stock vLLM."""
 
 import json
 from functools import cache, partial
@@ -13,10 +13,10 @@ from tests.e2e.equality import assert_equal_up_to_rounding
 from tests.e2e.prompts import LONG_TEXT
 from tests.quantized_models import edit_config, quantize_model, write_dense
 
-#: Weights alone are quantised: what is multiplied with them is the same here and there. vLLM's
+#: Weights alone are quantized: what is multiplied with them is the same here and there. vLLM's
 #: kernels for these know no float32.
 WEIGHT_ONLY = ("int4", "awq", "gptq")
-#: Activations are quantised too, for stock vLLM's keys and values as well.
+#: Activations are quantized too, for stock vLLM's keys and values as well.
 ACTIVATIONS = ("int8", "fp8")
 RECALKV = {"attention_backend": "recalkv"}
 
@@ -28,8 +28,8 @@ def slow(*names):
 
 @pytest.fixture(scope="module")
 def make_base(make_small, tmp_path_factory):
-    """``make_base(format)``: one small model, quantised and dense."""
-    root = tmp_path_factory.mktemp("quantised-base")
+    """``make_base(format)``: one small model, quantized and dense."""
+    root = tmp_path_factory.mktemp("quantized-base")
 
     @cache
     def make(name):
@@ -90,7 +90,7 @@ def prompt_likelihoods(result):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_quantised_activations_change_no_more_than_in_stock(
+def test_quantized_activations_change_no_more_than_in_stock(
     make_base, compressed, small_prompts, name
 ):
     """Keys and values here see activations before rounding, so that tokens may differ.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.utils import set_weight_attrs
 
 from recalkv_vllm.checkpoint import CheckpointError
 
@@ -44,7 +45,7 @@ class PerHead(nn.Module):
         super().__init__()
         self._heads, self._whole = heads, (num_heads, *shape)
         self.weight = nn.Parameter(torch.empty(len(heads), *shape), requires_grad=False)
-        self.weight.weight_loader = self.weight_loader
+        set_weight_attrs(self.weight, {"weight_loader": self.weight_loader})
 
     # When it reloads, vLLM looks for an argument `param`.
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from vllm.config import VllmConfig
 
 from recalkv_vllm.checkpoint import AttentionGeometry, CheckpointError, RecalkvConfig
 from recalkv_vllm.serving.capacity import latent_bytes_per_token
+from recalkv_vllm.serving.latent_dtype import model_dtype
 
 
 def check_cache_size(
@@ -35,7 +36,7 @@ def check_cache_size(
     ):
         return
     per_token = latent_bytes_per_token(
-        recalkv, geometry, model.dtype.itemsize, parallel.tensor_parallel_size
+        recalkv, geometry, model_dtype(model).itemsize, parallel.tensor_parallel_size
     )
     # One block is never used: it stands for padding.
     blocks = -(-model.max_model_len // cache.block_size) + 1

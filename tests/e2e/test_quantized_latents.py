@@ -1,4 +1,4 @@
-"""Quantised latents, served: the scheduler changes no token, capacity and perplexity are right."""
+"""Quantized latents, served: the scheduler changes no token, capacity and perplexity are right."""
 
 import json
 import shutil
@@ -16,14 +16,14 @@ INT8, INT4 = LatentFormat("int8", 32), LatentFormat("int4", 64)
 
 
 @pytest.fixture(scope="module")
-def quantise(tmp_path_factory):
-    """``quantise(checkpoint, form)``: a copy whose latents are cached so; weights are linked."""
+def quantize(tmp_path_factory):
+    """``quantize(checkpoint, latent_format)``: a copy that caches latents so, weights linked."""
 
-    def make(checkpoint: Path, form: LatentFormat) -> Path:
-        copy = tmp_path_factory.mktemp("quantised") / f"{checkpoint.name}-{form.dtype}"
+    def make(checkpoint: Path, latent_format: LatentFormat) -> Path:
+        copy = tmp_path_factory.mktemp("quantized") / f"{checkpoint.name}-{latent_format.dtype}"
         shutil.copytree(checkpoint, copy, copy_function=lambda a, b: Path(b).symlink_to(a))
         config = json.loads((copy / "config.json").read_text())
-        config["recalkv"]["latent_quantization"] = form.to_dict()
+        config["recalkv"]["latent_quantization"] = latent_format.to_dict()
         (copy / "config.json").unlink()
         (copy / "config.json").write_text(json.dumps(config))
         return copy
@@ -32,17 +32,17 @@ def quantise(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(small, make_small, compressed, small_prompts, quantise):
+def runs(small, make_small, compressed, small_prompts, quantize):
     """The same prompts as scheduled in several ways, and on caches of several formats."""
     plain = compressed(small)
-    int4 = quantise(plain, INT4)
+    int4 = quantize(plain, INT4)
     # Windows on some layers: the cache has layers of two kinds.
-    windows = quantise(compressed(make_small("gemma2")), INT8)
+    windows = quantize(compressed(make_small("gemma2")), INT8)
     repeat = {"prompts": [small_prompts.ids[0]], "sampling": {"max_tokens": 8, "ignore_eos": True}}
     jobs = {
         "plain": small_prompts.job(plain, **RECALKV),
         "fp8 flag": small_prompts.job(plain, kv_cache_dtype="fp8", **RECALKV),
-        "int8": small_prompts.job(quantise(plain, INT8), **RECALKV),
+        "int8": small_prompts.job(quantize(plain, INT8), **RECALKV),
         "whole": small_prompts.job(int4, max_num_batched_tokens=512, **RECALKV),
         "chunked": small_prompts.job(int4, **RECALKV),
         "repeated": small_prompts.job(int4, repeat, repeat, **RECALKV),
@@ -73,24 +73,25 @@ def test_preemption(runs):
 
 
 def test_int4_is_not_float32(runs):
-    """Else nothing above was quantised."""
+    """Else nothing above was quantized."""
     assert runs["whole"]["tokens"] != runs["plain"]["tokens"]
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [("fp8 flag", LatentFormat("fp8", 32)), ("int8", INT8), ("chunked", INT4)]
+    ("name", "latent_format"),
+    [("fp8 flag", LatentFormat("fp8", 32)), ("int8", INT8), ("chunked", INT4)],
 )
-def test_capacity(runs, compressed, small, name, form):
+def test_capacity(runs, compressed, small, name, latent_format):
     config = json.loads((compressed(small) / "config.json").read_text())["recalkv"]
     ranks = [layer["rank"] for layer in config["layers"]]
-    expected = 4 * sum(ranks) / sum(map(form.slot_bytes, ranks))
+    expected = 4 * sum(ranks) / sum(map(latent_format.slot_bytes, ranks))
     tokens = {run: runs[run]["metrics"]["kv_cache_tokens"] for run in ("plain", name)}
     found = tokens[name] / tokens["plain"]
     assert found == pytest.approx(expected, rel=0.01)
 
 
-def test_perplexity_is_that_of_rounded_latents(half, quantise, tmp_path):
-    checkpoint = quantise(half, INT4)
+def test_perplexity_is_that_of_rounded_latents(half, quantize, tmp_path):
+    checkpoint = quantize(half, INT4)
     text = tmp_path / "text.txt"
     text.write_text(LONG_TEXT)
     perplexity = {}
@@ -102,8 +103,8 @@ def test_perplexity_is_that_of_rounded_latents(half, quantise, tmp_path):
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp8", "bfloat16", "int8_per_token_head"])
-def test_format_of_the_checkpoint_stays(compressed, small, quantise, cache_dtype):
-    checkpoint = quantise(compressed(small), INT4)
+def test_format_of_the_checkpoint_stays(compressed, small, quantize, cache_dtype):
+    checkpoint = quantize(compressed(small), INT4)
     arguments = {"enforce_eager": True, "dtype": "float32", "kv_cache_dtype": cache_dtype}
     message = (
         rf"--kv-cache-dtype: expected auto for a checkpoint of int4 latents, found {cache_dtype}"
