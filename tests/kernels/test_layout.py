@@ -132,7 +132,21 @@ def test_every_shape_has_launch_parameters_that_fit(
 
 
 def test_no_launch_parameters() -> None:
-    shape = heuristics.AttentionShape(128, 1, 1, 1, 64, 64, 64, 2, 0, True, True, False, False)
+    shape = heuristics.AttentionShape(
+        queries_per_kv=128,
+        num_kv_heads=1,
+        k_group_size=1,
+        heads_per_v=1,
+        dim=64,
+        k_width=64,
+        v_width=64,
+        itemsize=2,
+        shared_columns=0,
+        local_rope=True,
+        rope=True,
+        key_bias=False,
+        key_norm=False,
+    )
     with pytest.raises(ValueError, match="no launch parameters for sm_90 fit"):
         heuristics.attention_config(shape, heuristics.Target(90, 132), 1)
     few = replace(shape, queries_per_kv=64)
