@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from recalkv_vllm.kernels import columns as cut
 from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.splits import MAX_SPLITS
 from recalkv_vllm.ops.reference import apply_rope
 from recalkv_vllm.ops.rotary import pair_order
 from recalkv_vllm.ops.triton import layout
@@ -137,7 +138,21 @@ def test_every_shape_has_launch_parameters_that_fit(
 
 
 def test_no_launch_parameters() -> None:
-    shape = heuristics.AttentionShape(128, 1, 1, 1, 64, 64, 64, 2, 0, True, True, False, False)
+    shape = heuristics.AttentionShape(
+        queries_per_kv=128,
+        num_kv_heads=1,
+        k_group_size=1,
+        heads_per_v=1,
+        dim=64,
+        k_width=64,
+        v_width=64,
+        itemsize=2,
+        shared_columns=0,
+        local_rope=True,
+        rope=True,
+        key_bias=False,
+        key_norm=False,
+    )
     with pytest.raises(ValueError, match="no launch parameters for sm_90 fit"):
         heuristics.attention_config(shape, heuristics.Target(90, 132), 1)
     few = replace(shape, queries_per_kv=64)
@@ -148,7 +163,7 @@ def test_no_launch_parameters() -> None:
 def test_splits_are_bounded_and_fill_the_device(programs: int, tiles: int) -> None:
     target = heuristics.Target(90, 132)
     splits = heuristics.split_count(programs, tiles, target)
-    assert 1 <= splits <= min(heuristics.MAX_SPLITS, tiles)
+    assert 1 <= splits <= min(MAX_SPLITS, tiles)
     assert splits == 1 or programs * splits <= heuristics.most_programs(target)
     if programs == 1 and tiles >= 1000:
-        assert splits > heuristics.MAX_SPLITS - 4
+        assert splits > MAX_SPLITS - 4

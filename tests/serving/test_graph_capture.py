@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from recalkv_vllm.serving.backend import LatentMetadataBuilder
+from recalkv_vllm.serving.attention.metadata import LatentMetadataBuilder
 
 MAX_MODEL_LEN = 4096
 #: Of a graph of uniform decodes: requests, and queries of each (one, or tokens to verify).
