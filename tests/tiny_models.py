@@ -15,7 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from recalkv_vllm.compression.builtin_text import builtin_documents
+from recalkv_vllm.compression.calibration.builtin_text import builtin_documents
 
 VOCABULARY = 512
 SIZES = {

@@ -53,6 +53,10 @@ TORCH_LIBRARY(recalkv_cpu, m) {
            {arg("isa"), arg("keys"), arg("spans"), arg("rotation"), arg("expansion"), arg("logits"),
             arg("latent_dtype"), arg("group_size")})
       .def("v_width", &AttentionLayer::v_width)
+      // Torch's tracing compares its arguments, and asks them for their length.
+      .def("__eq__", [](const intrusive_ptr<AttentionLayer>& self,
+                        const intrusive_ptr<AttentionLayer>& other) { return self == other; })
+      .def("__len__", [](const intrusive_ptr<AttentionLayer>&) -> int64_t { return 0; })
       // Fake tensors meet the layer itself: it is never changed, and a fake one would be a copy.
       .def("tracing_mode",
            [](const intrusive_ptr<AttentionLayer>&) -> std::string { return "real"; });

@@ -15,9 +15,9 @@ class OutputError(InputError, OSError):
 
 
 @contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Raise :class:`OutputError` that names ``what`` if the block cannot write it."""
+def output_errors(target: str) -> Iterator[None]:
+    """Turn a failure to write into an :class:`OutputError` that names ``target``."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{what}: cannot be written ({error})") from error
+        raise OutputError(f"{target}: cannot be written ({error})") from error

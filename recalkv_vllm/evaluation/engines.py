@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from recalkv_vllm.compression.errors import InputError
-
-MODULES = {
-    "transformers": "recalkv_vllm.evaluation.transformers_engine",
-    "vllm": "recalkv_vllm.evaluation.vllm_engine",
-}
+from recalkv_vllm.names import ENGINES
 
 
 class Engine(Protocol):
@@ -33,9 +29,9 @@ def load_engine(name: str) -> Engine:
     Raises:
         InputError: an unknown engine, or one whose libraries are not installed.
     """
-    if name not in MODULES:
-        raise InputError(f"engine {name!r}: unknown; expected one of {', '.join(MODULES)}")
+    if name not in ENGINES:
+        raise InputError(f"engine {name!r}: unknown; expected one of {', '.join(ENGINES)}")
     try:
-        return importlib.import_module(MODULES[name])
+        return cast(Engine, importlib.import_module(f"recalkv_vllm.evaluation.{name}_engine"))
     except ModuleNotFoundError as error:
         raise InputError(f"engine {name}: {error.name} is not installed") from error

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from recalkv_vllm.compression.calibration.samples import start_tokens, tokenize
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.compression.samples import start_tokens, tokenize
 from recalkv_vllm.evaluation.engines import Engine
 
 

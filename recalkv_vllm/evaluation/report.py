@@ -13,7 +13,7 @@ HEADING = "## Measured\n\n"
 NEXT = "## How it was made\n"
 
 
-def in_words(result: dict[str, Any]) -> tuple[str, str]:
+def describe_result(result: dict[str, Any]) -> tuple[str, str]:
     """What was measured, on what and with which engine; and what was found."""
     engine = result["engine"]
     match result["metric"]:
@@ -37,7 +37,7 @@ def in_words(result: dict[str, Any]) -> tuple[str, str]:
     raise ValueError(f"metric: expected ppl, agreement or passkey, found {result['metric']!r}")
 
 
-def record(directory: Path, result: dict[str, Any]) -> None:
+def add_to_card(directory: Path, result: dict[str, Any]) -> None:
     """Add a result to a checkpoint's model card, in the place of an earlier one of the same kind.
 
     Raises:
@@ -45,7 +45,7 @@ def record(directory: Path, result: dict[str, Any]) -> None:
     """
     head, tail = read_card(directory).split(NEXT, 1)
     head, _, listed = head.partition(HEADING)
-    what, found = in_words(result)
+    what, found = describe_result(result)
     kept = [line for line in listed.splitlines() if line and not line.startswith(f"- {what}: ")]
     lines = "\n".join([*kept, f"- {what}: {found}"])
     (directory / CARD).write_text(f"{head}{HEADING}{lines}\n\n{NEXT}{tail}", encoding="utf-8")

@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from recalkv_vllm.compression.architectures import CausalLM
+from recalkv_vllm.compression.base_model.attention import CausalLM
+from recalkv_vllm.compression.base_model.devices import choose_device
+from recalkv_vllm.compression.base_model.model import BaseModel
 from recalkv_vllm.compression.progress import track
-from recalkv_vllm.compression.source import choose_device, load_model
 from recalkv_vllm.evaluation.latent_rounding import round_latents
 
 
 def load_served(model: Path) -> CausalLM:
     """The model in float32, its keys and values as they are when it is served."""
-    network = load_model(model, torch.float32, choose_device("auto")).eval()
+    network = BaseModel(model).load(torch.float32, choose_device("auto")).eval()
     round_latents(network, model)
     return network
 

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # One engine, used once: in this process it starts and ends in a few seconds instead of thirty.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from vllm import LLM, RequestOutput, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 
 from recalkv_vllm.checkpoint import AttentionGeometry, read_hf_config
 
@@ -31,16 +32,19 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def _run(model: Path, prompts: list[list[int]], sampling: SamplingParams) -> list[RequestOutput]:
+def _run(
+    model: Path, prompts: list[list[int]], max_tokens: int, **sampling: Any
+) -> list[RequestOutput]:
+    """Greedy sampling of all prompts, with further options of vLLM's sampling."""
     config = read_hf_config(model)
     geometry = AttentionGeometry.from_hf_config(config)
-    length = max(map(len, prompts)) + sampling.max_tokens
+    length = max(map(len, prompts)) + max_tokens
     # The dense size is enough for every checkpoint; one more prompt pays for rounding up to blocks.
     prompt_bytes = length * geometry.dense_width * geometry.num_layers * FLOAT32_BYTES
     with _stdout_to_stderr():
         engine = LLM(
             str(model),
-            # vLLM multiplies most quantised weights in 16 bits only.
+            # vLLM multiplies most quantized weights in 16 bits only.
             dtype="auto" if "quantization_config" in config else "float32",
             enforce_eager=True,
             max_model_len=length,
@@ -48,17 +52,21 @@ def _run(model: Path, prompts: list[list[int]], sampling: SamplingParams) -> lis
             # vLLM's default is most of the memory, and an error where it is not free.
             kv_cache_memory_bytes=(CONCURRENT_PROMPTS + 1) * prompt_bytes,
         )
-        return engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+        return engine.generate(
+            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
+            SamplingParams(temperature=0, max_tokens=max_tokens, **sampling),
+        )
 
 
 def score_windows(model: Path, windows: list[list[int]]) -> list[tuple[float, int]]:
     """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
     # vLLM always generates a token after the prompt.
-    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    outputs = _run(model, windows, max_tokens=1, prompt_logprobs=0)
     scores = []
-    for window, output in zip(windows, _run(model, windows, sampling), strict=True):
+    for window, output in zip(windows, outputs, strict=True):
         # The first token has no prediction; each other position holds the prompt's own token.
-        found = output.prompt_logprobs[1:]
+        logprobs: Any = output.prompt_logprobs
+        found = logprobs[1:]
         likelihoods = [at[token].logprob for token, at in zip(window[1:], found, strict=True)]
         scores.append((-sum(likelihoods), len(likelihoods)))
     return scores
@@ -66,5 +74,4 @@ def score_windows(model: Path, windows: list[list[int]]) -> list[tuple[float, in
 
 def generate(model: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
-    sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
-    return [list(output.outputs[0].token_ids) for output in _run(model, prompts, sampling)]
+    return [list(output.outputs[0].token_ids) for output in _run(model, prompts, max_tokens)]

@@ -149,18 +149,18 @@ def test_quantised_weights_that_are_not_read(compress_fails, copy, settings, mes
 
 def test_quantised_weights_that_are_fused(compress_fails, copy):
     directory = copy(model_type="phi3", quantization_config=GPTQ)
-    assert "found quantised ones fused" in compress_fails(directory, "--compression", 0.5)
+    assert "found quantized ones fused" in compress_fails(directory, "--compression", 0.5)
 
 
 @pytest.mark.parametrize("option", [["--output-refit"], ["--dtype", "float32"]])
 def test_options_that_would_change_quantised_weights(compress_fails, copy, option):
     error = compress_fails(copy(quantization_config=AWQ), "--compression", 0.5, *option)
     assert " ".join(option) in error
-    assert "the model's weights are quantised and stay as they are" in error
+    assert "the model's weights are quantized and stay as they are" in error
 
 
 def test_quantised_weights_that_are_not_there(compress_fails, copy):
-    """Plain weights under a configuration of quantised ones are taken as they are: no scales."""
+    """Plain weights under a configuration of quantized ones are taken as they are: no scales."""
     directory = copy(quantization_config=GPTQ)
     tensors = load_file(directory / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from recalkv_vllm.checkpoint import AttentionGeometry, read_hf_config
-from recalkv_vllm.compression.source import load_model
+from recalkv_vllm.compression.base_model.model import BaseModel
 from tests.tiny_models import make_model, own_cache, tiny, tiny_models, tokenizer
 
 __all__ = ["make_model", "own_cache", "tiny", "tiny_models", "tokenizer"]
@@ -15,4 +15,4 @@ def geometry(tiny) -> AttentionGeometry:
 
 @pytest.fixture
 def load(tiny):
-    return lambda: load_model(tiny, torch.float32, "cpu")
+    return lambda: BaseModel(tiny).load(torch.float32, "cpu")

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recalkv_vllm.architectures import SUPPORTED
 from recalkv_vllm.checkpoint import (
     AttentionGeometry,
     FactorReader,
@@ -14,9 +15,9 @@ from recalkv_vllm.checkpoint import (
     rank_budget,
     read_hf_config,
 )
-from recalkv_vllm.compression import writer
-from recalkv_vllm.compression.architectures import ARCHITECTURES
-from recalkv_vllm.compression.pipeline import CompressOptions, compress
+from recalkv_vllm.compression.options import CompressOptions
+from recalkv_vllm.compression.output import writer
+from recalkv_vllm.compression.pipeline import compress
 from tests.tiny_models import FAMILIES
 
 IDS = torch.randint(1, 512, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -62,7 +63,7 @@ def test_checkpoint_holds_what_it_says(tiny_models, tmp_path, family, method):
     config, base_config = read_hf_config(out), read_hf_config(base)
 
     assert config["model_type"] == base_config["model_type"]
-    assert config["architectures"] == [ARCHITECTURES[config["model_type"]]]
+    assert config["architectures"] == [SUPPORTED[config["model_type"]].served_name]
     changed = {"architectures", "recalkv"}
     assert {k: v for k, v in config.items() if k not in changed} == {
         k: v for k, v in base_config.items() if k not in changed

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recalkv_vllm.compression.architectures import ARCHITECTURES
+from recalkv_vllm.architectures import SUPPORTED
 from tests.e2e.architectures import CONFIGS
 from tests.e2e.conftest import run_engines
 
@@ -21,7 +21,7 @@ def runs(make_small, compressed, small_prompts):
             small_prompts.job(compressed(base), attention_backend="recalkv"),
         ]
     half = compressed(make_small(AT_HALF), compression=0.5, rank_allocation="fisher")
-    stock = ARCHITECTURES[CONFIGS[AT_HALF].model_type].removeprefix("Recalkv")
+    stock = SUPPORTED[CONFIGS[AT_HALF].model_type].served_name.removeprefix("Recalkv")
     jobs += [
         small_prompts.job(half, hf_overrides={"architectures": [stock]}),
         small_prompts.job(half, attention_backend="recalkv"),
@@ -46,4 +46,4 @@ def test_latents_of_half_the_size_give_what_their_dense_form_gives(runs):
 
 
 def test_every_supported_model_type_is_here():
-    assert {config.model_type for config in CONFIGS.values()} == set(ARCHITECTURES)
+    assert {config.model_type for config in CONFIGS.values()} == set(SUPPORTED)

@@ -3,7 +3,7 @@
 import pytest
 
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.evaluation.report import record
+from recalkv_vllm.evaluation.report import add_to_card
 
 PERPLEXITY = {
     "metric": "ppl", "engine": "vllm", "dataset": "test.txt", "tokens": 100, "seq_len": 64,
@@ -25,7 +25,7 @@ def test_results_stand_before_how_it_was_made(tmp_path):
     card = tmp_path / "README.md"
     card.write_text(BEFORE + AFTER)
     for result in (PERPLEXITY, PASSKEY, AGREEMENT):
-        record(tmp_path, result)
+        add_to_card(tmp_path, result)
     measured = card.read_text().removeprefix(BEFORE + "## Measured\n\n").removesuffix(AFTER)
     assert measured == (
         f"{LINE}12.5000 (nll 2.52570)\n"
@@ -38,9 +38,9 @@ def test_results_stand_before_how_it_was_made(tmp_path):
 def test_a_later_result_takes_the_earlier_ones_place(tmp_path):
     card = tmp_path / "README.md"
     card.write_text(BEFORE + AFTER)
-    record(tmp_path, PERPLEXITY)
-    record(tmp_path, {**PERPLEXITY, "engine": "transformers"})
-    record(tmp_path, {**PERPLEXITY, "perplexity": 11.0})
+    add_to_card(tmp_path, PERPLEXITY)
+    add_to_card(tmp_path, {**PERPLEXITY, "engine": "transformers"})
+    add_to_card(tmp_path, {**PERPLEXITY, "perplexity": 11.0})
     text = card.read_text()
     assert text.count("perplexity") == 2
     assert f"{LINE}11.0000" in text
@@ -53,4 +53,4 @@ def test_no_card(tmp_path, text):
     if text is not None:
         (tmp_path / "README.md").write_text(text)
     with pytest.raises(InputError, match="expected the model card of a compressed checkpoint"):
-        record(tmp_path, PERPLEXITY)
+        add_to_card(tmp_path, PERPLEXITY)

@@ -29,16 +29,16 @@ def checkpoint(request, make_model, tmp_path) -> Path:
     return out
 
 
-def quantise(checkpoint: Path, form: LatentFormat) -> RecalkvConfig:
+def quantize(checkpoint: Path, latent_format: LatentFormat) -> RecalkvConfig:
     config = read_hf_config(checkpoint)
-    recalkv = replace(RecalkvConfig.from_hf_config(config), latent_quantization=form)
+    recalkv = replace(RecalkvConfig.from_hf_config(config), latent_quantization=latent_format)
     (checkpoint / "config.json").write_text(json.dumps({**config, "recalkv": recalkv.to_dict()}))
     return recalkv
 
 
-def test_quantised_latents_are_rounded(checkpoint):
+def test_quantized_latents_are_rounded(checkpoint):
     plain = load_served(checkpoint)
-    recalkv = quantise(checkpoint, LatentFormat("int4", 16))
+    recalkv = quantize(checkpoint, LatentFormat("int4", 16))
     served = load_served(checkpoint)
     geometry = AttentionGeometry.from_hf_config(read_hf_config(checkpoint))
     x = torch.randn(5, geometry.hidden_size)
@@ -58,7 +58,7 @@ def test_eight_bits_lose_little_and_three_lose_more(checkpoint):
     exact = score_windows(checkpoint, WINDOWS)
     errors = []
     for dtype in ("int8", "int3"):
-        quantise(checkpoint, LatentFormat(dtype, 32))
+        quantize(checkpoint, LatentFormat(dtype, 32))
         scores = score_windows(checkpoint, WINDOWS)
         errors.append(sum(abs(a - b) for (a, _), (b, _) in zip(scores, exact, strict=True)))
     assert 0 < errors[0] < errors[1] / 4

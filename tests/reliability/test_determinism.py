@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recalkv_vllm import ops
-from recalkv_vllm.compression.pipeline import CompressOptions, compress
+from recalkv_vllm.compression.options import CompressOptions
+from recalkv_vllm.compression.pipeline import compress
 from tests.e2e.conftest import BIN, run_engines
 from tests.ops.cases import AttentionCase, build
 from tests.ops.cpu_versions import threads

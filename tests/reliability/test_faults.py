@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from recalkv_vllm.checkpoint import FACTORS_FILE, CheckpointError
 from recalkv_vllm.cli import main
+from recalkv_vllm.compression.calibration.sum_store import SumStore
 from recalkv_vllm.compression.errors import OutputError
-from recalkv_vllm.compression.pipeline import CompressOptions, compress
-from recalkv_vllm.compression.reader import check_factors
-from recalkv_vllm.compression.store import SumStore
+from recalkv_vllm.compression.options import CompressOptions
+from recalkv_vllm.compression.output.reader import check_factors
+from recalkv_vllm.compression.pipeline import compress
 from tests.reliability.figures import count
 
 FEW = {"num_samples": 4, "seq_len": 32}
@@ -31,7 +32,7 @@ ARGUMENTS = ["--compression", "0.5", "--num-samples", "4", "--seq-len", "32"]
 PAUSED = """
 import sys, time
 from recalkv_vllm.cli import main
-from recalkv_vllm.compression import writer
+from recalkv_vllm.compression.output import writer
 
 def pause(*_):
     print("writing", flush=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from recalkv_vllm.checkpoint import AttentionGeometry
+from recalkv_vllm.compression.calibration.statistics import Statistics
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.compression.factors import LayerFactors, LayerInputs
-from recalkv_vllm.compression.ranks import LayerPlan
-from recalkv_vllm.compression.statistics import Statistics
+from recalkv_vllm.compression.layer import LayerFactors, LayerInputs
+from recalkv_vllm.compression.plan import Budget, ModelPlan
+
+#: What a method measures of a model, for plans to be made of.
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class MethodOptions:
         rank_allocation: one of the method's :attr:`Method.allocations`.
         spans: one of the method's :attr:`Method.span_kinds`.
         flop_per_byte: most reconstruction FLOP per cached byte of any layer.
-        heads_move: groups may be of any heads; else of neighbours, as for quantised projections.
+        allow_head_reordering: groups may be of any heads; else of neighbors, as for quantized
+            projections.
     """
 
     k_group_size: int | None = None
@@ -33,11 +36,15 @@ class MethodOptions:
     rank_allocation: str | None = None
     spans: str | None = None
     flop_per_byte: float = float("inf")
-    heads_move: bool = True
+    allow_head_reordering: bool = True
 
 
-class Method(ABC):
+class Method(ABC, Generic[Measured]):
     """A way to choose ranks and factors. A new method is one subclass in its own file.
+
+    A method only holds the options: the layers are measured once (:meth:`measure`), a plan is made
+    of the measurements for every budget (:meth:`plan`), and a plan says how to factor
+    (:meth:`factor`).
 
     Raises:
         InputError: an option that the method does not know, or groups that do not divide.
@@ -49,8 +56,6 @@ class Method(ABC):
     span_kinds: ClassVar[tuple[str, ...]]
     #: ``o_proj`` is refitted to the dense attention output unless the user says otherwise.
     refits_output: ClassVar[bool] = False
-    #: Of the last plan, per token in nats; not a number for methods that do not know it.
-    expected_loss: float = math.nan
     #: Whether plans say what they are expected to lose.
     knows_loss: ClassVar[bool] = False
 
@@ -77,40 +82,39 @@ class Method(ABC):
                 )
         self.rank_allocation = options.rank_allocation or self.allocations[0]
         self.spans = options.spans or self.span_kinds[0]
-        self.heads_move = options.heads_move
+        self.allow_head_reordering = options.allow_head_reordering
 
     @abstractmethod
     def observers(self, compression: float) -> set[str]:
-        """Names of the statistics needed (:data:`..statistics.OBSERVERS`)."""
+        """Names of the statistics needed (:data:`..calibration.statistics.OBSERVERS`)."""
 
     @abstractmethod
     def check(self, compression: float) -> None:
         """Raise :class:`InputError`, before any work, for a compression that cannot be reached."""
 
     @abstractmethod
-    def plan(
-        self,
-        compression: float,
-        layers: Sequence[LayerInputs],
-        statistics: Statistics | None,
-        latent_error: float = 0.0,
-    ) -> list[LayerPlan]:
-        """Head order and widths of all layers; full rank at compression 0.
+    def measure(
+        self, compression: float, layers: Sequence[LayerInputs], statistics: Statistics | None
+    ) -> Measured:
+        """What :meth:`plan` has to know of the layers.
 
         Args:
-            compression: fraction of cached numbers to remove.
+            compression: fraction of cached elements to remove, of the first plan to be made.
             layers: what there is to factor.
             statistics: what :meth:`observers` named.
-            latent_error: relative error of stored latents, for methods that weigh it.
         """
 
     @abstractmethod
-    def factor(self, inputs: LayerInputs, plan: LayerPlan) -> LayerFactors:
-        """Factor one layer in float64."""
+    def plan(self, measured: Measured, budget: Budget) -> ModelPlan:
+        """Head order and widths of all layers; full rank at compression 0."""
 
     @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """What to record of a finished plan: ``k_group_size``, ``v_groups`` and more."""
+    def factor(self, inputs: LayerInputs, plan: ModelPlan) -> LayerFactors:
+        """Factor one layer in float64."""
+
+    def settings(self, plan: ModelPlan) -> dict[str, Any]:
+        """What to record of a plan in the checkpoint's provenance."""
+        return {"k_group_size": plan.k_group_size, "v_groups": plan.v_groups}
 
 
 def divisors(number: int) -> list[int]:

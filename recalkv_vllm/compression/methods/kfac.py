@@ -1,41 +1,51 @@
 """Factors of the least expected loss: Kronecker-factored Fisher metric, latents shared by K and V.
 
 Low-rank factors are chosen under a metric on a projection's input and one on its output
-(:mod:`..kronecker`), so that squared singular values are expected increases of the model's loss, in
-one unit for all layers. Ranks, and the group size, are what makes their sum least within a budget
-of cached numbers and one of reconstruction.
+(:mod:`..calibration.kronecker`), so that squared singular values are expected increases of the
+model's loss, in one unit for all layers. Ranks, and the group size, are what makes their sum least
+within a budget of cached elements and one of reconstruction.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from recalkv_vllm.checkpoint import SPAN_MULTIPLE, AttentionGeometry, rank_budget
-from recalkv_vllm.compression.allocation import Choice, allocate_choices, cheapest
+from recalkv_vllm.checkpoint import SPAN_MULTIPLE, AttentionGeometry, LatentLayout, rank_budget
+from recalkv_vllm.compression.calibration.statistics import Statistics
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.compression.factors import (
+from recalkv_vllm.compression.layer import (
     LayerFactors,
     LayerInputs,
     nested_factors,
+    nested_layout,
     reorder_rows,
     split_factors,
+    split_layout,
 )
-from recalkv_vllm.compression.layer_metric import BOTH, KEYS, VALUES, LayerMetric
-from recalkv_vllm.compression.linalg import truncated_factors
+from recalkv_vllm.compression.lowrank.layer_metric import BOTH, KEYS, VALUES, LayerMetric
+from recalkv_vllm.compression.lowrank.linalg import truncated_factors
+from recalkv_vllm.compression.lowrank.nested import nested_latent
 from recalkv_vllm.compression.methods.base import Method, MethodOptions, divisors
-from recalkv_vllm.compression.nested import nested_latent, nested_losses
+from recalkv_vllm.compression.methods.measured_layer import (
+    MeasuredLayer,
+    consecutive_groups,
+    measure_nested,
+    measure_split,
+)
+from recalkv_vllm.compression.plan import Budget, ModelPlan
 from recalkv_vllm.compression.progress import track
-from recalkv_vllm.compression.ranks import LayerPlan, check_budget, check_compression
-from recalkv_vllm.compression.statistics import Statistics
-from recalkv_vllm.compression.widths import SPAN_KINDS, Widths, candidate_widths
+from recalkv_vllm.compression.ranks.least_loss import allocate_choices
+from recalkv_vllm.compression.ranks.reachable import check_budget, check_compression
+from recalkv_vllm.compression.ranks.widths import Widths, candidate_widths
+from recalkv_vllm.names import SPAN_KINDS
+
+#: Measured layers by group size.
+MeasuredSizes = dict[int, list[MeasuredLayer]]
 
 
-class Kfac(Method):
+class Kfac(Method[MeasuredSizes]):
     """Two-sided Kronecker-factored metric, ranks by expected loss.
 
     Span kinds: ``nested`` (one latent per group; keys read as many of its first columns as the
@@ -52,10 +62,9 @@ class Kfac(Method):
     def __init__(self, geometry: AttentionGeometry, options: MethodOptions):
         super().__init__(geometry, options)
         self.flop_per_byte = options.flop_per_byte
-        self.k_group_size = options.k_group_size  # None until planned
-        self.v_groups = options.v_groups or 1
+        self.k_group_size = options.k_group_size  # None: a plan chooses one
+        self.v_groups = options.v_groups or 1  # of split spans
         self._names_v_groups = options.v_groups is not None
-        self._measured: dict[int, list[MeasuredLayer]] = {}
 
     def observers(self, compression: float) -> set[str]:
         # Moments are for the report: relative errors of the outputs.
@@ -73,7 +82,7 @@ class Kfac(Method):
         sizes = [size for size in self._sizes() if self._widths(size)]
         if not sizes:
             raise InputError(
-                f"--target: no choice of {self.spans} spans rebuilds keys with as little as "
+                f"--target: no choice of {self.spans} spans reconstructs keys with as little as "
                 f"{self.flop_per_byte:g} FLOP per cached byte; expected a larger budget, a "
                 "smaller --k-group-size or --spans nested"
             )
@@ -83,90 +92,108 @@ class Kfac(Method):
         else:
             check_budget(compression, self.geometry, f"{k_groups} joint", k_groups)
 
-    def plan(
-        self,
-        compression: float,
-        layers: Sequence[LayerInputs],
-        statistics: Statistics | None,
-        latent_error: float = 0.0,
-    ) -> list[LayerPlan]:
-        geometry = self.geometry
+    def measure(
+        self, compression: float, layers: Sequence[LayerInputs], statistics: Statistics | None
+    ) -> MeasuredSizes:
+        """All widths of all layers, for every group size; nothing for full rank."""
         if compression == 0:
-            self.spans, self.k_group_size = "split", self._full_rank_size()
-            v_heads = geometry.num_kv_heads // self.v_groups
-            widths = self.k_group_size * geometry.head_dim, v_heads * geometry.head_dim
-            return [LayerPlan(tuple(range(geometry.num_kv_heads)), *widths)] * len(layers)
-        budget = rank_budget(compression, geometry)
-        self._measure(layers, 1 - compression)
-        widths_of = {size: self._widths(size) for size in self._sizes()}
-        sizes = [
-            size
-            for size, widths in widths_of.items()
-            if widths and len(layers) * min(w.rank for w in widths) <= budget
-        ]
+            return {}
+        widths_of = {size: widths for size in self._sizes() if (widths := self._widths(size))}
+        measured: MeasuredSizes = {size: [] for size in widths_of}
+        which = KEYS if self.spans == "split" else BOTH  # what a group's heads share
+        for inputs in track(layers, "choosing ranks", total=len(layers)):
+            metric = LayerMetric(inputs, self.geometry.head_dim)
+            for size, widths in widths_of.items():
+                order = tuple(range(inputs.num_kv_heads))
+                if self.allow_head_reordering:
+                    order = metric.head_order(size, 1 - compression, which)
+                if self.spans == "split":
+                    layer = measure_split(metric, order, size, self.v_groups, widths)
+                else:
+                    layer = measure_nested(metric, order, size, widths)
+                measured[size].append(layer)
+        return measured
+
+    def plan(self, measured: MeasuredSizes, budget: Budget) -> ModelPlan:
+        if budget.compression == 0:
+            return self._full_rank_plan(budget)
+        elements = rank_budget(budget.compression, self.geometry)
         chosen = {
             size: allocate_choices(
-                [layer.choices(latent_error) for layer in self._measured[size]], budget
+                [layer.choices(budget.latent_error) for layer in layers], elements
             )
-            for size in sizes
+            for size, layers in measured.items()
+            if sum(min(widths.rank for widths in layer.widths) for layer in layers) <= elements
         }
-        losses = {size: sum(choice.loss for choice in chosen[size]) for size in sizes}
-        # Of losses that differ by rounding only, the smaller group: it is cheaper to rebuild.
-        best = min(sizes, key=lambda size: (float(f"{losses[size]:.9g}"), size))
-        self.k_group_size, self.expected_loss = best, losses[best] / 2
-        return [
-            LayerPlan(layer.head_order, choice.widths.k_width, choice.widths.v_width)
-            for layer, choice in zip(self._measured[best], chosen[best], strict=True)
-        ]
+        losses = {size: sum(choice.loss for choice in choices) for size, choices in chosen.items()}
+        # Of losses that differ by rounding only, the smaller group: it is cheaper to reconstruct.
+        best = min(chosen, key=lambda size: (float(f"{losses[size]:.9g}"), size))
+        layouts = (
+            self._layout(layer.head_order, best, choice.widths)
+            for layer, choice in zip(measured[best], chosen[best], strict=True)
+        )
+        return ModelPlan(tuple(layouts), self.spans, budget.latent_format, losses[best] / 2)
 
-    def factor(self, inputs: LayerInputs, plan: LayerPlan) -> LayerFactors:
-        size, heads = self.k_group_size, len(plan.head_order)
-        assert size is not None
-        k_groups = chunks(plan.head_order, size)
-        v_groups = chunks(plan.head_order, heads // self.v_groups)
+    def factor(self, inputs: LayerInputs, plan: ModelPlan) -> LayerFactors:
+        layout = plan.layouts[inputs.index]
+        order = layout.head_order
         if inputs.fisher is None:  # full rank
-            keys = reorder_rows(inputs.k_weight, plan.head_order).chunk(len(k_groups))
-            values = reorder_rows(inputs.v_weight, plan.head_order).chunk(len(v_groups))
+            keys = reorder_rows(inputs.k_weight, order).chunk(len(layout.k_spans))
+            values = reorder_rows(inputs.v_weight, order).chunk(len(layout.v_spans))
             return split_factors(
-                [truncated_factors(weight, plan.k_width) for weight in keys],
-                [truncated_factors(weight, plan.v_width) for weight in values],
-                plan,
-                size,
+                [truncated_factors(weight, layout.k_width) for weight in keys],
+                [truncated_factors(weight, layout.v_width) for weight in values],
+                layout,
             )
         metric = LayerMetric(inputs, self.geometry.head_dim)
-        if self.spans == "split":
+        k_groups = consecutive_groups(order, layout.k_group_size)
+        if plan.spans == "split":
+            v_groups = consecutive_groups(order, len(order) // len(layout.v_spans))
             return split_factors(
-                [metric.svd(group, KEYS).truncated(plan.k_width) for group in k_groups],
-                [metric.svd(group, VALUES).truncated(plan.v_width) for group in v_groups],
-                plan,
-                size,
+                [metric.svd(group, KEYS).truncated(layout.k_width) for group in k_groups],
+                [metric.svd(group, VALUES).truncated(layout.v_width) for group in v_groups],
+                layout,
             )
         latents = [
             nested_latent(
                 metric.svd(group, BOTH),
                 metric.group_metric(group, BOTH),
-                plan.k_width,
-                plan.v_width,
+                layout.k_width,
+                layout.v_width,
             )
             for group in k_groups
         ]
-        return nested_factors(latents, plan, size)
+        return nested_factors(latents, layout)
 
-    def settings(self) -> dict[str, Any]:
-        assert self.k_group_size is not None
-        groups = self.geometry.num_kv_heads // self.k_group_size
+    def settings(self, plan: ModelPlan) -> dict[str, Any]:
         return {
-            "k_group_size": self.k_group_size,
-            "v_groups": self.v_groups if self.spans == "split" else groups,
-            "spans": self.spans,
+            **super().settings(plan),
+            "spans": plan.spans,
             "flop_per_byte": self.flop_per_byte if math.isfinite(self.flop_per_byte) else None,
-            "expected_loss": self.expected_loss,
+            "expected_loss": plan.expected_loss,
         }
 
-    @property
-    def _sharing(self) -> tuple[int, ...]:
-        """The projections whose heads are grouped by what they lose together."""
-        return KEYS if self.spans == "split" else BOTH
+    def _layout(
+        self, head_order: tuple[int, ...], k_group_size: int, widths: Widths
+    ) -> LatentLayout:
+        if self.spans == "split":
+            return split_layout(
+                head_order, k_group_size, self.v_groups, widths.k_width, widths.v_width
+            )
+        return nested_layout(head_order, k_group_size, widths.k_width, widths.v_width)
+
+    def _full_rank_plan(self, budget: Budget) -> ModelPlan:
+        """Split spans, each as wide as its group's heads."""
+        geometry, size = self.geometry, self._full_rank_size()
+        v_group_size = geometry.num_kv_heads // self.v_groups
+        layout = split_layout(
+            range(geometry.num_kv_heads),
+            size,
+            self.v_groups,
+            size * geometry.head_dim,
+            v_group_size * geometry.head_dim,
+        )
+        return ModelPlan((layout,) * geometry.num_layers, "split", budget.latent_format)
 
     def _sizes(self) -> list[int]:
         """Group sizes to choose from."""
@@ -182,58 +209,3 @@ class Kfac(Method):
 
     def _widths(self, size: int) -> list[Widths]:
         return candidate_widths(self.spans, self.geometry, size, self.v_groups, self.flop_per_byte)
-
-    def _measure(self, layers: Sequence[LayerInputs], kept: float) -> None:
-        """Measure all widths of all layers, unless a plan before this one did."""
-        if self._measured:
-            return
-        widths_of = {size: self._widths(size) for size in self._sizes()}
-        self._measured = {size: [] for size, widths in widths_of.items() if widths}
-        for inputs in track(layers, "choosing ranks", total=len(layers)):
-            metric = LayerMetric(inputs, self.geometry.head_dim)
-            for size, measured in self._measured.items():
-                order = tuple(range(inputs.num_kv_heads))
-                if self.heads_move:
-                    order = metric.head_order(size, kept, self._sharing)
-                measured.append(self._measured_layer(metric, order, size, widths_of[size]))
-
-    def _measured_layer(
-        self, metric: LayerMetric, order: tuple[int, ...], size: int, widths: list[Widths]
-    ) -> MeasuredLayer:
-        k_widths = np.array([w.k_width for w in widths])
-        v_widths = np.array([w.v_width for w in widths])
-        losses, noises = np.zeros(len(widths)), np.zeros(len(widths))
-        if self.spans == "split":
-            v_size = len(order) // self.v_groups
-            for group_size, which, ranks in ((size, KEYS, k_widths), (v_size, VALUES, v_widths)):
-                for group in chunks(order, group_size):
-                    svd = metric.svd(group, which)
-                    losses += svd.losses(ranks)
-                    noises += svd.noise(ranks)
-        else:
-            for group in chunks(order, size):
-                svd, outputs = metric.svd(group, BOTH), metric.group_metric(group, BOTH)
-                losses += nested_losses(svd, outputs, k_widths, v_widths)
-                noises += svd.noise(v_widths)
-        return MeasuredLayer(order, widths, losses, noises)
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredLayer:
-    """What one layer's widths cost: ``losses`` by truncation, ``noises`` per relative error of
-    stored latents."""
-
-    head_order: tuple[int, ...]
-    widths: list[Widths]
-    losses: np.ndarray
-    noises: np.ndarray
-
-    def choices(self, latent_error: float) -> list[Choice]:
-        """The best widths of every rank, for latents stored with this relative error."""
-        totals = self.losses + latent_error * self.noises
-        return cheapest([Choice(w, float(t)) for w, t in zip(self.widths, totals, strict=True)])
-
-
-def chunks(order: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
-    """Groups of ``size`` heads that are next to each other."""
-    return [order[i : i + size] for i in range(0, len(order), size)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from recalkv_vllm.compression.linalg import damped, truncated_factors
+from recalkv_vllm.compression.layer import InputStatistics
+from recalkv_vllm.compression.lowrank.linalg import damped, truncated_factors
 from recalkv_vllm.compression.methods.split import SplitMethod
-from recalkv_vllm.compression.statistics import InputStatistics
 
 
 class Palu(SplitMethod):

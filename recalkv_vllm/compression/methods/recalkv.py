@@ -6,12 +6,11 @@ import itertools
 
 import torch
 
-from recalkv_vllm.compression.factors import LayerInputs
-from recalkv_vllm.compression.grouping import group_heads, head_similarity
-from recalkv_vllm.compression.linalg import damped, truncated_factors
+from recalkv_vllm.compression.layer import InputStatistics, LayerInputs
+from recalkv_vllm.compression.lowrank.grouping import group_heads, head_similarity
+from recalkv_vllm.compression.lowrank.linalg import damped, truncated_factors
+from recalkv_vllm.compression.lowrank.value_calibration import value_factors
 from recalkv_vllm.compression.methods.split import SplitMethod
-from recalkv_vllm.compression.ovc import value_factors
-from recalkv_vllm.compression.statistics import InputStatistics
 
 
 class Recalkv(SplitMethod):
@@ -23,7 +22,7 @@ class Recalkv(SplitMethod):
     @property
     def _reorders(self) -> bool:
         """Whether there is more than one way to group heads."""
-        return self.heads_move and 1 < self.k_group_size < self.geometry.num_kv_heads
+        return self.allow_head_reordering and 1 < self.k_group_size < self.geometry.num_kv_heads
 
     def observers(self, compression: float) -> set[str]:
         needed = {"moments"} if compression > 0 or self._reorders else set()

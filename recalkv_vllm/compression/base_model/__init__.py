@@ -1,0 +1,1 @@
+"""The model to compress: found, checked against what is supported, and loaded."""

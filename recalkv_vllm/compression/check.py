@@ -1,0 +1,133 @@
+"""The first stage of compression: options checked against the model, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from recalkv_vllm.checkpoint import AttentionGeometry
+from recalkv_vllm.compression.base_model.devices import choose_device
+from recalkv_vllm.compression.base_model.model import DTYPES, BaseModel
+from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.latents.format_choice import budget_of, candidates
+from recalkv_vllm.compression.methods import METHODS, Method, MethodOptions
+from recalkv_vllm.compression.options import CompressOptions
+from recalkv_vllm.compression.output.atomic_directory import check_absent
+from recalkv_vllm.compression.plan import Budget
+from recalkv_vllm.compression.ranks.targets import flop_per_byte
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A compression that is known to be possible.
+
+    Args:
+        options: as given.
+        model: the base model.
+        method: with the options' settings.
+        budgets: one per latent format to choose from.
+        device: where to calibrate.
+    """
+
+    options: CompressOptions
+    model: BaseModel
+    method: Method[Any]
+    budgets: tuple[Budget, ...]
+    device: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the written weights and factors."""
+        return self.model.dtype if self.options.dtype == "auto" else DTYPES[self.options.dtype]
+
+    @property
+    def observers(self) -> set[str]:
+        """Names of the statistics that the method needs; without any there is no calibration."""
+        return self.method.observers(self.options.compression)
+
+    @property
+    def refits_output(self) -> bool:
+        """Whether ``o_proj`` follows the factors, which takes calibration samples."""
+        return (
+            self.method.refits_output
+            and bool(self.observers)
+            and self.options.output_refit is not False
+            # Quantized weights stay as they are, and so do those that factors alone are served on.
+            and self.model.weight_format is None
+            and not self.options.factors_only
+        )
+
+
+def check(options: CompressOptions) -> Job:
+    """Check everything that can be checked without loading weights or text.
+
+    Raises:
+        InputError: bad input.
+        CheckpointError: an unusable ``config.json``.
+    """
+    if not 0 <= options.compression < 1:
+        raise InputError(
+            f"compression {options.compression}: expected a fraction in [0, 1); "
+            "it is the part of the KV cache that is removed"
+        )
+    for name, least in (("num_samples", 1), ("seq_len", 2)):
+        if getattr(options, name) < least:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {getattr(options, name)}: expected at least {least}")
+    check_absent(options.out)
+    model = BaseModel.find(options.model)
+    model.architecture  # noqa: B018 (refuses what is not supported)
+    if model.weight_format is not None:
+        check_weights_stay(options)
+    method = choose_method(options, model.geometry, model.weight_format is None)
+    formats = candidates(
+        options.latent_dtype, method.knows_loss, options.compression, model.geometry
+    )
+    budgets = tuple(budget_of(options.compression, model.geometry, each) for each in formats)
+    for budget in budgets:
+        method.check(budget.compression)
+    return Job(options, model, method, budgets, choose_device(options.device))
+
+
+def check_weights_stay(options: CompressOptions) -> None:
+    """Raise :class:`InputError` for options that would change weights which are quantized."""
+    if options.output_refit:
+        raise InputError(
+            "--output-refit: the model's weights are quantized and stay as they are; expected "
+            "--no-output-refit, or the model before it was quantized"
+        )
+    if options.dtype != "auto" and not options.factors_only:
+        raise InputError(
+            f"--dtype {options.dtype}: the model's weights are quantized and stay as they are; "
+            "expected auto, or --factors-only"
+        )
+
+
+def choose_method(
+    options: CompressOptions, geometry: AttentionGeometry, allow_head_reordering: bool = True
+) -> Method[Any]:
+    """The method that the options name, its settings checked against the model.
+
+    Args:
+        options: of the command line.
+        geometry: of the model.
+        allow_head_reordering: see :class:`MethodOptions`.
+
+    Raises:
+        InputError: an unknown method, or groups that do not divide the KV heads.
+    """
+    if options.method not in METHODS:
+        raise InputError(
+            f"method {options.method!r}: unknown; expected one of {', '.join(sorted(METHODS))}"
+        )
+    chosen = MethodOptions(
+        options.k_group_size,
+        options.v_groups,
+        options.rank_allocation,
+        options.spans,
+        flop_per_byte(options.target),
+        allow_head_reordering,
+    )
+    return METHODS[options.method](geometry, chosen)

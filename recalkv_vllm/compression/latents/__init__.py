@@ -1,0 +1,1 @@
+"""Latents as the cache stores them: the choice of a format, rotation, and rounding."""

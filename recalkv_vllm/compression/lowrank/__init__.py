@@ -1,0 +1,1 @@
+"""Low-rank factors of projections: linear algebra, metrics, and which heads share a latent."""

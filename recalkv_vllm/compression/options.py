@@ -1,0 +1,31 @@
+"""Options of ``recalkv compress``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class CompressOptions:
+    """Options of ``recalkv compress``; the command line documents each."""
+
+    model: str
+    out: Path
+    compression: float
+    method: str = "kfac"
+    k_group_size: int | None = None
+    v_groups: int | None = None
+    rank_allocation: str | None = None
+    spans: str | None = None
+    target: str = "h100"
+    output_refit: bool | None = None
+    latent_dtype: str = "bf16"
+    dataset: str = "builtin"
+    text_column: str = "text"
+    num_samples: int = 256
+    seq_len: int = 2048
+    seed: int = 42
+    device: str = "auto"
+    dtype: str = "auto"
+    factors_only: bool = False

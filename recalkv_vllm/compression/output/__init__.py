@@ -1,0 +1,1 @@
+"""The compressed checkpoint on disk: written, described, and read back."""

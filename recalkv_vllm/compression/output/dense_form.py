@@ -1,0 +1,62 @@
+"""The compressed model in dense form, which any tool loads as the stock architecture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from recalkv_vllm.compression.layer import LayerFactors, reorder_rows
+from recalkv_vllm.compression.output.copy_weights import Change
+
+#: The same names in all supported families; ``qkv`` is Phi-3's.
+ATTENTION_TENSOR = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.self_attn\.(?P<projection>q|k|v|o|qkv)_proj\.(?P<parameter>\w+)"
+)
+
+
+def dense_form(factors: Sequence[LayerFactors], dtype: torch.dtype, convert: bool) -> Change:
+    """How base weights become those of a plain model that computes what is served.
+
+    ``k_proj`` and ``v_proj`` become the products of the (rounded) factors, also where they were
+    quantized. Query heads, output columns and all biases move with their KV heads; quantized ones
+    cannot, and come with heads in natural order. Other tensors stay as they are.
+
+    Args:
+        factors: rounded, one per layer.
+        dtype: of the products.
+        convert: whether all other floating-point tensors become ``dtype`` too.
+    """
+
+    def change(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        if convert and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        found = ATTENTION_TENSOR.fullmatch(name)
+        if found is None:
+            yield name, tensor
+            return
+        layer = factors[int(found["layer"])]
+        order = layer.layout.head_order
+        match found["projection"], found["parameter"]:
+            case "qkv", "weight":
+                keys, values = (product.to(dtype) for product in layer.products())
+                queries = reorder_rows(tensor[: -2 * len(keys)], order)
+                yield name, torch.cat((queries, keys, values))
+            case "k" | "v", "weight" | "weight_packed" | "qweight":
+                keys, values = layer.products()
+                name = f"{name.rpartition('.')[0]}.weight"
+                yield name, (keys if found["projection"] == "k" else values).to(dtype)
+            case ("q" | "k" | "v", "bias") | ("q", "weight"):
+                yield name, reorder_rows(tensor, order)
+            case "k" | "v", _:
+                return  # scales and zero points of what is dense now
+            case "o", "weight":
+                if layer.output is not None:
+                    tensor = layer.output
+                # Columns are heads; o_proj's bias is not per head.
+                yield name, reorder_rows(tensor.T, order).T
+            case _:
+                yield name, tensor
+
+    return change
