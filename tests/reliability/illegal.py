@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from recalkv_vllm import ops
 from recalkv_vllm.latent_format import LatentFormat
-from tests.ops.cases import AttentionInputs
+from tests.ops.cases import AttentionInputs, attend, caching_layer, value_layer
 
 INT_MAX = 2**31 - 1
 #: Of whole batches; a wrong size of one shows as another's.
 BATCH_SIZES = ("block_table", "seq_lens", "query_start_loc")
+#: Tensors of a call.
+CALL = ("q", "kv_cache", *BATCH_SIZES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OTHER_DTYPES = (torch.float64, torch.int8, torch.int16, torch.bool, torch.complex64)
 #: What stands for a name that is spoilt.
@@ -57,12 +59,12 @@ def spoilt_spans(spans: Any) -> st.SearchStrategy[Any]:
 def illegal_attention(draw: st.DrawFn, inputs: AttentionInputs) -> Call:
     """An attention, legal but for one argument of the call or one constant."""
     constants = {f.name for f in fields(inputs.layer)} - {"is_neox", "latent_format"}
-    name = draw(st.sampled_from([*inputs.call, *sorted(constants)]))
-    if name in inputs.call:
+    name = draw(st.sampled_from([*CALL, *sorted(constants)]))
+    if name in CALL:
         spoilt = draw(spoilt_call(name, inputs))
-        attend = ops.bind_paged_latent_attention(inputs.layer)
+        bound, call = ops.bind(inputs.layer), inputs.change(**spoilt).call
         names = BATCH_SIZES if name in BATCH_SIZES else (name,)
-        return Call(names, lambda: attend(**inputs.call | spoilt))
+        return Call(names, lambda: bound.attend(*call))
     spoilt = draw(spoilt_constant(name, inputs))
     # Head sizes and numbers of groups are read off the up factors.
     names = {"head_dim": ("k_up",), "k_up": ("k_up", "k_spans", "v_spans")}.get(name, (name,))
@@ -70,16 +72,13 @@ def illegal_attention(draw: st.DrawFn, inputs: AttentionInputs) -> Call:
     if name in ("k_spans", "v_spans"):
         names = (name, "kv_cache")
 
-    def run() -> None:
-        ops.bind_paged_latent_attention(replace(inputs.layer, **spoilt))(**inputs.call)
-
-    return Call(names, run)
+    return Call(names, lambda: attend(inputs.change(**spoilt)))
 
 
 @st.composite
 def spoilt_call(draw: st.DrawFn, name: str, inputs: AttentionInputs) -> Spoilt:
     """One argument of a call, spoilt."""
-    x: torch.Tensor = getattr(inputs, name)
+    x: torch.Tensor = getattr(inputs.batch if name in BATCH_SIZES else inputs, name)
     ways = [spoilt_form(x)]
     match name:
         case "q":
@@ -106,11 +105,12 @@ def spoilt_call(draw: st.DrawFn, name: str, inputs: AttentionInputs) -> Spoilt:
 @st.composite
 def spoilt_values(draw: st.DrawFn, name: str, inputs: AttentionInputs) -> list[torch.Tensor]:
     """Index tensors of the right form that would reach foreign memory."""
-    x, tokens = getattr(inputs, name), inputs.q.shape[0]
+    batch = inputs.batch
+    x, tokens = getattr(batch, name), inputs.q.shape[0]
     blocks, block_size, _ = inputs.kv_cache.shape
-    queries = inputs.query_start_loc.diff()
-    capacity = inputs.block_table.shape[1] * block_size
-    if (table := inputs.cos_sin_cache) is not None:
+    queries = batch.query_start_loc.diff()
+    capacity = batch.block_table.shape[1] * block_size
+    if (table := inputs.layer.cos_sin_cache) is not None:
         capacity = min(capacity, table.shape[0])
     changed = []
 
@@ -129,7 +129,7 @@ def spoilt_values(draw: st.DrawFn, name: str, inputs: AttentionInputs) -> list[t
             put((i,), capacity + 1, INT_MAX, -1, -INT_MAX, *few)
     if name == "block_table":
         for i in active:
-            if used := -(-int(inputs.seq_lens[i]) // block_size):
+            if used := -(-int(batch.seq_lens[i]) // block_size):
                 put((i, draw(st.integers(0, used - 1))), blocks, INT_MAX, -1, -INT_MAX)
     return changed
 
@@ -154,7 +154,12 @@ def spoilt_constant(draw: st.DrawFn, name: str, inputs: AttentionInputs) -> Spoi
             x = torch.ones(64, head_dim) if layer.cos_sin_cache is None else layer.cos_sin_cache
             odd = [x[:, :-1], x[:, :0], torch.cat((x, torch.ones(len(x), head_dim)), dim=1)]
             way = spoilt_form(x) | st.sampled_from(odd)
-        case "k_bias":
+        case "v_up":
+            x = layer.v_up
+            ways = [x[:, :-1], x[:0], x[..., :-1], torch.cat((x, x))]
+            ways += [x.to(dtype) for dtype in DTYPES if dtype != x.dtype]
+            way = spoilt_form(x) | st.sampled_from(ways)
+        case "k_bias" | "v_bias":
             x = torch.zeros(heads, head_dim)
             way = spoilt_form(x) | st.sampled_from([x[:, :-1], x[:0], torch.cat((x, x))])
         case "k_norm_weight":
@@ -204,15 +209,16 @@ def illegal_cache_update(
     names = ("z", "kv_cache") if name == "kv_cache" else (name,)
 
     def run() -> None:
-        ops.latent_cache_update(**arguments | spoilt, latent_format=latent_format)
+        ops.bind(caching_layer(latent_format)).update_cache(**arguments | spoilt)
 
     return Call(names, run, written=(cache,))
 
 
 @st.composite
 def illegal_value_up(draw: st.DrawFn) -> Call:
-    """A value product, legal but for one argument."""
+    """A value product, legal but for one argument or one constant."""
     o_lat, v_up, v_bias = torch.randn(5, 6, 32), torch.randn(3, 48, 32), torch.randn(3, 48)
+    layer = value_layer(v_up, v_bias)
     ways = {
         "o_lat": spoilt_form(o_lat)
         | st.sampled_from([o_lat[..., :-1], o_lat[:, :-1], o_lat[:, :0], o_lat[..., :0]]),
@@ -229,4 +235,9 @@ def illegal_value_up(draw: st.DrawFn) -> Call:
         width = arguments["v_up"].shape[-1] if arguments["v_up"].dim() else 0
         arguments["o_lat"] = torch.randn(5, 6, width)
     names = ("v_up", "o_lat", "v_bias") if name == "v_up" else (name,)
-    return Call(names, lambda: ops.latent_value_up(**arguments))
+
+    def run() -> None:
+        spoilt = replace(layer, v_up=arguments["v_up"], v_bias=arguments["v_bias"])
+        ops.bind(spoilt).value_up(arguments["o_lat"], arguments.get("out_dtype"))
+
+    return Call(names, run)
