@@ -67,7 +67,9 @@ def illegal_attention(draw: st.DrawFn, inputs: AttentionInputs) -> Call:
         return Call(names, lambda: bound.attend(*call))
     spoilt = draw(spoilt_constant(name, inputs))
     # Head sizes and numbers of groups are read off the up factors.
-    names = {"head_dim": ("k_up",), "k_up": ("k_up", "k_spans", "v_spans")}.get(name, (name,))
+    names = {"head_dim": ("k_up",), "k_up": ("k_up", "k_spans", "v_spans", "v_up")}.get(
+        name, (name,)
+    )
     # What a span needs of the cache shows in the call.
     if name in ("k_spans", "v_spans"):
         names = (name, "kv_cache")
