@@ -32,20 +32,8 @@ class CpuLayer(BoundLayer):
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype, group_size, rank = "", 0, kv_cache.shape[2]
-        if self._format is not None:
-            dtype, group_size = self._format.dtype, self._format.group_size
-            rank = self._format.rank_of(rank)
         return torch.ops.recalkv_cpu.paged_latent_attention.default(
-            q,
-            kv_cache,
-            batch.block_table,
-            batch.seq_lens,
-            batch.query_start_loc,
-            *self._packed,
-            dtype,
-            group_size,
-            rank,
+            self._packed, q, kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc
         )
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -35,10 +35,11 @@ if load_error is None:
         return v_up.new_empty((*o_lat.shape[:2], v_up.shape[1]), dtype=out_dtype)
 
     @torch.library.register_fake("recalkv_cpu::paged_latent_attention")
-    def _(q, kv_cache, block_table, seq_lens, query_start_loc, k_factors, k_bias, k_norm_weight,
-          rope, basis, coefficients, pair_factors, k_starts, v_starts, v_width, *_):  # fmt: skip
+    def _(
+        layer: torch.ScriptObject, q: torch.Tensor, *_: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, heads, _ = q.shape
         return (
-            q.new_empty((tokens, heads, v_width), dtype=torch.float32),
+            q.new_empty((tokens, heads, layer.v_width()), dtype=torch.float32),
             q.new_empty((tokens, heads), dtype=torch.float32),
         )
