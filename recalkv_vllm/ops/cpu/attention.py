@@ -18,6 +18,9 @@ class CpuLayer(BoundLayer):
         self._v_up = layer.v_up.contiguous()
         self._v_bias = None if layer.v_bias is None else layer.v_bias.float().contiguous()
         self._format = layer.latent_format
+        # Without the wrapper that torch puts around ops on objects, to look for objects of
+        # torch.export among the arguments: it costs as much as the rest of a small call.
+        self._attend = torch.ops.recalkv_cpu.paged_latent_attention.default._op
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -32,7 +35,7 @@ class CpuLayer(BoundLayer):
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.recalkv_cpu.paged_latent_attention.default(
+        return self._attend(
             self._packed, q, kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc
         )
 
