@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class LayerSignature:
     Args:
         rank: columns of the latent that spans need.
         max_position: rows of ``cos_sin_cache``.
+        check_values: ``RECALKV_DEBUG=1`` asked for checks of values when the layer was bound.
     """
 
     num_kv_heads: int
@@ -36,6 +38,7 @@ class LayerSignature:
     device: torch.device
     max_position: int | None
     latent_format: LatentFormat | None
+    check_values: bool
 
 
 def check_layer(layer: LatentLayer) -> LayerSignature:
@@ -57,6 +60,7 @@ def check_layer(layer: LatentLayer) -> LayerSignature:
         device=layer.k_up.device,
         max_position=None if layer.cos_sin_cache is None else layer.cos_sin_cache.shape[0],
         latent_format=layer.latent_format,
+        check_values=os.environ.get("RECALKV_DEBUG") == "1",
     )
 
 
