@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.ops.contract import Batch
 from recalkv_vllm.ops.validation.layer import LayerSignature
 from recalkv_vllm.ops.validation.require import (
@@ -85,7 +85,7 @@ def check_value_up(
         raise TypeError(f"out_dtype: expected one of {DTYPES}, found {out_dtype}")
 
 
-def _check_cache(kv_cache: torch.Tensor, latent_format: LatentFormat | None) -> int:
+def _check_cache(kv_cache: torch.Tensor, latent_format: CacheFormat | None) -> int:
     """Check shape, dtype and strides of a paged cache of latents; returns their rank."""
     last = "rank" if latent_format is None else "slot_bytes"
     require_shape(kv_cache, "kv_cache", "num_blocks", "block_size", last)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.band_format import BandFormat, CacheFormat
 from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.validation.require import (
     DTYPES,
@@ -37,7 +37,7 @@ class LayerSignature:
     dtype: torch.dtype
     device: torch.device
     max_position: int | None
-    latent_format: LatentFormat | None
+    latent_format: CacheFormat | None
     check_values: bool
 
 
@@ -51,6 +51,8 @@ def check_layer(layer: LatentLayer) -> LayerSignature:
     _check_factors(layer)
     _check_optional_tensors(layer)
     _check_numbers(layer)
+    if isinstance(layer.latent_format, BandFormat):
+        _check_bands(layer, layer.latent_format)
     return LayerSignature(
         num_kv_heads=layer.num_kv_heads,
         head_dim=layer.head_dim,
@@ -88,6 +90,16 @@ def _check_factors(layer: LatentLayer) -> None:
     require_shape(layer.v_up, "v_up", num_kv_heads, head_dim, layer.v_width)
     require_dtype(layer.v_up, "v_up", k_up.dtype)
     require_device(layer.v_up, "v_up", k_up.device)
+
+
+def _check_bands(layer: LatentLayer, latent_format: BandFormat) -> None:
+    """Kernels are compiled for the bands of a span: all groups' must be alike."""
+    for name, spans in (("k_spans", layer.k_spans), ("v_spans", layer.v_spans)):
+        try:
+            bands = {latent_format.within(span) for span in spans}
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        require(len(bands) == 1, "latent_format", f"the same bands in all of {name}", len(bands))
 
 
 def _check_optional_tensors(layer: LatentLayer) -> None:
