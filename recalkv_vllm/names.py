@@ -10,6 +10,11 @@ RANK_ALLOCATIONS = ("loss", "fisher", "uniform")
 SPAN_KINDS = ("nested", "joint", "split")
 #: How latents are stored: in the factors' own dtype, in the format of least expected loss, or so.
 LATENT_DTYPES = ("bf16", "auto", "fp8", "int8", "int4", "int3")
+#: Calibration text where none is named: by the model itself, and text that comes with Python.
+DEFAULT_DATASETS = ("self", "builtin")
+#: Calibration samples and tokens of each: what takes minutes.
+CPU_SAMPLES = (64, 512)
+GPU_SAMPLES = (256, 2048)
 #: Dtypes of written weights and factors; torch's names.
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 #: Engines of ``recalkv eval``.

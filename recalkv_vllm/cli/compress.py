@@ -10,6 +10,9 @@ from typing import Any
 
 from recalkv_vllm.cli.help import HelpFormatter
 from recalkv_vllm.names import (
+    CPU_SAMPLES,
+    DEFAULT_DATASETS,
+    GPU_SAMPLES,
     LATENT_DTYPES,
     METHOD_NAMES,
     RANK_ALLOCATIONS,
@@ -86,14 +89,16 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--dataset",
         metavar="NAME|PATH",
-        default="builtin",
+        dest="datasets",
+        action="append",
         help="calibration text: a .txt, .jsonl or .parquet file; NAME[:CONFIG[:SPLIT]] of the "
         "datasets library; builtin (the Python language reference, needs no network); or self "
-        "(text that the model writes)",
+        "(text that the model writes); give it several times for a mix in equal shares (default: "
+        f"{' and '.join(DEFAULT_DATASETS)})",
     )
     add("--text-column", metavar="C", default="text", help="column of the dataset with the text")
-    add("--num-samples", metavar="N", type=int, default=256, help="calibration samples")
-    add("--seq-len", metavar="N", type=int, default=2048, help="tokens per sample")
+    add("--num-samples", metavar="N", type=int, help=f"calibration samples ({sizes(0)})")
+    add("--seq-len", metavar="N", type=int, help=f"tokens per sample ({sizes(1)})")
     add("--seed", metavar="N", type=int, default=42, help="random seed for drawing samples")
     add(
         "--device",
@@ -115,6 +120,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return parser
 
 
+def sizes(index: int) -> str:
+    """Default size of the calibration text, for help."""
+    return f"default: {CPU_SAMPLES[index]} on a CPU, {GPU_SAMPLES[index]} on a GPU"
+
+
 def group_size(text: str) -> int | None:
     """``N``, or None for ``auto``."""
     return None if text == "auto" else int(text)
@@ -123,14 +133,20 @@ def group_size(text: str) -> int | None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the sub-command; the JSON object."""
     from recalkv_vllm.cli.libraries import quiet_libraries
+    from recalkv_vllm.compression.base_model.devices import choose_device
     from recalkv_vllm.compression.options import CompressOptions
     from recalkv_vllm.compression.pipeline import compress
 
     quiet_libraries()
-    names = CompressOptions.__dataclass_fields__
+    on_cpu = choose_device(options.device).startswith("cpu")
+    num_samples, seq_len = CPU_SAMPLES if on_cpu else GPU_SAMPLES
+    given = {name: getattr(options, name) for name in CompressOptions.__dataclass_fields__}
+    given["datasets"] = tuple(options.datasets or DEFAULT_DATASETS)
+    given["num_samples"] = num_samples if options.num_samples is None else options.num_samples
+    given["seq_len"] = seq_len if options.seq_len is None else options.seq_len
     return {
         "out": str(options.out),
-        **compress(CompressOptions(**{name: getattr(options, name) for name in names})),
+        **compress(CompressOptions(**given)),
         "serve": serve_command(options),
     }
 

@@ -76,6 +76,7 @@ def check(options: CompressOptions) -> Job:
         if getattr(options, name) < least:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {getattr(options, name)}: expected at least {least}")
+    check_datasets(options)
     check_absent(options.out)
     model = BaseModel.find(options.model)
     model.architecture  # noqa: B018 (refuses what is not supported)
@@ -89,6 +90,18 @@ def check(options: CompressOptions) -> Job:
     for budget in budgets:
         method.check(budget.compression)
     return Job(options, model, method, budgets, choose_device(options.device))
+
+
+def check_datasets(options: CompressOptions) -> None:
+    """Raise :class:`InputError` for a dataset named twice, or one that no sample is left for."""
+    for index, dataset in enumerate(options.datasets):
+        if dataset in options.datasets[:index]:
+            raise InputError(f"--dataset {dataset}: found twice; expected each dataset once")
+    if options.num_samples < len(options.datasets):
+        raise InputError(
+            f"--num-samples {options.num_samples}: expected at least {len(options.datasets)}, "
+            f"one of each dataset ({', '.join(options.datasets)})"
+        )
 
 
 def check_weights_stay(options: CompressOptions) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from recalkv_vllm.names import CPU_SAMPLES, DEFAULT_DATASETS
+
 
 @dataclass(frozen=True, slots=True)
 class CompressOptions:
@@ -21,10 +23,10 @@ class CompressOptions:
     target: str = "h100"
     output_refit: bool | None = None
     latent_dtype: str = "bf16"
-    dataset: str = "builtin"
+    datasets: tuple[str, ...] = DEFAULT_DATASETS
     text_column: str = "text"
-    num_samples: int = 256
-    seq_len: int = 2048
+    num_samples: int = CPU_SAMPLES[0]
+    seq_len: int = CPU_SAMPLES[1]
     seed: int = 42
     device: str = "auto"
     dtype: str = "auto"

@@ -224,6 +224,11 @@ def test_missing_column(fails, tiny, compress_fails, tmp_path):
         assert "no column 'text'; found body" in error
 
 
+def test_dataset_given_twice(tiny, compress_fails):
+    error = compress_fails(tiny, "--compression", 0.5, *["--dataset", "builtin"] * 2)
+    assert "--dataset builtin: found twice; expected each dataset once" in error
+
+
 @pytest.mark.parametrize("option", ["--num-samples", "--seq-len"])
 def test_sizes_below_the_least(tiny, compress_fails, option):
     error = compress_fails(tiny, "--compression", 0.5, option, 0)

@@ -10,10 +10,15 @@ import torch
 
 from recalkv_vllm.compression.base_model.devices import calibration_dtype
 from recalkv_vllm.compression.base_model.model import BaseModel
-from recalkv_vllm.compression.calibration.samples import draw_samples
-from recalkv_vllm.compression.calibration.self_text import SELF, sample_self
-from recalkv_vllm.compression.calibration.statistics import Statistics, collect, samples_digest
-from recalkv_vllm.compression.calibration.text import describe, documents
+from recalkv_vllm.compression.calibration.samples import draw_samples, interleave, shares
+from recalkv_vllm.compression.calibration.self_text import sample_self
+from recalkv_vllm.compression.calibration.statistics import (
+    Statistics,
+    cache_directory,
+    collect,
+    samples_digest,
+)
+from recalkv_vllm.compression.calibration.text import SELF, describe, documents
 from recalkv_vllm.compression.options import CompressOptions
 
 
@@ -37,18 +42,17 @@ def calibrate(
     if not observers:
         return None
     dtype = calibration_dtype(model.dtype, device)
-    samples = _draw(model, options, dtype, device)
+    samples = draw(model, options, dtype, device, options.num_samples)
     digest = samples_digest(samples)
-    identity = f"{model.digest()} {digest} {dtype} {device.split(':')[0]}"
     statistics = collect(
         observers,
         samples,
         model.geometry,
-        key=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+        key=_key(model, dtype, device, digest),
         load_model=lambda: model.load(dtype, device),
     )
     provenance = {
-        "dataset": describe(options.dataset),
+        "dataset": " + ".join(map(describe, options.datasets)),
         "samples": len(samples),
         "seq_len": options.seq_len,
         "seed": options.seed,
@@ -58,11 +62,47 @@ def calibrate(
     return Calibration(samples, statistics, provenance)
 
 
-def _draw(
-    model: BaseModel, options: CompressOptions, dtype: torch.dtype, device: str
+def draw(
+    model: BaseModel, options: CompressOptions, dtype: torch.dtype, device: str, num_samples: int
 ) -> torch.Tensor:
+    """Draw calibration samples: from each of the options' datasets in turn.
+
+    Args:
+        model: whose tokenizer makes tokens of text, and who writes text of its own.
+        options: datasets, ``seq_len`` and ``seed``.
+        dtype: to write text in.
+        device: to write text on.
+        num_samples: more samples begin with the same ones.
+
+    Returns:
+        ``[samples, seq_len]`` int64; fewer than asked for where a dataset has too little text.
+
+    Raises:
+        InputError: no text, or no tokenizer.
+    """
     tokenizer = model.tokenizer()
-    size = (options.num_samples, options.seq_len, options.seed)
-    if options.dataset == SELF:
-        return sample_self(model.load(dtype, device), tokenizer, *size)
-    return draw_samples(documents(options.dataset, options.text_column), tokenizer, *size)
+    sizes = dict(zip(options.datasets, shares(num_samples, len(options.datasets)), strict=True))
+    drawn = {
+        dataset: draw_samples(
+            documents(dataset, options.text_column), tokenizer, size, options.seq_len, options.seed
+        )
+        for dataset, size in sizes.items()
+        if dataset != SELF
+    }
+    # Last, as it takes minutes: a file that is missing shows before.
+    if SELF in sizes:
+        drawn[SELF] = sample_self(
+            lambda: model.load(dtype, device),
+            tokenizer,
+            sizes[SELF],
+            options.seq_len,
+            options.seed,
+            cache_directory() / "self-text" / _key(model, dtype, device),
+        )
+    return interleave([drawn[dataset] for dataset in options.datasets])
+
+
+def _key(model: BaseModel, dtype: torch.dtype, device: str, samples: str = "") -> str:
+    """Names what is made of a model with some arithmetic, and of samples by their digest."""
+    identity = f"{model.digest()} {samples} {dtype} {device.split(':')[0]}"
+    return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()

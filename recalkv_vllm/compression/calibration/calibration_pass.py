@@ -11,7 +11,7 @@ from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.attention import Attention, CausalLM, attention_modules
 from recalkv_vllm.compression.calibration.observers import Observer
 from recalkv_vllm.compression.calibration.sum_store import SumStore
-from recalkv_vllm.compression.progress import track
+from recalkv_vllm.compression.progress import Forecast, track
 
 #: Tokens whose logits exist at a time; vocabularies are wide.
 LOGIT_CHUNK = 128
@@ -35,12 +35,19 @@ def run_pass(
     _prepare(model, gradient, seq_len=samples.shape[1])
     attention = attention_modules(model)
 
+    todo = samples[store.samples_done :]
+    preparing = sum(o.samples_to_prepare(samples, store.sums) for o in observers)
+    forecast = Forecast(
+        f"calibration: {len(samples)} samples of {samples.shape[1]} tokens",
+        steps=preparing + len(todo),
+    )
+
     def measure(sample: torch.Tensor, observers: list[Observer]) -> None:
         _run_sample(model, attention, sample, observers, store.sums, gradient)
+        forecast.step()
 
     for observer in observers:
         observer.prepare(samples, store.sums, measure)
-    todo = samples[store.samples_done :]
     for sample in track(todo, "calibrating", total=len(samples), completed=store.samples_done):
         measure(sample, observers)
         store.sample_done()

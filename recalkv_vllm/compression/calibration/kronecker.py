@@ -95,6 +95,9 @@ class KroneckerFactors(Observer):
         shapes = (layers, hidden, hidden), (layers, width, width), (layers,)
         return dict(zip(self.SUMS, shapes, strict=True))
 
+    def samples_to_prepare(self, samples: torch.Tensor, sums: Mapping[str, torch.Tensor]) -> int:
+        return sum(map(len, _first_rounds(samples, _least_tokens(sums))))
+
     def prepare(
         self,
         samples: torch.Tensor,
@@ -106,16 +109,15 @@ class KroneckerFactors(Observer):
         Raises:
             InputError: inputs or gradients that are not finite or all zero, or too few tokens.
         """
-        need = max(sums["kronecker_input"].shape[1], sums["kronecker_gradient"].shape[1])
+        need = _least_tokens(sums)
         if samples.numel() < need:
             raise InputError(
                 f"calibration text: {samples.numel()} tokens are too few; expected at least {need} "
                 "to estimate the metric of a layer (give more text or --num-samples)"
             )
-        count = -(-PILOT_TOKENS * need // samples.shape[1])
-        self._inverses = self._pilot(samples[:count], len(sums["kronecker_input"]), measure)
-        second = samples[count : (1 + SECOND_ROUND) * count]
-        if len(second) == SECOND_ROUND * count:
+        pilot, second = _first_rounds(samples, need)
+        self._inverses = self._pilot(pilot, len(sums["kronecker_input"]), measure)
+        if len(second):
             partial_sums = {name: torch.zeros_like(sums[name]) for name in self.SUMS}
             for sample in second:
                 measure(sample, [self._trace])
@@ -173,6 +175,18 @@ class KroneckerFactors(Observer):
             sums["kronecker_input"][layer] += outer_x.to(sums["kronecker_input"])
             sums["kronecker_gradient"][layer] += outer_g.to(sums["kronecker_gradient"])
             sums["kronecker_weight"][layer] += (by_gradient @ by_input).to(sums["kronecker_weight"])
+
+
+def _least_tokens(sums: Mapping[str, torch.Tensor]) -> int:
+    """Rows of the larger factor: fewer tokens leave it singular."""
+    return max(sums["kronecker_input"].shape[1], sums["kronecker_gradient"].shape[1])
+
+
+def _first_rounds(samples: torch.Tensor, least_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples of the pilot and of the second round; there is none of too few samples."""
+    count = -(-PILOT_TOKENS * least_tokens // samples.shape[1])
+    end = (1 + SECOND_ROUND) * count
+    return samples[:count], samples[count : end if len(samples) >= end else count]
 
 
 def mean_factors(

@@ -34,6 +34,10 @@ class Observer:
         ``measure(sample, observers)`` runs one sample for other observers.
         """
 
+    def samples_to_prepare(self, samples: torch.Tensor, sums: Mapping[str, torch.Tensor]) -> int:
+        """How many of ``samples: [samples, seq_len]`` :meth:`prepare` runs."""
+        return 0
+
     def attach(
         self, attention: Sequence[Attention], sums: Mapping[str, torch.Tensor]
     ) -> list[RemovableHandle]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -11,8 +11,11 @@ from recalkv_vllm.compression.errors import InputError
 
 log = logging.getLogger(__name__)
 
-#: Text is read until there is this many times what is drawn, so that huge datasets end.
-READ_FACTOR = 4
+#: Text is read until there is this many times what is drawn, so that huge datasets end ...
+READ_FACTOR = 2
+#: ... but at least so many tokens, and twice, four times, ... as many where those are too few: what
+#: has been read decides which samples are drawn, and more samples must begin with the same ones.
+READ_TOKENS = 1 << 21
 #: Characters that are tokenized at once.
 BLOCK = 1_000_000
 
@@ -62,8 +65,9 @@ def draw_samples(
 ) -> torch.Tensor:
     """Draw samples that do not overlap, in an order fixed by ``seed``.
 
-    Each starts as the tokenizer starts every text. Where the text has fewer than ``num_samples``
-    such sequences, all of them are taken and a warning is logged.
+    Each starts as the tokenizer starts every text. More samples begin with the same ones. Where the
+    text has fewer than ``num_samples`` such sequences, all of them are taken and a warning is
+    logged.
 
     Returns:
         ``[samples, seq_len]`` int64.
@@ -73,7 +77,10 @@ def draw_samples(
     """
     start = start_tokens(tokenizer)
     body = seq_len - len(start)
-    ids = tokenize(documents, tokenizer, limit=READ_FACTOR * num_samples * body)
+    limit = READ_TOKENS
+    while limit < READ_FACTOR * num_samples * body:
+        limit *= 2
+    ids = tokenize(documents, tokenizer, limit=limit)
     available = len(ids) // body
     if available == 0:
         raise InputError(
@@ -89,3 +96,21 @@ def draw_samples(
     chosen = torch.randperm(available, generator=generator)[:num_samples]
     bodies = torch.tensor(ids[: available * body]).view(available, body)[chosen]
     return torch.cat((torch.tensor(start).expand(len(chosen), -1).long(), bodies), dim=1)
+
+
+def shares(num_samples: int, parts: int) -> list[int]:
+    """``num_samples`` divided among so many parts, as equally as it goes, larger ones first."""
+    return [-(-(num_samples - part) // parts) for part in range(parts)]
+
+
+def interleave(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Samples of several texts in turn, until each has given all its own.
+
+    Args:
+        parts: ``[samples of the part, seq_len]`` each.
+
+    Returns:
+        ``[samples, seq_len]``.
+    """
+    order = sorted((row, index) for index, part in enumerate(parts) for row in range(len(part)))
+    return torch.stack([parts[index][row] for row, index in order])

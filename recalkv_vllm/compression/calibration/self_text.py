@@ -1,62 +1,176 @@
-"""Calibration text that the model writes itself: for when there is none like what it will read."""
+"""Calibration text that the model writes itself: for when there is none like what it will read.
+
+Texts of many kinds follow one another in rows of equal length. All rows of a batch are written at
+once, a token of each per step. Batches are kept on disk: compressing the same model again, or
+asking for more samples, writes none a second time.
+"""
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from recalkv_vllm.compression.base_model.attention import CausalLM
-from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.calibration.prompts import Prompts
+from recalkv_vllm.compression.errors import output_errors
+from recalkv_vllm.compression.progress import Forecast, track
 
-log = logging.getLogger(__name__)
-
-SELF = "self"
-#: Sequences that are sampled together.
-BATCH = 32
+#: Rows of a batch; more are faster per row, but few are needed: half of the default 64 samples,
+#: and some to hold out.
+ROWS = 40
+#: Tokens of a row, at most: the cache of a batch stays small, and more texts are begun.
+ROW_TOKENS = 512
+#: A text that has not ended after so many tokens is cut off.
+TEXT_TOKENS = 256
+#: Of a batch's rows in turn: 1 is the model's own distribution; below, text is more coherent.
+TEMPERATURES = (0.7, 1.0)
 
 
 def sample_self(
-    model: CausalLM, tokenizer, num_samples: int, seq_len: int, seed: int
+    load_model: Callable[[], CausalLM],
+    tokenizer,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    directory: Path,
 ) -> torch.Tensor:
-    """Sample from the model's own distribution (temperature 1, nothing cut off).
+    """Samples of text that the model writes.
 
-    Every sequence starts with the token that begins a text, or else with the one that ends it, as
-    between texts in training. Sequences do not end early: an end is never drawn.
+    Args:
+        load_model: called only if text must be written.
+        tokenizer: the model's.
+        num_samples: more samples begin with the same ones.
+        seq_len: tokens of a sample; one longer than :data:`ROW_TOKENS` is made of several rows.
+        seed: of the drawing.
+        directory: where batches of this model are kept.
 
     Returns:
         ``[num_samples, seq_len]`` int64, on the CPU; the same for the same ``seed`` and machine.
 
     Raises:
-        InputError: the tokenizer has no such token.
+        InputError: the tokenizer has no token that begins or ends a text.
+        OutputError: ``directory`` cannot be written.
     """
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
-        raise InputError(f"--dataset {SELF}: the tokenizer has no token that begins or ends a text")
-    generation = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        min_new_tokens=seq_len - 1,
-        max_new_tokens=seq_len - 1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=start,
-    )
-    batches = []
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        for first in range(0, num_samples, BATCH):
-            count = min(BATCH, num_samples - first)
-            log.info("sampling text: %d of %d", first, num_samples)
-            prompt = torch.full((count, 1), start, device=model.device)
-            batches.append(
-                model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    generation_config=generation,
-                ).cpu()
-            )
-    return torch.cat(batches)
+    prompts = Prompts.of(tokenizer)
+    rows_per_sample = -(-seq_len // ROW_TOKENS)
+    row_tokens = -(-seq_len // rows_per_sample)
+    batches = -(-num_samples * rows_per_sample // ROWS)
+    folder = directory / f"{_recipe(prompts)}-tokens-{row_tokens}-seed-{seed}"
+    paths = [folder / f"batch-{batch}.npy" for batch in range(batches)]
+    missing = [batch for batch, path in enumerate(paths) if not path.is_file()]
+    if missing:
+        with _output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        model = load_model()
+        forecast = Forecast(
+            f"calibration: the model writes {ROWS * len(missing)} x {row_tokens} tokens",
+            steps=len(missing) * (row_tokens - 1),
+        )
+        for batch in missing:
+            rows = write_batch(model, prompts, batch, row_tokens, seed, forecast)
+            with _output_errors(folder):
+                _save(paths[batch], rows)
+    written = torch.cat([torch.from_numpy(np.load(path)) for path in paths])
+    written = written[: num_samples * rows_per_sample]
+    return written.reshape(num_samples, -1)[:, :seq_len].contiguous()
+
+
+def write_batch(
+    model: CausalLM, prompts: Prompts, batch: int, row_tokens: int, seed: int, forecast: Forecast
+) -> torch.Tensor:
+    """Write the rows of one batch.
+
+    Args:
+        model: to write with.
+        prompts: to begin texts with.
+        batch: which batch; each has random numbers and prompts of its own.
+        row_tokens: tokens per row.
+        seed: of the random numbers.
+        forecast: told of every step.
+
+    Returns:
+        ``[ROWS, row_tokens]`` int64, on the CPU.
+    """
+    ends = _ends(model, prompts)
+    texts = [_Texts(prompts.of_row(batch * ROWS + row, ROWS), ends) for row in range(ROWS)]
+    # Made on the CPU, where a generator is the same for every device.
+    generator = torch.Generator().manual_seed(seed + (batch << 32))
+    uniform = torch.rand(row_tokens, ROWS, generator=generator)
+    temperature = torch.tensor(TEMPERATURES).repeat(ROWS)[:ROWS].unsqueeze(1)
+    device = model.get_input_embeddings().weight.device
+    tokens = [[text.first() for text in texts]]
+    cache = None
+    with torch.inference_mode():
+        for step in track(range(row_tokens - 1), "writing text", total=row_tokens - 1):
+            ids = torch.tensor(tokens[-1], device=device).unsqueeze(1)
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits = out.logits[:, -1].float()
+            drawn = sample(logits / temperature.to(logits), uniform[step].to(logits)).tolist()
+            tokens.append([text.next(token) for text, token in zip(texts, drawn, strict=True)])
+            forecast.step()
+    return torch.tensor(tokens).T.contiguous()
+
+
+def sample(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Draw an index from every row of ``logits: [rows, n]`` by ``uniform: [rows]`` in [0, 1)."""
+    total = logits.softmax(dim=1).cumsum(dim=1)
+    # Rounding leaves the last sum a little off 1.
+    threshold = uniform.unsqueeze(1) * total[:, -1:]
+    drawn = torch.searchsorted(total, threshold, right=True).squeeze(1)
+    return drawn.clamp(max=logits.shape[1] - 1)
+
+
+class _Texts:
+    """Decides a row's next token: one of a prompt, or what the model drew."""
+
+    def __init__(self, prompts: Iterator[tuple[int, ...]], ends: set[int]):
+        self._prompts = prompts
+        self._ends = ends
+        self._begin()
+
+    def _begin(self) -> None:
+        self._prompt = list(next(self._prompts))
+        self._tokens = 0
+
+    def first(self) -> int:
+        self._tokens += 1
+        return self._prompt.pop(0)
+
+    def next(self, drawn: int) -> int:
+        if self._prompt:
+            return self.first()
+        self._tokens += 1
+        if drawn in self._ends or self._tokens >= TEXT_TOKENS:
+            self._begin()
+        return drawn
+
+
+def _ends(model: CausalLM, prompts: Prompts) -> set[int]:
+    """Tokens that end a text; chat models have several."""
+    config = getattr(model, "generation_config", None)
+    more = getattr(config, "eos_token_id", None)
+    ends = {prompts.end, *(more if isinstance(more, list) else [more])}
+    return {end for end in ends if end is not None}
+
+
+def _recipe(prompts: Prompts) -> str:
+    """Digest of what decides on the text besides model, size and seed (hex)."""
+    recipe = f"{prompts} {ROWS} {TEXT_TOKENS} {TEMPERATURES}"
+    return hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
+
+
+def _output_errors(folder: Path) -> AbstractContextManager[None]:
+    return output_errors(f"calibration text {folder} (in RECALKV_CACHE)")
+
+
+def _save(path: Path, rows: torch.Tensor) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.npy")
+    np.save(partial, rows.numpy())
+    partial.rename(path)

@@ -9,6 +9,8 @@ from recalkv_vllm.compression.calibration.builtin_text import builtin_documents
 from recalkv_vllm.compression.errors import InputError
 
 BUILTIN = "builtin"
+#: Text that the model writes.
+SELF = "self"
 #: File endings that are tables; every other file is plain text.
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
