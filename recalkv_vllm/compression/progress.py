@@ -55,16 +55,19 @@ class Forecast:
         self._work = work
         self._steps = steps
         self._done = 0
-        self._began = time.monotonic()
+        self._began = 0.0
         self._logged = False
 
     def step(self) -> None:
         """Note that a step is done."""
-        self._done += 1
-        elapsed = time.monotonic() - self._began
+        now = time.monotonic()
+        if not self._done:
+            self._began = now  # the first step also warms up: it is not like the others
+        elapsed = now - self._began
         if not self._logged and elapsed >= FORECAST_SECONDS:
             self._logged = True
             log.info("%s, about %s", self._work, duration(elapsed / self._done * self._steps))
+        self._done += 1
 
 
 def duration(seconds: float) -> str:

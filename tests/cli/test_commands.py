@@ -137,3 +137,25 @@ def test_version(capsys):
         main(["--version"])
     assert caught.value.code == 0
     assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cpu", [], (("self", "builtin"), 64, 512)),
+        ("spread", [], (("self", "builtin"), 256, 2048)),
+        ("spread", ["--seq-len", 9], (("self", "builtin"), 256, 9)),
+        ("cpu", ["--dataset", "a", "--dataset", "b", *FEW], (("a", "b"), 4, 32)),
+    ],
+)
+def test_calibration_of_compress(monkeypatch, run, tiny, tmp_path, device, options, expected):
+    given = []
+
+    def compress(options):
+        given.append((options.datasets, options.num_samples, options.seq_len))
+        return {}
+
+    monkeypatch.setattr("recalkv_vllm.compression.pipeline.compress", compress)
+    base = ("compress", tiny, "-o", tmp_path / "out", "--compression", 0.5, "--device", device)
+    run(*base, *options)
+    assert given == [expected]

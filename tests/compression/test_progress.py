@@ -17,7 +17,9 @@ def clock(monkeypatch):
 def test_forecast_is_made_once_from_the_first_seconds(clock, caplog):
     caplog.set_level("INFO")
     forecast = Forecast("calibration: 64 samples of 512 tokens", steps=60)
-    for _ in range(60):
+    clock[0] += 50
+    forecast.step()
+    for _ in range(59):
         clock[0] += 2
         forecast.step()
     assert caplog.messages == ["calibration: 64 samples of 512 tokens, about 2 minutes"]

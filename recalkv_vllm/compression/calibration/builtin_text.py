@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def builtin_documents() -> Iterator[str]:
-    """Yield the language reference's topics."""
+    """Yield the language reference's topics: no source code, and no docstrings."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):

@@ -22,10 +22,12 @@ class Prompts:
     Args:
         kinds: by kind (code, prose and, where there is a chat template, chat), each prompt's ids.
         end: the tokenizer's token at the end of a text, if it has one.
+        separator: what is between a text and the next prompt.
     """
 
     kinds: tuple[tuple[tuple[int, ...], ...], ...]
     end: int | None
+    separator: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tokenizer) -> Prompts:
@@ -58,7 +60,7 @@ class Prompts:
         kinds = [tuple(map(opening, CODE_OPENINGS)), tuple(map(opening, PROSE_OPENINGS))]
         if tokenizer.chat_template:
             kinds.append(tuple(map(request, REQUESTS)))
-        return cls(tuple(kinds), eos)
+        return cls(tuple(kinds), eos, () if before else ids("\n\n"))
 
     def of_row(self, index: int, step: int) -> Iterator[tuple[int, ...]]:
         """Prompts of a row's texts, without end: kinds take turns, and prompts of a kind.
@@ -67,8 +69,10 @@ class Prompts:
             index: of the row: with the first text of the next row goes the next prompt.
             step: from one text of the row to the next, in prompts.
         """
+        separator: tuple[int, ...] = ()
         while True:
             number, kind = divmod(index, len(self.kinds))
             prompts = self.kinds[kind]
-            yield prompts[number % len(prompts)]
+            yield separator + prompts[number % len(prompts)]
             index += step
+            separator = self.separator

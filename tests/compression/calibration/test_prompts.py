@@ -27,7 +27,12 @@ def test_kinds_and_prompts_take_turns():
     prompts = Prompts((((0,), (1,), (2,)), ((10,), (11,)), ((20,),)), None)
     firsts = [next(prompts.of_row(index, 4)) for index in range(9)]
     assert firsts == [(0,), (10,), (20,), (1,), (11,), (20,), (2,), (10,), (20,)]
-    assert list(islice(prompts.of_row(4, 4), 4)) == [(11,), (20,), (0,), (11,)]
+    assert list(islice(prompts.of_row(4, 4), 4)) == [(11,), (20,), (1,), (11,)]
+
+
+def test_separator_is_before_every_text_but_the_first():
+    prompts = Prompts((((0, 1),), ((2,),)), None, separator=(9, 9))
+    assert list(islice(prompts.of_row(0, 1), 3)) == [(0, 1), (9, 9, 2), (9, 9, 0, 1)]
 
 
 def test_openings_alone_without_a_chat_template(tiny_tokenizer):
@@ -52,6 +57,8 @@ def test_prompts_are_all_different_and_short(tiny_tokenizer):
 
 
 def test_prompts_begin_as_the_tokenizer_begins_texts(tiny_tokenizer, monkeypatch):
+    assert tiny_tokenizer.decode(Prompts.of(tiny_tokenizer).separator) == "\n\n"
     monkeypatch.setattr("recalkv_vllm.compression.calibration.prompts.start_tokens", lambda _: [77])
-    code, _ = Prompts.of(tiny_tokenizer).kinds
-    assert {prompt[0] for prompt in code} == {77}
+    prompts = Prompts.of(tiny_tokenizer)
+    assert {prompt[0] for kind in prompts.kinds for prompt in kind} == {77}
+    assert not prompts.separator
