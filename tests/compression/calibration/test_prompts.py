@@ -58,7 +58,10 @@ def test_prompts_are_all_different_and_short(tiny_tokenizer):
 
 def test_prompts_begin_as_the_tokenizer_begins_texts(tiny_tokenizer, monkeypatch):
     assert tiny_tokenizer.decode(Prompts.of(tiny_tokenizer).separator) == "\n\n"
-    monkeypatch.setattr("recalkv_vllm.compression.calibration.prompts.start_tokens", lambda _: [77])
+    start = tiny_tokenizer.bos_token_id
+    monkeypatch.setattr(
+        "recalkv_vllm.compression.calibration.prompts.start_tokens", lambda _: [start]
+    )
     prompts = Prompts.of(tiny_tokenizer)
-    assert {prompt[0] for kind in prompts.kinds for prompt in kind} == {77}
+    assert {prompt[0] for kind in prompts.kinds for prompt in kind} == {start}
     assert not prompts.separator
