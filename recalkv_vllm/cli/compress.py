@@ -79,9 +79,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--latent-dtype",
         choices=LATENT_DTYPES,
-        default="bf16",
-        help="how to store latents; bf16: unquantized, in the dtype of the factors; auto: kfac "
-        "picks the bits and ranks with the least expected loss",
+        default="auto",
+        help="how to store latents; auto: kfac gives every column as many bits as it is worth "
+        "(bands), other methods store bf16: unquantized, in the dtype of the factors",
     )
     add(
         "--dataset",

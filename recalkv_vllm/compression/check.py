@@ -11,8 +11,8 @@ from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.devices import choose_device
 from recalkv_vllm.compression.base_model.model import DTYPES, BaseModel
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.compression.latents.format_choice import budget_of, candidates
-from recalkv_vllm.compression.methods import METHODS, Method, MethodOptions
+from recalkv_vllm.compression.latents.format_choice import budget_of, chosen_latent_dtype
+from recalkv_vllm.compression.methods import METHODS, KfacBands, Method, MethodOptions
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.output.atomic_directory import check_absent
 from recalkv_vllm.compression.plan import Budget
@@ -27,14 +27,14 @@ class Job:
         options: as given.
         model: the base model.
         method: with the options' settings.
-        budgets: one per latent format to choose from.
+        budget: of the compressed cache.
         device: where to calibrate.
     """
 
     options: CompressOptions
     model: BaseModel
     method: Method[Any]
-    budgets: tuple[Budget, ...]
+    budget: Budget
     device: str
 
     @property
@@ -82,13 +82,9 @@ def check(options: CompressOptions) -> Job:
     if model.weight_format is not None:
         check_weights_stay(options)
     method = choose_method(options, model.geometry, model.weight_format is None)
-    formats = candidates(
-        options.latent_dtype, method.knows_loss, options.compression, model.geometry
-    )
-    budgets = tuple(budget_of(options.compression, model.geometry, each) for each in formats)
-    for budget in budgets:
-        method.check(budget.compression)
-    return Job(options, model, method, budgets, choose_device(options.device))
+    budget = budget_of(options.compression, model.geometry, latent_dtype(options))
+    method.check(budget.compression)
+    return Job(options, model, method, budget, choose_device(options.device))
 
 
 def check_weights_stay(options: CompressOptions) -> None:
@@ -130,4 +126,11 @@ def choose_method(
         flop_per_byte(options.target),
         allow_head_reordering,
     )
-    return METHODS[options.method](geometry, chosen)
+    method = KfacBands if latent_dtype(options) == "bands" else METHODS[options.method]
+    return method(geometry, chosen)
+
+
+def latent_dtype(options: CompressOptions) -> str:
+    """How the options want latents stored; see :func:`chosen_latent_dtype`."""
+    chooses = METHODS[options.method].knows_loss
+    return chosen_latent_dtype(options.latent_dtype, chooses, options.compression)

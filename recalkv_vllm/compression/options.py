@@ -20,7 +20,7 @@ class CompressOptions:
     spans: str | None = None
     target: str = "h100"
     output_refit: bool | None = None
-    latent_dtype: str = "bf16"
+    latent_dtype: str = "auto"
     dataset: str = "builtin"
     text_column: str = "text"
     num_samples: int = 256

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +24,6 @@ from recalkv_vllm.compression.output.summary import summarize
 from recalkv_vllm.compression.output.writer import write_checkpoint, write_factors_only
 from recalkv_vllm.compression.plan import ModelPlan
 from recalkv_vllm.version import __version__
-
-log = logging.getLogger(__name__)
 
 
 def compress(options: CompressOptions) -> dict[str, Any]:
@@ -57,15 +54,9 @@ def load_layers(job: Job, calibration: Calibration | None) -> ModelLayers:
 
 
 def plan_layers(job: Job, layers: ModelLayers) -> ModelPlan:
-    """The plan of the job's budget, or of several the one of least expected loss."""
-    measured = job.method.measure(job.budgets[0].compression, layers, layers.statistics)
-    plans = [job.method.plan(measured, budget) for budget in job.budgets]
-    if len(plans) == 1:
-        return plans[0]
-    for plan in plans:
-        name = plan.latent_format or "16 bits"
-        log.info("latents in %s: expected loss %.5f", name, plan.expected_loss)
-    return min(plans, key=lambda plan: plan.expected_loss)
+    """The plan of the job's budget."""
+    measured = job.method.measure(job.budget.compression, layers, layers.statistics)
+    return job.method.plan(measured, job.budget)
 
 
 def factor(
@@ -75,7 +66,7 @@ def factor(
     refit = None
     if calibration and job.refits_output:
         device = single_device(job.device)
-        refit = OutputRefit(layers.model, calibration.samples, device, plan.latent_format)
+        refit = OutputRefit(layers.model, calibration.samples, device, plan)
     return factor_layers(job.method, plan, layers, job.dtype, refit)
 
 
@@ -102,7 +93,7 @@ def describe(
             "relative_error": errors,
         },
         calibration=calibration.provenance if calibration else {},
-        latent_quantization=plan.latent_format,
+        latent_quantization=plan.uniform_format,
         tool_versions={
             "recalkv_vllm": __version__,
             "safetensors": safetensors.__version__,
