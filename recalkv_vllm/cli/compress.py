@@ -61,9 +61,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--target",
         metavar="NAME|N",
-        default="h100",
-        help="kfac only: limit on the FLOP spent reconstructing keys per cached byte: a number, "
-        "the limit of a device (h100, a100 or cpu), or none",
+        default="auto",
+        help="kfac only: limit on the FLOP spent reconstructing keys per cached byte (of bands: "
+        "per byte of half the dense cache): the limit of the device that will serve (h100, a100 "
+        "or cpu; auto: the one at hand), a number, or none, for the best accuracy at any speed",
     )
     add(
         "--output-refit",
@@ -155,4 +156,6 @@ def show(result: dict[str, Any]) -> None:
         f"{result['out']}: {size['compressed']} KV-cache bytes per token instead of "
         f"{size['dense']} ({result['compression']:.1%} removed), in {result['seconds']:.0f} s"
     )
+    if result["target"] is not None:
+        print(f"groups and spans are made for serving on: {result['target']} (--target)")
     print(f"serve it with: {result['serve']}")

@@ -16,7 +16,7 @@ from recalkv_vllm.compression.methods import METHODS, KfacBands, Method, MethodO
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.output.atomic_directory import check_absent
 from recalkv_vllm.compression.plan import Budget
-from recalkv_vllm.compression.ranks.targets import flop_per_byte
+from recalkv_vllm.compression.ranks.targets import chosen_target, flop_per_byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Job:
         method: with the options' settings.
         budget: of the compressed cache.
         device: where to calibrate.
+        target: the device that reconstruction is limited for.
     """
 
     options: CompressOptions
@@ -36,6 +37,7 @@ class Job:
     method: Method[Any]
     budget: Budget
     device: str
+    target: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,10 +83,11 @@ def check(options: CompressOptions) -> Job:
     model.architecture  # noqa: B018 (refuses what is not supported)
     if model.weight_format is not None:
         check_weights_stay(options)
-    method = choose_method(options, model.geometry, model.weight_format is None)
+    target = chosen_target(options.target)
+    method = choose_method(options, model.geometry, target, model.weight_format is None)
     budget = budget_of(options.compression, model.geometry, latent_dtype(options))
     method.check(budget.compression)
-    return Job(options, model, method, budget, choose_device(options.device))
+    return Job(options, model, method, budget, choose_device(options.device), target)
 
 
 def check_weights_stay(options: CompressOptions) -> None:
@@ -102,13 +105,17 @@ def check_weights_stay(options: CompressOptions) -> None:
 
 
 def choose_method(
-    options: CompressOptions, geometry: AttentionGeometry, allow_head_reordering: bool = True
+    options: CompressOptions,
+    geometry: AttentionGeometry,
+    target: str,
+    allow_head_reordering: bool = True,
 ) -> Method[Any]:
     """The method that the options name, its settings checked against the model.
 
     Args:
         options: of the command line.
         geometry: of the model.
+        target: as :func:`chosen_target` gives it.
         allow_head_reordering: see :class:`MethodOptions`.
 
     Raises:
@@ -123,7 +130,7 @@ def choose_method(
         options.v_groups,
         options.rank_allocation,
         options.spans,
-        flop_per_byte(options.target),
+        flop_per_byte(target),
         allow_head_reordering,
     )
     method = KfacBands if latent_dtype(options) == "bands" else METHODS[options.method]

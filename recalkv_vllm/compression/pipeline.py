@@ -42,7 +42,8 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     recalkv = describe(job, calibration, plan, errors)
     summary = summarize(recalkv, job.model.geometry, job.dtype.itemsize)
     write(job, recalkv, factors, summary)
-    return {**summary, "seconds": time.monotonic() - began}
+    target = recalkv.settings.get("target")
+    return {**summary, "target": target, "seconds": time.monotonic() - began}
 
 
 def load_layers(job: Job, calibration: Calibration | None) -> ModelLayers:
@@ -88,6 +89,7 @@ def describe(
         settings={
             "base_model": job.model.name,
             **job.method.settings(plan),
+            **({"target": job.target} if job.method.knows_loss else {}),
             "output_refit": job.refits_output,
             "rank_allocation": job.method.rank_allocation if job.options.compression else "full",
             "relative_error": errors,

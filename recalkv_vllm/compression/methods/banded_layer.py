@@ -41,11 +41,6 @@ class BandedWay:
         """Columns that a K group reads."""
         return self.regions[0].width
 
-    @property
-    def rank(self) -> int:
-        """Columns cached per token."""
-        return sum(region.groups * region.width for region in self.regions)
-
 
 @dataclass(frozen=True, slots=True)
 class BandedLayer:
@@ -61,9 +56,9 @@ def measure_bands(
     k_group_size: int,
     v_groups: int,
     spans: str,
-    flop_per_byte: float,
+    widest_keys: float,
 ) -> BandedLayer:
-    """Ways to store a layer that reconstruct keys for at most ``flop_per_byte``.
+    """Ways to store a layer.
 
     Args:
         metric: of the layer.
@@ -71,7 +66,7 @@ def measure_bands(
         k_group_size: KV heads per K group.
         v_groups: V groups, of ``split`` spans.
         spans: one of :data:`recalkv_vllm.names.SPAN_KINDS`.
-        flop_per_byte: as in :mod:`recalkv_vllm.compression.ranks.widths`: of 16-bit elements.
+        widest_keys: columns that a K group may read, at least 32.
     """
     groups = consecutive_groups(head_order, k_group_size)
     ways: list[BandedWay] = []
@@ -84,7 +79,7 @@ def measure_bands(
     else:
         svds = [metric.svd(group, BOTH) for group in groups]
         outputs = [metric.group_metric(group, BOTH) for group in groups]
-        for key_region in _key_regions(metric, k_group_size, spans):
+        for key_region in _key_regions(metric, k_group_size, spans, widest_keys):
             parts = [
                 regions_of(svd, output, key_region)
                 for svd, output in zip(svds, outputs, strict=True)
@@ -93,9 +88,7 @@ def measure_bands(
                 _spectra([part.regions[i] for part in parts]) for i in range(len(parts[0].regions))
             ]
             ways += _ways(key_region, spectra, (True, False), sum(p.dropped for p in parts))
-    rows = len(head_order) * metric.head_dim
-    affordable = (way for way in ways if way.k_width * rows <= flop_per_byte * way.rank)
-    return BandedLayer(head_order, _unbeaten(affordable))
+    return BandedLayer(head_order, _unbeaten(way for way in ways if way.k_width <= widest_keys))
 
 
 def regions_of(
@@ -108,13 +101,16 @@ def regions_of(
     return nested_regions(svd, output_metric, key_region, width)
 
 
-def _key_regions(metric: LayerMetric, k_group_size: int, spans: str) -> list[int | None]:
+def _key_regions(
+    metric: LayerMetric, k_group_size: int, spans: str, widest_keys: float
+) -> list[int | None]:
     """None for a joint latent, and for nested ones some widths that keys might read."""
     if spans == "joint":
         return [None]
     rows = k_group_size * metric.head_dim
     blocks = _whole_blocks(2 * rows, metric.weight.shape[1]) // BLOCK_COLUMNS
-    most = min(-(-rows // BLOCK_COLUMNS), blocks - 1)
+    needed = -(-rows // BLOCK_COLUMNS)  # keys of n elements need no more than n columns
+    most = int(min(needed, blocks - 1, widest_keys // BLOCK_COLUMNS))
     if most < 1:
         return [None]
     fractions = np.arange(1, KEY_REGIONS + 1) / KEY_REGIONS

@@ -60,6 +60,12 @@ class KfacBands(KfacMethod[MeasuredBands]):
 
     def check(self, compression: float) -> None:
         self.check_groups()
+        if self._widest < BLOCK_COLUMNS:
+            raise InputError(
+                f"--target: latents in bands reconstruct keys from {BLOCK_COLUMNS} columns or "
+                f"more, with as many FLOP per byte of half the dense cache; expected a budget of "
+                f"{BLOCK_COLUMNS} or more, found {self.flop_per_byte:g}"
+            )
         geometry = self.geometry
         # One block of the fewest bits in every group.
         groups = min(geometry.num_kv_heads // size for size in self._sizes())
@@ -91,9 +97,7 @@ class KfacBands(KfacMethod[MeasuredBands]):
                 if self.allow_head_reordering:
                     order = metric.head_order(size, kept, which)
                 banded.append(
-                    measure_bands(
-                        metric, order, size, self.v_groups, self.spans, self.flop_per_byte
-                    )
+                    measure_bands(metric, order, size, self.v_groups, self.spans, self._widest)
                 )
         return measured
 
@@ -107,9 +111,8 @@ class KfacBands(KfacMethod[MeasuredBands]):
         if not chosen:
             raise InputError(
                 f"compression {budget.compression}: leaves {token_bytes} bytes per token, less "
-                f"than the narrowest bands of {self.spans} spans take that reconstruct keys with "
-                f"{self.flop_per_byte:g} FLOP per cached byte; expected a lower --compression, "
-                "or another --target or --k-group-size"
+                f"than the narrowest bands of {self.spans} spans take; expected a lower "
+                "--compression, or another --k-group-size"
             )
         losses = {size: sum(way.loss for way in ways) for size, ways in chosen.items()}
         # Of losses that differ by rounding only, the smaller group: it is cheaper to reconstruct.
@@ -139,6 +142,16 @@ class KfacBands(KfacMethod[MeasuredBands]):
             svd, outputs = metric.svd(group, BOTH), metric.group_metric(group, BOTH)
             latents.append(stack_regions(regions_of(svd, outputs, key_region).regions, widths))
         return nested_factors(latents, layout)
+
+    @property
+    def _widest(self) -> float:
+        """Columns that a K group may read, for reconstruction to hide behind half the reads of the
+        dense cache: ``2 · w_k · h_kv · d`` FLOP for ``2 · h_kv · d`` of its bytes.
+
+        Not behind those of the latent: the fewer bits it has, the less would be left for the
+        keys, and a cache that is small enough is fast enough.
+        """
+        return self.flop_per_byte
 
     def _banded_layout(
         self, head_order: tuple[int, ...], k_group_size: int, way: BandedWay
