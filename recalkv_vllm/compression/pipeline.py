@@ -1,4 +1,4 @@
-"""``compress``: from a model directory to a compressed checkpoint, in six stages."""
+"""``compress``: from a model directory to a compressed checkpoint, in six stages, or seven."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from recalkv_vllm.compression.calibration.calibrate import Calibration, calibrat
 from recalkv_vllm.compression.check import Job, check
 from recalkv_vllm.compression.factoring.factor_layers import ModelLayers, factor_layers
 from recalkv_vllm.compression.factoring.output_refit import OutputRefit
+from recalkv_vllm.compression.healing.heal import heal
 from recalkv_vllm.compression.layer import LayerFactors
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.output.atomic_directory import atomic_directory
@@ -42,7 +43,8 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     layers = load_layers(job, calibration)
     plan = plan_layers(job, layers)
     factors, errors = factor(job, calibration, layers, plan)
-    recalkv = describe(job, calibration, plan, errors)
+    factors, healing = heal_factors(job, calibration, layers, plan, factors)
+    recalkv = describe(job, calibration, plan, errors, healing)
     summary = summarize(recalkv, job.model.geometry, job.dtype.itemsize)
     write(job, recalkv, factors, summary)
     return {**summary, "seconds": time.monotonic() - began}
@@ -79,8 +81,35 @@ def factor(
     return factor_layers(job.method, plan, layers, job.dtype, refit)
 
 
+def heal_factors(
+    job: Job,
+    calibration: Calibration | None,
+    layers: ModelLayers,
+    plan: ModelPlan,
+    factors: list[LayerFactors],
+) -> tuple[list[LayerFactors], dict[str, Any] | None]:
+    """Train the factors if asked for; they, and what to record of it."""
+    if not job.options.heal or calibration is None:
+        return factors, None
+    return heal(
+        job.model,
+        layers.model,
+        factors,
+        plan.latent_format,
+        calibration.samples,
+        steps=job.options.heal,
+        seed=job.options.seed,
+        device=job.device,
+        train_weights=job.weights_may_change,
+    )
+
+
 def describe(
-    job: Job, calibration: Calibration | None, plan: ModelPlan, errors: dict[str, Any]
+    job: Job,
+    calibration: Calibration | None,
+    plan: ModelPlan,
+    errors: dict[str, Any],
+    healing: dict[str, Any] | None,
 ) -> RecalkvConfig:
     """What to record of a compression.
 
@@ -88,7 +117,8 @@ def describe(
         job: as checked.
         calibration: None where none was needed.
         plan: that was carried out.
-        errors: relative errors of the factors.
+        errors: relative errors of the factors, before healing.
+        healing: what came of it, if it was asked for.
     """
     return RecalkvConfig(
         method=job.method.name,
@@ -100,6 +130,7 @@ def describe(
             "output_refit": job.refits_output,
             "rank_allocation": job.method.rank_allocation if job.options.compression else "full",
             "relative_error": errors,
+            **({} if healing is None else {"healing": healing}),
         },
         calibration=calibration.provenance if calibration else {},
         latent_quantization=plan.latent_format,

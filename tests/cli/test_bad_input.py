@@ -365,3 +365,20 @@ def test_plot_that_cannot_be_written(fails, checkpoint, capsys):
 )
 def test_evaluations_that_cannot_be(fails, tiny, arguments, message):
     assert message in fails("eval", tiny, *arguments)
+
+
+def test_heal_at_full_rank(tiny, compress_fails):
+    error = compress_fails(tiny, "--compression", 0, "--heal")
+    assert "--heal: full rank is exact; expected a --compression above 0" in error
+
+
+@pytest.mark.parametrize("steps", ["-5", "many", "1.5"])
+def test_heal_for_no_number_of_steps(tiny, compress_fails, steps):
+    assert "--heal" in compress_fails(tiny, "--compression", 0.5, f"--heal={steps}")
+
+
+def test_heal_without_text_to_hold_out(tiny, compress_fails):
+    error = compress_fails(
+        tiny, "--compression", 0.5, "--heal", "--num-samples", 1, "--seq-len", 200
+    )
+    assert "--heal: calibration text: expected 2 samples or more" in error

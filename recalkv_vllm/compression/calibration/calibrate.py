@@ -19,34 +19,36 @@ from recalkv_vllm.compression.options import CompressOptions
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Samples ``[samples, seq_len]``, their statistics, and what to record of them."""
+    """Samples ``[samples, seq_len]``, their statistics if any, and what to record of them."""
 
     samples: torch.Tensor
-    statistics: Statistics
+    statistics: Statistics | None
     provenance: dict[str, Any]
 
 
 def calibrate(
     model: BaseModel, observers: set[str], options: CompressOptions, device: str
 ) -> Calibration | None:
-    """Draw the calibration text and collect the named statistics of it; None if none are named.
+    """Draw the calibration text and collect the named statistics of it; None if nothing needs it.
 
     Raises:
         InputError: no text, no tokenizer, or a model that overflows.
     """
-    if not observers:
+    if not observers and not options.heal:
         return None
     dtype = calibration_dtype(model.dtype, device)
     samples = _draw(model, options, dtype, device)
     digest = samples_digest(samples)
     identity = f"{model.digest()} {digest} {dtype} {device.split(':')[0]}"
-    statistics = collect(
-        observers,
-        samples,
-        model.geometry,
-        key=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
-        load_model=lambda: model.load(dtype, device),
-    )
+    statistics = None
+    if observers:
+        statistics = collect(
+            observers,
+            samples,
+            model.geometry,
+            key=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+            load_model=lambda: model.load(dtype, device),
+        )
     provenance = {
         "dataset": describe(options.dataset),
         "samples": len(samples),

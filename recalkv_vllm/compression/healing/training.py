@@ -1,0 +1,157 @@
+"""Training of a student, a window of text a step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from recalkv_vllm.compression.base_model.attention import CausalLM
+from recalkv_vllm.compression.healing.distillation import divergence
+from recalkv_vllm.compression.healing.state import HealingState, StateFile
+from recalkv_vllm.compression.healing.student import Student
+from recalkv_vllm.compression.progress import track
+
+log = logging.getLogger(__name__)
+
+LEARNING_RATE = 3e-4
+BETAS = (0.9, 0.95)
+LARGEST_GRADIENT = 1.0
+#: Steps in which the learning rate rises; it falls on a cosine from there.
+WARM_UP = 10
+#: The held-out part is looked at this many times.
+EVALUATIONS = 8
+#: Training ends when the held-out loss is this many times what it was at first.
+DIVERGED = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Healed:
+    """What training came to; losses are mean divergences from the dense model, in nats.
+
+    Args:
+        steps: that were made.
+        tokens: that were trained on, repetitions counted.
+        loss_before: of the held-out text.
+        loss_after: the same, of what was kept.
+    """
+
+    steps: int
+    tokens: int
+    loss_before: float
+    loss_after: float
+
+
+def train(
+    student: Student,
+    samples: torch.Tensor,
+    held_out: torch.Tensor,
+    steps: int,
+    seed: int,
+    state_file: StateFile,
+) -> Healed:
+    """Train the student; its parameters end as what did best on the held-out text.
+
+    Args:
+        student: of a frozen model.
+        samples: ``[samples, seq_len]`` token ids, drawn one a step.
+        held_out: the same, never trained on.
+        steps: at most; training that diverges ends before.
+        seed: of the order of samples.
+        state_file: where an interrupted run goes on from.
+    """
+    parameters = student.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
+    state = state_file.load(parameters, optimizer)
+    if state is None:
+        state = HealingState.start(parameters, _held_out_loss(student, held_out))
+    else:
+        log.info("healing: resuming after step %d of %d", state.step, steps)
+    every = max(1, steps // EVALUATIONS)
+    order = _order(len(samples), steps, seed)
+    for index in track(order[state.step :], "healing", total=steps, completed=state.step):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * _schedule(state.step, steps)
+        loss = _step(student, samples[index], parameters, optimizer)
+        state.step += 1
+        evaluated = state.step % every == 0 or state.step == steps
+        if evaluated:
+            loss = _held_out_loss(student, held_out)
+            state.keep(parameters, loss)
+            log.info(
+                "healing: step %d of %d: held-out loss %.4f nats, at best %.4f, at first %.4f",
+                state.step, steps, loss, state.best_loss, state.first_loss,
+            )  # fmt: skip
+        if not math.isfinite(loss) or (evaluated and loss > DIVERGED * state.first_loss):
+            log.warning(
+                "healing: diverges at step %d (loss %.4g nats); what did best so far is kept",
+                state.step, loss,
+            )  # fmt: skip
+            break
+        state_file.save(state, parameters, optimizer)
+    state.restore_best(parameters)
+    state_file.remove()
+    tokens = state.step * samples.shape[1]
+    return Healed(state.step, tokens, state.first_loss, state.best_loss)
+
+
+def _order(samples: int, steps: int, seed: int) -> list[int]:
+    """Index of the sample of every step: all of them once, then all again in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(samples, generator=generator) for _ in range(-(-steps // samples))]
+    return torch.cat(rounds)[:steps].tolist()
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: a linear rise, and a cosine to zero."""
+    return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _step(
+    student: Student,
+    sample: torch.Tensor,
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    model = student.model
+    teacher = _hidden_states(model, sample, gradient=False)
+    # The model stays compressed in the backward pass, which may compute activations again.
+    with student.compressed():
+        hidden = _hidden_states(model, sample, gradient=True)
+        loss, gradient = divergence(model, teacher, hidden)
+        hidden.backward(gradient)
+    torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+    if math.isfinite(loss):
+        optimizer.step()
+    return loss
+
+
+def _held_out_loss(student: Student, held_out: torch.Tensor) -> float:
+    total = 0.0
+    for sample in held_out:
+        teacher = _hidden_states(student.model, sample, gradient=False)
+        with student.compressed():
+            hidden = _hidden_states(student.model, sample, gradient=False)
+        total += divergence(student.model, teacher, hidden)[0]
+    return total / len(held_out)
+
+
+def _hidden_states(model: CausalLM, sample: torch.Tensor, gradient: bool) -> torch.Tensor:
+    """Last hidden states ``[tokens, H]`` of ``sample: [tokens]``, in the model's dtype."""
+    embedding = model.get_input_embeddings()
+    ids = sample.unsqueeze(0).to(embedding.weight.device)
+    with torch.set_grad_enabled(gradient), _mixed_precision(model, ids.device):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return hidden.to(model.dtype)
+
+
+def _mixed_precision(model: CausalLM, device: torch.device) -> AbstractContextManager:
+    """Products in the model's dtype of parameters that learn in float32."""
+    if model.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=model.dtype)

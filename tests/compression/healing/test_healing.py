@@ -1,0 +1,214 @@
+"""Healing: what is trained is what is served, it gets better, and it never makes things worse."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from recalkv_vllm.checkpoint import RecalkvConfig, read_hf_config
+from recalkv_vllm.compression.base_model.attention import attention_modules
+from recalkv_vllm.compression.calibration.calibration_pass import freeze
+from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.healing import state, training
+from recalkv_vllm.compression.healing.distillation import divergence
+from recalkv_vllm.compression.healing.heal import split_samples
+from recalkv_vllm.compression.healing.student import Student
+from recalkv_vllm.compression.layer import LayerFactors, nested_layout
+from recalkv_vllm.compression.options import CompressOptions
+from recalkv_vllm.compression.pipeline import compress
+from recalkv_vllm.latent_format import LatentFormat
+
+FEW = {"num_samples": 8, "seq_len": 32}
+IDS = torch.randint(1, 512, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def factors(geometry):
+    """Random factors of heads in an order of their own."""
+    layout = nested_layout((2, 0, 3, 1), k_group_size=2, k_width=16, width=32)
+    generator = torch.Generator().manual_seed(0)
+
+    def layer():
+        shapes = layout.factor_shapes(geometry)
+        parts = [0.2 * torch.randn(shapes[n], generator=generator) for n in shapes]
+        return LayerFactors(layout, *parts)
+
+    return [layer() for _ in range(geometry.num_layers)]
+
+
+@pytest.fixture
+def student(load, factors):
+    def make(latent_format=None, train_weights=True):
+        model = load()
+        freeze(model, gradient=True, seq_len=IDS.shape[1])
+        return Student(model, load(), factors, latent_format, train_weights)
+
+    return make
+
+
+@pytest.fixture
+def state_file(tmp_path):
+    return lambda: state.StateFile(tmp_path / "state.safetensors")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS[:1]).logits
+
+
+def written(directory):
+    config = RecalkvConfig.from_hf_config(read_hf_config(directory))
+    return config, load_file(directory / "model.safetensors")
+
+
+def test_student_is_the_model_of_the_factors(student, load, factors):
+    """Within the block; outside of it the model is dense again."""
+    made, dense, expected = student(), load(), load()
+    for attention, layer in zip(attention_modules(expected), factors, strict=True):
+        natural = sorted(range(4), key=layer.layout.head_order.__getitem__)
+        for name, product in zip(("k_proj", "v_proj"), layer.products(), strict=True):
+            heads = product.unflatten(0, (4, -1))[natural].flatten(0, 1)
+            getattr(attention, name).weight.data.copy_(heads)
+    with made.compressed():
+        torch.testing.assert_close(logits(made.model), logits(expected))
+        assert not torch.allclose(logits(made.model), logits(dense), atol=1e-2)
+    torch.testing.assert_close(logits(made.model), logits(dense), rtol=0, atol=0)
+
+
+def test_gradients_pass_the_rounding_of_latents(student):
+    rounded = student(LatentFormat("int4", 32)).layers[0].factors
+    plain = student().layers[0].factors
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(5, rounded.down.shape[0], generator=torch.Generator().manual_seed(3))
+    for layer in (rounded, plain):
+        (layer.latents(x) * weight).sum().backward()
+    expected = rounded.latent_format.round_trip(plain.latents(x))
+    torch.testing.assert_close(rounded.latents(x), expected)
+    torch.testing.assert_close(rounded.down.grad, plain.down.grad)
+
+
+def test_divergence_and_its_gradient(load, monkeypatch):
+    monkeypatch.setattr("recalkv_vllm.compression.healing.distillation.LOGIT_CHUNK", 5)
+    model = load().double()
+    teacher, hidden = torch.randn(2, 12, 96, dtype=torch.float64)
+    hidden.requires_grad_(True)
+    found, gradient = divergence(model, teacher, hidden)
+    target, predicted = (F.softmax(model.lm_head(x), dim=-1) for x in (teacher, hidden))
+    expected = (target * (target / predicted).log()).sum(dim=-1).mean()
+    expected.backward()
+    assert found == pytest.approx(float(expected.detach()), rel=1e-4)
+    torch.testing.assert_close(gradient, hidden.grad, rtol=1e-3, atol=1e-6)
+    assert divergence(model, teacher, teacher)[0] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("latent_format", [None, LatentFormat("int4", 32)], ids=["plain", "int4"])
+def test_training_gets_better(student, factors, state_file, latent_format, monkeypatch):
+    """On random tokens there is nothing to learn but these."""
+    monkeypatch.setattr(training, "LEARNING_RATE", 3e-3)
+    made = student(latent_format)
+    found = training.train(made, IDS, IDS[4:], 40, 0, state_file())
+    assert found.steps == 40
+    assert found.tokens == 40 * IDS.shape[1]
+    assert found.loss_after < 0.9 * found.loss_before
+    assert training._held_out_loss(made, IDS[4:]) == pytest.approx(found.loss_after, rel=1e-5)
+    for before, after in zip(factors, made.rounded(factors), strict=True):
+        assert not torch.equal(before.down, after.down)
+        assert after.query is not None
+        assert after.output is not None
+
+
+def test_frozen_weights_stay(student, factors, state_file):
+    made = student(train_weights=False)
+    training.train(made, IDS[:4], IDS[4:], 3, 0, state_file())
+    assert all(layer.query is layer.output is None for layer in made.rounded(factors))
+
+
+def test_what_diverges_ends_with_what_was_best(student, factors, state_file, monkeypatch, caplog):
+    monkeypatch.setattr(training, "LEARNING_RATE", 30.0)
+    made = student()
+    with caplog.at_level(logging.WARNING):
+        found = training.train(made, IDS[:4], IDS[4:], 40, 0, state_file())
+    assert found.steps < 40
+    assert "diverges at step" in caplog.text
+    assert found.loss_after == found.loss_before
+    for before, after in zip(factors, made.rounded(factors), strict=True):
+        torch.testing.assert_close(after.down, before.down, rtol=0, atol=0)
+
+
+def test_resumed_training_ends_with_the_same_bits(student, factors, state_file, monkeypatch):
+    whole = student()
+    expected = training.train(whole, IDS[:4], IDS[4:], 12, 0, state_file())
+    monkeypatch.setattr(state, "SECONDS", 0.0)
+    step, interrupted = training._step, student()
+
+    def stop(*args):
+        if len(steps_made) == 7:
+            raise KeyboardInterrupt
+        steps_made.append(None)
+        return step(*args)
+
+    steps_made: list[None] = []
+    monkeypatch.setattr(training, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(interrupted, IDS[:4], IDS[4:], 12, 0, state_file())
+    monkeypatch.setattr(training, "_step", step)
+    resumed = student()
+    assert training.train(resumed, IDS[:4], IDS[4:], 12, 0, state_file()) == expected
+    for a, b in zip(whole.rounded(factors), resumed.rounded(factors), strict=True):
+        assert torch.equal(a.down, b.down)
+        assert torch.equal(a.query, b.query)
+    assert state_file().load(resumed.parameters(), torch.optim.AdamW(resumed.parameters())) is None
+
+
+@pytest.mark.parametrize("method", ["kfac", "recalkv", "palu", "svd"])
+def test_healed_checkpoint(tiny, tmp_path, method):
+    """Of every method: better than unhealed, and written with all that changed."""
+    options = CompressOptions(str(tiny), tmp_path / "healed", 0.5, method=method, heal=20, **FEW)
+    compress(options)
+    compress(replace(options, out=tmp_path / "plain", heal=0))
+    config, tensors = written(tmp_path / "healed")
+    unhealed, before = written(tmp_path / "plain")
+    assert config.layers == unhealed.layers
+    told = config.settings["healing"]
+    assert told["steps"] == 20
+    assert told["tokens"] == 20 * FEW["seq_len"]
+    assert told["weights"] is True
+    assert told["loss_after"] < told["loss_before"]
+    assert config.calibration["samples"] == FEW["num_samples"]
+    for name in ("q", "k", "v", "o"):
+        weight = f"model.layers.1.self_attn.{name}_proj.weight"
+        assert not torch.equal(tensors[weight], before[weight]), name
+    assert torch.equal(tensors["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+    dense, healed, plain = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (tiny, tmp_path / "healed", tmp_path / "plain")
+    )
+    target = logits(dense).log_softmax(-1)
+    lost = [
+        F.kl_div(logits(model).log_softmax(-1), target, log_target=True, reduction="sum")
+        for model in (healed, plain)
+    ]
+    assert lost[0] < lost[1]
+
+
+def test_factors_alone_heal(tiny, tmp_path):
+    options = CompressOptions(str(tiny), tmp_path / "out", 0.5, heal=5, factors_only=True, **FEW)
+    compress(options)
+    told = RecalkvConfig.from_hf_config(read_hf_config(tmp_path / "out")).settings["healing"]
+    assert told["weights"] is False
+    assert told["loss_after"] < told["loss_before"]
+
+
+def test_a_sample_is_held_out():
+    samples = torch.arange(40)[:, None]
+    training_part, held_out = split_samples(samples)
+    assert torch.equal(torch.cat((training_part, held_out)), samples)
+    assert len(held_out) == 2
+    assert len(split_samples(samples[:2])[1]) == 1
+    with pytest.raises(InputError, match=r"expected 2 samples or more, .* found 1"):
+        split_samples(samples[:1])
