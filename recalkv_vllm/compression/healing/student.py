@@ -16,8 +16,32 @@ from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.span import Span
 
 
+class Scaled(nn.Module):
+    """A float32 tensor that learns, as a parameter of unit size times what it was sized at first.
+
+    Factors balance the singular values between ``down`` and ``up``, so that entries of one layer
+    may be ten thousand times those of another; steps of one size would do nothing here and wreck
+    the layer there.
+
+    Args:
+        tensor: to start from.
+        device: where it learns.
+        dims: that share a size.
+    """
+
+    def __init__(self, tensor: torch.Tensor, device: torch.device, dims: tuple[int, ...]):
+        super().__init__()
+        tensor = tensor.detach().to(device, torch.float32)
+        size = tensor.square().mean(dims, keepdim=True).sqrt()
+        self._size = torch.where(size == 0, 1.0, size)
+        self.unit = nn.Parameter(tensor / self._size)
+
+    def forward(self) -> torch.Tensor:
+        return self.unit * self._size
+
+
 class TrainedFactors(nn.Module):
-    """A layer's factors in float32, shared by its key and its value projection.
+    """A layer's factors, shared by its key and its value projection.
 
     Args:
         factors: what training starts from.
@@ -30,28 +54,27 @@ class TrainedFactors(nn.Module):
     ):
         super().__init__()
         self.layout, self.latent_format = factors.layout, latent_format
-        #: As a span's heads read it: ``[G_v, h_kv / G_v · d, v_width]``.
+        self.down = Scaled(factors.down, device, dims=(1,))
+        self.k_up = Scaled(factors.k_up, device, dims=(1,))
+        #: By V group, as keys are by K group: ``[G_v, h_kv / G_v · d, v_width]``.
         v_up = factors.v_up.unflatten(0, (len(factors.layout.v_spans), -1)).flatten(1, 2)
-        self.down, self.k_up, self.v_up = (
-            nn.Parameter(part.to(device, torch.float32))
-            for part in (factors.down, factors.k_up, v_up)
-        )
+        self.v_up = Scaled(v_up, device, dims=(1,))
 
     def latents(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., rank]`` as the cache gives them back; gradients pass rounding as if it were none.
 
         (The straight-through estimator, arXiv 1308.3432.)
         """
-        z = F.linear(x, self.down)
+        z = F.linear(x, self.down())
         if self.latent_format is None:
             return z
         return z + (self.latent_format.round_trip(z.detach()) - z.detach())
 
     def rounded(self, factors: LayerFactors) -> LayerFactors:
         """``factors`` with what training made of them, in their dtype."""
-        v_up = self.v_up.detach().unflatten(1, (-1, factors.v_up.shape[1])).flatten(0, 1)
+        v_up = self.v_up().unflatten(1, (-1, factors.v_up.shape[1])).flatten(0, 1)
         down, k_up, v_up = (
-            part.detach().to("cpu", factors.down.dtype) for part in (self.down, self.k_up, v_up)
+            part.detach().to("cpu", factors.down.dtype) for part in (self.down(), self.k_up(), v_up)
         )
         return replace(factors, down=down, k_up=k_up, v_up=v_up)
 
@@ -61,7 +84,7 @@ class LatentProjection(nn.Module):
 
     Args:
         factors: whose latents.
-        ups: ``[groups, heads of a group · d, width]``, one of its parameters.
+        ups: ``[groups, heads of a group · d, width]``, one of them.
         spans: of the groups.
         bias: ``[h_kv · d]`` in natural order, or None.
     """
@@ -69,7 +92,7 @@ class LatentProjection(nn.Module):
     def __init__(
         self,
         factors: TrainedFactors,
-        ups: nn.Parameter,
+        ups: Scaled,
         spans: Sequence[Span],
         bias: torch.Tensor | None,
     ):
@@ -84,11 +107,23 @@ class LatentProjection(nn.Module):
         z = factors.latents(x)
         groups = [
             F.linear(z[..., span.start : span.end], up)
-            for up, span in zip(ups, self._spans, strict=True)
+            for up, span in zip(ups(), self._spans, strict=True)
         ]
         heads = torch.cat(groups, dim=-1).unflatten(-1, (len(self._natural), -1))
         out = heads[..., self._natural, :].flatten(-2)
         return out if self._bias is None else out + self._bias.to(out.dtype)
+
+
+class TrainedLinear(nn.Module):
+    """A projection of the base model whose weight learns, and whose bias does not."""
+
+    def __init__(self, linear: nn.Linear, device: torch.device):
+        super().__init__()
+        self.weight = Scaled(linear.weight, device, dims=(0, 1))
+        self._bias = None if linear.bias is None else linear.bias.detach().to(device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight(), self._bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +140,9 @@ class StudentLayer:
             setattr(self.attention, name, module)
 
     @property
-    def weights(self) -> dict[str, nn.Linear]:
-        """Of the base model's projections those that learn too."""
-        return {name: part for name, part in self.trained.items() if isinstance(part, nn.Linear)}
+    def linears(self) -> dict[str, TrainedLinear]:
+        """Of the base model's own projections those that learn too."""
+        return {n: part for n, part in self.trained.items() if isinstance(part, TrainedLinear)}
 
 
 class Student:
@@ -153,9 +188,8 @@ class Student:
         return [
             parameter
             for layer in self.layers
-            for part in (layer.factors, *layer.weights.values())
+            for part in (layer.factors, *layer.linears.values())
             for parameter in part.parameters()
-            if parameter.requires_grad
         ]
 
     def rounded(self, factors: Sequence[LayerFactors]) -> list[LayerFactors]:
@@ -164,8 +198,8 @@ class Student:
         for before, layer in zip(factors, self.layers, strict=True):
             after = layer.factors.rounded(before)
             weights = {
-                name: part.weight.detach().to("cpu", before.down.dtype)
-                for name, part in layer.weights.items()
+                name: part.weight().detach().to("cpu", before.down.dtype)
+                for name, part in layer.linears.items()
             }
             results.append(
                 replace(
@@ -196,19 +230,10 @@ def _student_layer(
         "v_proj": LatentProjection(own, own.v_up, layout.v_spans, moved(base.v_proj.bias)),
     }
     if train_weights:
-        trained["q_proj"] = _trained_copy(base.q_proj, device)
-        trained["o_proj"] = _trained_copy(base.o_proj, device)
+        trained["q_proj"] = TrainedLinear(base.q_proj, device)
+        trained["o_proj"] = TrainedLinear(base.o_proj, device)
     dense = {name: getattr(attention, name) for name in trained}
     return StudentLayer(attention, own, dense, trained)
-
-
-def _trained_copy(linear: nn.Linear, device: torch.device) -> nn.Linear:
-    """A projection in float32 whose weight learns, and whose bias does not."""
-    copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    copy.weight = nn.Parameter(linear.weight.detach().to(device, torch.float32, copy=True))
-    if linear.bias is not None:
-        copy.bias = nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
-    return copy
 
 
 def execution_device(module: nn.Module) -> torch.device:

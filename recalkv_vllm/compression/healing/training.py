@@ -18,8 +18,9 @@ from recalkv_vllm.compression.progress import track
 
 log = logging.getLogger(__name__)
 
-LEARNING_RATE = 3e-4
-BETAS = (0.9, 0.95)
+#: Per step, relative to the size of what learns.
+LEARNING_RATE = 1e-3
+BETAS = (0.9, 0.99)
 LARGEST_GRADIENT = 1.0
 #: Steps in which the learning rate rises; it falls on a cosine from there.
 WARM_UP = 10
