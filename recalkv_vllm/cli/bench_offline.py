@@ -7,24 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from recalkv_vllm.cli.bench_serve import add_systems
+from recalkv_vllm.cli.help import HelpFormatter
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the sub-command's parser."""
     parser = commands.add_parser(
         "offline",
-        help="throughput and latency without a server",
+        help="measure throughput and latency without a server",
         description="Run 'vllm bench throughput' and 'vllm bench latency' on the stock model and "
-        "compressed checkpoints in turn with the same KV-cache bytes, and compare.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "on compressed checkpoints, in turn and with equally large KV caches, and compare.",
+        formatter_class=HelpFormatter,
     )
     add_systems(parser)
     add = parser.add_argument
-    add("--input-len", type=int, default=1024, metavar="N", help="prompt tokens of a request")
-    add("--output-len", type=int, default=64, metavar="N", help="generated tokens of a request")
-    add("--num-prompts", type=int, default=32, metavar="N", help="requests, for throughput")
-    add("--batch-size", type=int, default=4, metavar="N", help="requests at once, for latency")
-    add("-o", "--out", type=Path, default=Path("bench-offline"), help="for result and logs")
+    add("--input-len", type=int, default=1024, metavar="N", help="prompt tokens per request")
+    add("--output-len", type=int, default=64, metavar="N", help="generated tokens per request")
+    add("--num-prompts", type=int, default=32, metavar="N", help="throughput: number of requests")
+    add("--batch-size", type=int, default=4, metavar="N", help="latency: concurrent requests")
+    add(
+        "-o",
+        "--out",
+        metavar="OUT",
+        type=Path,
+        default=Path("bench-offline"),
+        help="directory for results and logs",
+    )
     return parser
 
 

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from recalkv_vllm.cli.help import HelpFormatter
 from recalkv_vllm.names import (
     LATENT_DTYPES,
     METHOD_NAMES,
@@ -22,81 +23,83 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "compress",
         help="compress a model's KV cache",
-        description="Factor a model's key and value projections and write a checkpoint.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Factor a model's key and value projections and write a checkpoint that caches "
+        "low-rank latents instead of keys and values.",
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="model directory, or a hub name owner/name")
+    add("model", metavar="MODEL", help="model directory, or a Hugging Face name owner/name")
     add("-o", "--out", metavar="OUT", type=Path, required=True, help="directory to create")
     add(
         "--compression",
         metavar="C",
         type=float,
         required=True,
-        help="fraction of the KV cache to remove, in [0, 1); 0 is full rank and exact",
+        help="fraction of the KV cache to remove, in [0, 1); 0 keeps full rank and is exact",
     )
     add(
         "--method",
         default="kfac",
-        help=f"{', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}",
+        help=f"how to factor: {', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}",
     )
     add(
         "--k-group-size",
         metavar="N",
         type=group_size,
         default="auto",
-        help="KV heads per K group; auto: kfac's of the least expected loss within --target, "
-        "the other methods' largest divisor of the KV heads up to 4",
+        help="KV heads per K group; auto: for kfac, the size with the least expected loss within "
+        "--target; for other methods, the largest divisor of the KV heads up to 4",
     )
-    add("--v-groups", metavar="N", type=int, help="V groups (default: the method's)")
+    add("--v-groups", metavar="N", type=int, help="number of V groups (default: the method's own)")
     add(
         "--spans",
         choices=SPAN_KINDS,
-        help="kfac: one latent for K and V of a group, of which K reads what --target pays for "
-        "(nested, the default) or everything (joint), or a latent each (split)",
+        help="kfac only: what keys and values of a group read; nested: one latent, of which keys "
+        "read as many columns as --target allows; joint: one latent, all of it; split: a latent "
+        "each (default: nested)",
     )
     add(
         "--target",
         metavar="NAME|N",
         default="h100",
-        help="kfac: most FLOP that rebuilding keys may cost per cached byte: that of h100, a100 "
-        "or cpu, none, or a number",
+        help="kfac only: limit on the FLOP spent reconstructing keys per cached byte: a number, "
+        "the limit of a device (h100, a100 or cpu), or none",
     )
     add(
         "--output-refit",
         action=argparse.BooleanOptionalAction,
-        help="kfac: refit o_proj to the dense model's attention output (default: unless the "
-        "model's weights are quantised)",
+        help="kfac only: refit o_proj to the dense model's attention output (default: on, unless "
+        "the model's weights are quantized or only factors are written)",
     )
     add(
         "--rank-allocation",
         choices=RANK_ALLOCATIONS,
-        help="how ranks are split over layers (default: the method's)",
+        help="how to divide ranks among layers (default: the method's own)",
     )
     add(
         "--latent-dtype",
         choices=LATENT_DTYPES,
         default="bf16",
-        help="of the cached numbers; bf16: the factors' own; auto: kfac's choice of bits and ranks "
-        "with the least expected loss",
+        help="how to store latents; bf16: unquantized, in the dtype of the factors; auto: kfac "
+        "picks the bits and ranks with the least expected loss",
     )
     add(
         "--dataset",
         metavar="NAME|PATH",
         default="builtin",
-        help="calibration text: a .txt, .jsonl or .parquet file, a datasets name "
-        "NAME[:CONFIG[:SPLIT]], builtin (the Python language reference; needs no network), or self "
-        "(sampled from the model)",
+        help="calibration text: a .txt, .jsonl or .parquet file; NAME[:CONFIG[:SPLIT]] of the "
+        "datasets library; builtin (the Python language reference, needs no network); or self "
+        "(text that the model writes)",
     )
-    add("--text-column", metavar="C", default="text", help="column of a table that holds the text")
+    add("--text-column", metavar="C", default="text", help="column of the dataset with the text")
     add("--num-samples", metavar="N", type=int, default=256, help="calibration samples")
     add("--seq-len", metavar="N", type=int, default=2048, help="tokens per sample")
-    add("--seed", metavar="N", type=int, default=42, help="seed of the choice of samples")
+    add("--seed", metavar="N", type=int, default=42, help="random seed for drawing samples")
     add(
         "--device",
         default="auto",
-        help="where to calibrate; auto: a GPU if there is one; spread: layers on all GPUs, then in "
-        "memory, then on disk, for a model that no GPU holds",
+        help="where to calibrate; auto: a GPU if available; spread: layers on all GPUs, then in "
+        "memory, then on disk, for models too large for one GPU",
     )
     add(
         "--dtype",
@@ -107,7 +110,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--factors-only",
         action="store_true",
-        help="write the factors alone, to be served on the untouched base model",
+        help="write only the factors, to be served on top of the unmodified base model",
     )
     add(
         "--heal",
@@ -144,7 +147,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve_command(options: argparse.Namespace) -> str:
-    """How to serve what was written."""
+    """The command that serves what was written."""
     if not options.factors_only:
         return f"vllm serve {options.out} --attention-backend recalkv"
     config = json.loads((options.out / "config.json").read_text(encoding="utf-8"))
@@ -163,4 +166,4 @@ def show(result: dict[str, Any]) -> None:
         f"{result['out']}: {size['compressed']} KV-cache bytes per token instead of "
         f"{size['dense']} ({result['compression']:.1%} removed), in {result['seconds']:.0f} s"
     )
-    print(f"serve it: {result['serve']}")
+    print(f"serve it with: {result['serve']}")

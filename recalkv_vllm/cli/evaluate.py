@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recalkv_vllm.cli.help import HelpFormatter
 from recalkv_vllm.names import ENGINES
 
 
@@ -14,34 +15,48 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the sub-command's parser."""
     parser = commands.add_parser(
         "eval",
-        help="measure a model's accuracy",
-        description="Measure perplexity over consecutive windows of a text, agreement with the "
-        "base model on them, or retrieval of a number hidden in long text.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="measure the accuracy of a model or checkpoint",
+        description="Measure perplexity over consecutive windows of a text (ppl), agreement with "
+        "the base model over such windows (agreement), or retrieval of a number hidden in a long "
+        "text (passkey).",
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL_OR_CHECKPOINT", help="directory, or a hub name owner/name")
+    add("model", metavar="MODEL_OR_CHECKPOINT", help="directory, or a Hugging Face name owner/name")
     add(
         "--dataset",
         metavar="NAME|PATH",
-        help="for ppl and agreement: a .txt, .jsonl or .parquet file, a datasets name "
-        "NAME[:CONFIG[:SPLIT]], or builtin",
+        help="ppl, agreement: a .txt, .jsonl or .parquet file; NAME[:CONFIG[:SPLIT]] of the "
+        "datasets library; or builtin (the Python language reference)",
     )
-    add("--text-column", metavar="C", default="text", help="column of a table that holds the text")
+    add("--text-column", metavar="C", default="text", help="column of the dataset with the text")
     add("--metric", choices=tuple(METRICS), default="ppl", help="what to measure")
-    add("--base", metavar="MODEL", help="for agreement: the model to agree with")
-    add("--lengths", nargs="+", type=int, default=[512, 1024, 2048], metavar="N", help="of passkey")
-    depths = [0.0, 0.25, 0.5, 0.75, 1.0]
-    add("--depths", nargs="+", type=float, default=depths, metavar="D", help="of passkey, 0 to 1")
-    add("--samples", type=int, default=2, metavar="N", help="of passkey, per length and depth")
-    add("--seed", type=int, default=0, help="of passkey")
+    add("--base", metavar="MODEL", help="agreement: the model to compare with")
+    add(
+        "--lengths",
+        nargs="+",
+        type=int,
+        default=[512, 1024, 2048],
+        metavar="N",
+        help="passkey: prompt lengths in tokens",
+    )
+    add(
+        "--depths",
+        nargs="+",
+        type=float,
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        metavar="D",
+        help="passkey: where in the prompt the number is, from 0 (start) to 1 (end)",
+    )
+    add("--samples", type=int, default=2, metavar="N", help="passkey: prompts per length and depth")
+    add("--seed", type=int, default=0, metavar="N", help="passkey: random seed")
     add("--seq-len", metavar="N", type=int, default=2048, help="tokens per window")
-    add("--max-tokens", metavar="N", type=int, help="use no more than N tokens of the text")
+    add("--max-tokens", metavar="N", type=int, help="use at most N tokens of the text")
     add(
         "--engine",
         choices=ENGINES,
         default="transformers",
-        help="transformers runs the dense products in float32; vllm runs the served latents",
+        help="transformers: dense weights in float32; vllm: latents, as they are served",
     )
     add("--card", action="store_true", help="add the result to the checkpoint's model card")
     return parser
@@ -67,7 +82,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if "recalkv" in read_hf_config(directory):
         check_factors(directory)
     if options.card:
-        read_card(Path(options.model))  # before hours of measuring; not of a copy in a hub's cache
+        # Fails before hours of measuring, also for a hub name: its cached copy is not ours to edit.
+        read_card(Path(options.model))
     result = {
         "model": options.model,
         "metric": options.metric,
@@ -156,7 +172,7 @@ def _show_grid(result: dict[str, Any]) -> None:
 
     found = {(row["length"], row["depth"]): row["accuracy"] for row in result["rows"]}
     depths = sorted({depth for _, depth in found})
-    table = Table(title=f"{result['model']}: pass keys found by length and depth")
+    table = Table(title=f"{result['model']}: pass keys found, by length and depth")
     for heading in ("tokens", *(f"{depth:g}" for depth in depths)):
         table.add_column(heading, justify="right")
     for length in sorted({length for length, _ in found}):

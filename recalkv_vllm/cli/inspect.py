@@ -1,4 +1,4 @@
-"""``recalkv inspect``: what a compressed checkpoint holds."""
+"""``recalkv inspect``: what a compressed checkpoint contains."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the sub-command's parser."""
     parser = commands.add_parser(
         "inspect",
-        help="show ranks, sizes, errors and provenance of a checkpoint",
-        description="Validate a compressed checkpoint and show what it holds.",
+        help="show a checkpoint's ranks, size, errors and provenance",
+        description="Validate a compressed checkpoint and show what it contains.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="directory")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint directory")
     parser.add_argument(
-        "--plot", metavar="FILE.png", type=Path, help="draw ranks and errors of all layers"
+        "--plot", metavar="FILE.png", type=Path, help="plot ranks and errors by layer"
     )
     return parser
 
@@ -67,10 +67,11 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     lines = {
         "KV cache": f"{size['compressed']} bytes per token, {size['dense']} dense "
-        f"({result['compression']:.1%} removed, {result['compression_requested']:.1%} asked for)",
-        "latents": _pairs(result["latent_quantization"] or {}) or "in the dtype of the factors",
+        f"({result['compression']:.1%} removed, {result['compression_requested']:.1%} requested)",
+        "latents": _pairs(result["latent_quantization"] or {})
+        or "unquantized, in the dtype of the factors",
         "reconstruction": f"{result['reconstruct_flop_per_token']} FLOP per cached token",
-        "errors": f"relative, of the {result['error_of']}, as recorded when compressed",
+        "errors": f"relative errors of the {result['error_of']}, recorded during compression",
         **{key.replace("_", " "): value for key, value in result["settings"].items()},
         "calibration": _pairs(result["calibration"]) or "none",
         "made with": _pairs(result["tool_versions"]),

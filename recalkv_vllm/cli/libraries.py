@@ -1,4 +1,4 @@
-"""Keeps the libraries' own output off the terminal."""
+"""Keeps the output of libraries off the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def quiet_libraries() -> None:
-    """Log only errors of transformers and datasets; show their bars only on a terminal."""
+    """Log only errors of transformers and datasets; show progress bars only on a terminal."""
     import datasets
     import transformers
 

@@ -1,4 +1,4 @@
-"""Parsing, output and errors that all sub-commands share."""
+"""Parsing, output and errors, common to all sub-commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad command line in one line, as every other error."""
+    """Reports a bad command line like any other error, in one line."""
 
     def error(self, message: str) -> NoReturn:
         sys.exit(report(message))
@@ -44,14 +44,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="recalkv", description="Low-rank KV-cache compression for vLLM.")
     parser.add_argument("--version", action="version", version=f"recalkv {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    bench = commands.add_parser("bench", help="measure against stock vLLM")
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed against stock vLLM",
+        description="Measure speed against stock vLLM.",
+    )
     benchmarks = bench.add_subparsers(metavar="BENCHMARK", required=True)
     modules = [(module, commands) for module in (compress, evaluate, inspect, plan)]
     modules += [(module, benchmarks) for module in (bench_kernel, bench_offline, bench_serve)]
     for module, group in modules:
         command = module.add_parser(group)
         command.add_argument(
-            "--json", action="store_true", help="print one JSON object on stdout, and nothing else"
+            "--json", action="store_true", help="print one JSON object to stdout, and nothing else"
         )
         command.set_defaults(run=module.run, show=module.show)
     return parser
@@ -65,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger = logging.getLogger("recalkv_vllm")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    # Imported here: torch takes seconds, which --help does not need.
+    # Imported late: torch takes seconds to load, and --help does not need it.
     from recalkv_vllm.checkpoint import CheckpointError
     from recalkv_vllm.compression.errors import InputError
 
-    # As Ctrl-C: what is half written goes, servers stop, which Python's default does not see to.
+    # Handled like Ctrl-C: partial output is removed and servers stop. By default, neither happens.
     on_main_thread = threading.current_thread() is threading.main_thread()
     before = on_main_thread and signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+from recalkv_vllm.cli.help import HelpFormatter
 from recalkv_vllm.cli.sizes import size
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -15,34 +16,57 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the sub-command's parser."""
     parser = commands.add_parser(
         "plan",
-        help="how many tokens and requests fit, dense and compressed",
-        description="Work out KV-cache capacity from a model's config.json, or a checkpoint's; "
-        "no weights are loaded.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="show how many tokens and requests fit, dense and compressed",
+        description="Compute KV-cache capacity from the config.json of a model or checkpoint. "
+        "No weights are loaded.",
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL_OR_CHECKPOINT", help="directory with a config.json, or a hub name")
+    add(
+        "model",
+        metavar="MODEL_OR_CHECKPOINT",
+        help="directory with a config.json, or a Hugging Face name owner/name",
+    )
     memory = parser.add_mutually_exclusive_group(required=True)
-    memory.add_argument("--memory", type=size, metavar="SIZE", help="of one device, such as 80GiB")
+    memory.add_argument(
+        "--memory", type=size, metavar="SIZE", help="memory of one device, such as 80GiB"
+    )
     memory.add_argument(
         "--kv-cache-memory-bytes",
         type=size,
         metavar="SIZE",
-        help="of the KV cache alone, as vLLM's",
+        help="KV-cache size per device, as in vLLM",
     )
-    add("--max-model-len", type=int, required=True, metavar="N", help="tokens of one request")
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices")
-    add("--compression", type=float, metavar="C", help="suppose one, for a model not compressed")
-    add("--gpu-memory-utilization", type=float, default=0.92, metavar="F", help="as vLLM's")
+    add("--max-model-len", type=int, required=True, metavar="N", help="tokens of a full request")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="number of devices")
+    add(
+        "--compression",
+        type=float,
+        metavar="C",
+        help="for a model that is not compressed yet: the compression to assume",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.92,
+        metavar="F",
+        help="fraction of --memory to use, as in vLLM",
+    )
     add(
         "--overhead",
         type=size,
         default="3GiB",
         metavar="SIZE",
-        help="activations and graphs of one device; only a start of vLLM can measure them",
+        help="memory per device for activations and graphs; an estimate (vLLM measures it at "
+        "start-up)",
     )
     add("--block-size", type=int, default=16, metavar="N", help="tokens per block (CPU: 128)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of weights and cached numbers")
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="dtype of weights and unquantized caches; auto: the model's own",
+    )
     return parser
 
 
@@ -139,6 +163,6 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(label, *cells)
     Console().print(table)
     if result["supposed"]:
-        print("compressed: supposed; 'recalkv compress' has not been run on this model")
+        print("compressed: an estimate; this model has not been compressed yet")
     elif "compressed" not in result["kv_cache_tokens"]:
-        print("compressed: give --compression, or a compressed checkpoint")
+        print("compressed: pass --compression, or a compressed checkpoint")

@@ -1,4 +1,4 @@
-"""The picture that ``recalkv inspect --plot`` draws."""
+"""The plot that ``recalkv inspect --plot`` writes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from recalkv_vllm.compression.errors import InputError
 
 
 def plot_layers(summary: dict[str, Any], path: Path) -> None:
-    """Draw cached numbers per token and relative errors of every layer.
+    """Plot cached elements per token and relative errors by layer.
 
     Args:
         summary: as :func:`recalkv_vllm.compression.output.summary.summarize` gives it.
-        path: of the picture; its ending chooses the format.
+        path: of the plot; its suffix chooses the format.
 
     Raises:
         InputError: matplotlib is not installed, or the file cannot be written.
@@ -27,14 +27,14 @@ def plot_layers(summary: dict[str, Any], path: Path) -> None:
     index = [layer["layer"] for layer in layers]
     figure = Figure(figsize=(9, 6), layout="constrained")
     ranks, errors = figure.subplots(2, 1, sharex=True)
-    # What keys alone, values alone and both read; together the rank, whatever the spans.
+    # Spans may overlap: keys and values together read the whole rank.
     keys, values = ([_covered(layer[name]) for layer in layers] for name in ("k_spans", "v_spans"))
     ranks.step(index, [layer["rank"] for layer in layers], "k-", where="mid", label="rank")
     ranks.plot(index, keys, "o", label="read by keys")
     ranks.plot(index, values, "s", label="read by values")
-    ranks.set_ylabel("numbers per token")
+    ranks.set_ylabel("elements per token")
     ranks.set_ylim(bottom=0)
-    # Below the axes: curves reach every corner of them.
+    # Below the axes, where it covers no curve.
     ranks.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3)
     if summary["error_of"] is not None:
         errors.plot(index, [layer["k_error"] for layer in layers], "o-", label="keys")
@@ -50,5 +50,5 @@ def plot_layers(summary: dict[str, Any], path: Path) -> None:
 
 
 def _covered(spans: list[list[int]]) -> int:
-    """Numbers inside at least one span."""
+    """Columns in at least one span."""
     return len({n for start, end in spans for n in range(start, end)})

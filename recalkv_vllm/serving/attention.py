@@ -111,6 +111,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.attn_backend = RecalkvBackend
         self.dtype = vllm_config.model_config.dtype
         self.impl = LatentAttentionImpl(num_heads, head_dim, scale)
+        self.bound = False
         #: ``[num_blocks, 1, block_size, width]``, vLLM's standard form, which KV connectors expect.
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[prefix] = self
@@ -157,6 +158,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.attend = ops.bind_paged_latent_attention(layer)
         self.attend.reserve(self.num_heads, *self._largest_batch)
         self._v_up, self._v_bias = v_up, v_bias
+        self.bound = True
 
     def value_up(self, o_lat: torch.Tensor) -> torch.Tensor:
         """Head outputs ``[tokens, h_q, d]`` of value latents ``[tokens, h_q, v_width]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -85,14 +86,31 @@ def adopt_separate_factors(model_config: ModelConfig) -> None:
         raise CheckpointError(
             f"{where}: factors of another base model: expected {expected}, found {found}"
         )
-    digest = base_digest(_files(model_config), found.num_layers)
+    check_base(model_config, theirs, found.num_layers, where)
+    hf_config.recalkv = theirs["recalkv"]
+    setattr(hf_config, SEPARATE_FACTORS, str(named / FACTORS_FILE))
+
+
+def check_base(
+    model_config: ModelConfig, theirs: Mapping[str, Any], num_layers: int, where: str
+) -> None:
+    """Whether separate factors were made of the weights that ``model_config`` names.
+
+    Args:
+        model_config: of the base model.
+        theirs: the configuration beside the factors, read from the file ``where``.
+        num_layers: of the model.
+        where: for the error message.
+
+    Raises:
+        CheckpointError: they were not.
+    """
+    digest = base_digest(_files(model_config), num_layers)
     if theirs.get(DIGEST_KEY) != digest:
         raise CheckpointError(
             f"{where}: {DIGEST_KEY}: factors of another base model or revision: expected the "
             f"weights {theirs.get(DIGEST_KEY)}, found {digest} in {model_config.model}"
         )
-    hf_config.recalkv = theirs["recalkv"]
-    setattr(hf_config, SEPARATE_FACTORS, str(named / FACTORS_FILE))
 
 
 def _files(model_config: ModelConfig) -> Callable[[str], Path | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,15 +12,14 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear
 
-from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, LatentLayout
+from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.serving.attention import LatentAttention
+from recalkv_vllm.serving.factor_layers import LatentDown, PerHead
 from recalkv_vllm.serving.rotary import position_table, rotate_queries
 from recalkv_vllm.serving.sharding import shard_latent
-
-FACTORS = ("down", "k_up", "v_up")
 
 
 class LatentSelfAttention(nn.Module):
@@ -61,20 +59,14 @@ class LatentSelfAttention(nn.Module):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.q_proj",
         )
-        # The rows differ from rank to rank, but no rank holds a slice that vLLM could cut.
-        self.down = ReplicatedLinear(
-            hidden_size, shard.rank, bias=False, quant_config=None, prefix=f"{prefix}.down"
-        )
-        shapes = layout.factor_shapes(geometry)
-        self.k_up = _parameter(
-            len(shard.k_spans), len(shard.kv_heads) // len(shard.k_spans) * head_dim, layout.k_width
-        )
-        self.v_up = _parameter(len(shard.kv_heads), *shapes["v_up"][1:])
+        self.down = LatentDown(hidden_size, shard.columns, f"{prefix}.down")
+        heads, num_heads = shard.kv_heads, geometry.num_kv_heads
+        self.k_up = PerHead(heads, num_heads, head_dim, layout.k_width)
+        self.v_up = PerHead(heads, num_heads, head_dim, layout.v_width)
+        self.k_bias = PerHead(heads, num_heads, head_dim) if qkv_bias else None
+        self.v_bias = PerHead(heads, num_heads, head_dim) if qkv_bias else None
         # Norms of single heads, where the model has them: queries' runs here, keys' in attention.
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
-        bias_shape = (len(shard.kv_heads), head_dim)
-        self.k_bias = _parameter(*bias_shape, loader=self._load_bias) if qkv_bias else None
-        self.v_bias = _parameter(*bias_shape, loader=self._load_bias) if qkv_bias else None
         del vllm_config.compilation_config.static_forward_context[name]
         self.attn = LatentAttention(
             stock.num_heads,
@@ -88,29 +80,15 @@ class LatentSelfAttention(nn.Module):
         )
         self.attn.process_weights_after_loading = self.bind_factors
 
-    def _load_bias(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        heads = self.shard.kv_heads
-        loaded = loaded.unflatten(0, (-1, self.head_dim))
-        parameter.data.copy_(loaded[heads.start : heads.stop])
-
-    def load_factors(self, reader: FactorReader, layer: int) -> set[str]:
-        """Copy this rank's part of a layer's factors; returns the parameters' names."""
-        shard = self.shard
-        self.down.weight.data.copy_(reader.read(layer, "down")[list(shard.columns)])
-        heads = shard.kv_heads
-        k_up = reader.read(layer, "k_up").unflatten(1, (-1, self.head_dim)).flatten(0, 1)
-        self.k_up.data.copy_(k_up[heads.start : heads.stop].view_as(self.k_up))
-        self.v_up.data.copy_(reader.read(layer, "v_up")[heads.start : heads.stop])
-        return {"down.weight", "k_up", "v_up"}
-
     def bind_factors(self, act_dtype: torch.dtype) -> None:
-        """Hand factors and biases to the kernels; vLLM calls it once weights are loaded."""
+        """Hand factors and biases to the kernels; vLLM calls it whenever weights were loaded."""
         cos_sin_cache, is_neox = position_table(self.rotary_emb)
+        k_groups = len(self.shard.k_spans)
         self.attn.bind(
-            self.k_up.data,
-            self.v_up.data,
-            k_bias=None if self.k_bias is None else self.k_bias.data,
-            v_bias=None if self.v_bias is None else self.v_bias.data,
+            self.k_up.weight.data.unflatten(0, (k_groups, -1)).flatten(1, 2),
+            self.v_up.weight.data,
+            k_bias=None if self.k_bias is None else self.k_bias.weight.data,
+            v_bias=None if self.v_bias is None else self.v_bias.weight.data,
             cos_sin_cache=cos_sin_cache,
             is_neox=is_neox,
             **self._key_norm(),
@@ -133,10 +111,3 @@ class LatentSelfAttention(nn.Module):
         q = rotate_queries(self.rotary_emb, positions, q, self.head_dim)
         output, _ = self.o_proj(self.attn(q, latent))
         return output
-
-
-def _parameter(*shape: int, loader: Callable | None = None) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(*shape), requires_grad=False)
-    if loader is not None:
-        parameter.weight_loader = loader
-    return parameter

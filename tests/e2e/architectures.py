@@ -109,9 +109,9 @@ CONFIGS = {
 }
 
 
-def save_random_model(config, directory: Path) -> Path:
+def save_random_model(config, directory: Path, seed: int = 0) -> Path:
     """Write a model of ``config`` with random weights, biases and norms."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     network = AutoModelForCausalLM.from_config(config)
     for name, parameter in network.named_parameters():
         if name.endswith(".bias"):

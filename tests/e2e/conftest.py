@@ -110,13 +110,13 @@ def small_prompts() -> SmallPrompts:
 
 @pytest.fixture(scope="session")
 def make_small(tmp_path_factory):
-    """``make_small(name)``: a random model of ``architectures.CONFIGS``, with a tokenizer."""
+    """``make_small(name, seed)``: a random model of ``architectures.CONFIGS``, with a tokenizer."""
     directory, tokenizer = tmp_path_factory.mktemp("small"), train_tokenizer()
 
-    def make(name: str) -> Path:
-        path = directory / name
+    def make(name: str, seed: int = 0) -> Path:
+        path = directory / (f"{name}-{seed}" if seed else name)
         if not path.is_dir():
-            save_random_model(CONFIGS[name], path)
+            save_random_model(CONFIGS[name], path, seed)
             tokenizer.save_pretrained(path)
         return path
 

@@ -4,7 +4,9 @@ A job is ``{"engine": {LLM arguments}, "batches": [{"prompts": [[ids]], "samplin
 result is ``{"tokens": [[[ids], ...], ...], "metrics": {name: value}, "outputs": [...]}``:
 tokens are one list per batch and prompt, ``outputs`` what else a batch asked for. Besides
 ``sampling`` (arguments of ``SamplingParams``, ``json_schema`` among them) a batch may have
-``beam`` (of ``BeamSearchParams``), ``embed: true``, or ``lora``, an adapter's directory.
+``beam`` (of ``BeamSearchParams``), ``embed: true``, or ``lora``, an adapter's directory. A batch
+``{"reload": {...}}`` reloads weights: from the model at ``path``, or as tensors sent from the files
+``send``, of names that match ``only``; its output is the error, or null.
 
 Engines run one after the other in this process, which saves their start-up; a fresh process keeps
 vLLM's global state away from the tests.
@@ -12,6 +14,7 @@ vLLM's global state away from the tests.
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -58,8 +61,27 @@ def run(job):
     return {"tokens": tokens, "outputs": outputs, "metrics": metrics}
 
 
+def reload(llm, path=None, send=(), only=""):
+    """Reload weights; returns the error."""
+    from safetensors.torch import load_file
+
+    arguments = {} if path is None else {"weights_path": path}
+    if send:
+        tensors = {name: tensor for file in send for name, tensor in load_file(file).items()}
+        names = [name for name in tensors if re.search(only, name)]
+        arguments = {"weights_iterator": [(name, tensors[name]) for name in names]}
+    # Cached latents are the old weights'.
+    llm.reset_prefix_cache()
+    try:
+        llm.collective_rpc("reload_weights", kwargs=arguments)
+    except ValueError as error:
+        return str(error)
+
+
 def run_batch(llm, batch):
     """A batch's first tokens per prompt, and its further outputs."""
+    if "reload" in batch:
+        return [], reload(llm, **batch["reload"])
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import BeamSearchParams
 

@@ -1,4 +1,4 @@
-"""The table of vLLM's features: what serves as the page ``docs/supported_features.md``.
+"""The table of vLLM's features, from which the page ``docs/supported_features.md`` is made.
 
 Rewrite the page with ``python -m tests.e2e.features``; a test compares it.
 """
@@ -53,17 +53,17 @@ TABLE = (
     works("Continuous batching", f"{EQUALITY}::test_sixteen_at_once"),
     works("Chunked prefill with context", f"{EQUALITY}::test_chunked_prefill_with_context"),
     works(
-        "Prefix caching, requests with a cached prefix beside others",
+        "Prefix caching, mixed with requests that have no cached prefix",
         f"{EQUALITY}::test_prefix_caching",
     ),
     works("Preemption and recompute", f"{EQUALITY}::test_preemption"),
-    works("Several samples of a prompt (`n`)", f"{FEATURES}::test_several_samples_of_a_prompt"),
+    works("Several samples per prompt (`n`)", f"{FEATURES}::test_several_samples_of_a_prompt"),
     works("Beam search", f"{FEATURES}::test_beam_search"),
-    works("Log-probabilities, also of the prompt", f"{FEATURES}::test_log_probabilities"),
+    works("Log-probabilities, including the prompt's", f"{FEATURES}::test_log_probabilities"),
     works("Structured output", f"{FEATURES}::test_structured_output"),
     works("Embedding (`--runner pooling --convert embed`)", f"{FEATURES}::test_embedding"),
     works(
-        "`--max-model-len` beyond the length calibrated on",
+        "`--max-model-len` beyond the calibration length",
         f"{FEATURES}::test_context_longer_than_calibrated",
     ),
     works("N-gram speculation", f"{FEATURES}::test_ngram_speculation"),
@@ -80,7 +80,7 @@ TABLE = (
         f"{PARALLEL}::test_tensor_parallel_with_one_group_for_all_ranks",
     ),
     refused(
-        "Ranks that do not divide heads or groups, nor the other way",
+        "Tensor-parallel sizes that neither divide heads and groups nor are divided by them",
         f"{SHARDS}::test_what_does_not_divide_is_refused_with_both_numbers",
     ),
     works("Pipeline parallel", f"{PARALLEL}::test_pipeline_parallel"),
@@ -89,7 +89,7 @@ TABLE = (
         "`torch.compile` of the model around attention", f"{FEATURES}::test_compiled_by_inductor"
     ),
     works(
-        "Captured code reads nothing from the device on the host",
+        "Captured code never reads from the device on the host",
         f"{COMPILED}::test_nothing_is_read_from_the_device",
     ),
     works(
@@ -98,41 +98,41 @@ TABLE = (
         "cuda/test_tracing.py::test_ops",
     ),
     works(
-        "CUDA graphs of decodes and verification: metadata, launches replayed on padded batches",
+        "CUDA graphs of decode and verification: metadata, launches replayed on padded batches",
         "serving/test_graph_capture.py::test_captured_metadata_shows_the_batch_of_a_replay",
         "cuda/test_tracing.py::test_replayed_calls_serve_padded_batches",
         "kernels/test_attention.py::test_replayed_launches_serve_padded_batches",
     ),
     works(
-        "Factors alone on the untouched base model", f"{ALONE}::test_tokens_equal_the_base_models"
+        "Factors alone, on the unmodified base model", f"{ALONE}::test_tokens_equal_the_base_models"
     ),
-    works("Models and factors named as on the hub", f"{HUB}::test_tokens_of_what_the_hub_has"),
+    works("Models and factors by Hugging Face hub name", f"{HUB}::test_tokens_of_what_the_hub_has"),
     works(
-        "The same without a network, from the hub's cache",
+        "The same without a network, from the local hub cache",
         f"{HUB}::test_tokens_of_what_is_cached_without_a_network",
     ),
-    refused("Factors that the hub has not", f"{HUB}::test_what_the_hub_has_not"),
+    refused("Factors missing from the hub", f"{HUB}::test_what_the_hub_has_not"),
     refused(
         "Factors of another base model or revision",
         f"{ALONE}::test_another_base_is_refused",
         f"{ALONE}::test_another_revision_of_the_base_is_refused",
     ),
     works(
-        "Base weights quantised by compressed-tensors (int4), AWQ or GPTQ",
+        "Base weights quantized by compressed-tensors (int4), AWQ or GPTQ",
         f"{BASES}::test_tokens_equal_stock",
     ),
     works(
-        "Base weights and activations quantised by compressed-tensors (int8, fp8)",
+        "Base weights and activations quantized by compressed-tensors (int8, fp8)",
         f"{BASES}::test_quantised_activations_change_no_more_than_in_stock",
     ),
     refused(
-        "Base weights quantised otherwise; with them a KV cache, or fused projections",
+        "Other weight formats; weight formats with a quantized KV cache or fused projections",
         "cli/test_bad_input.py::test_quantised_weights_that_are_not_read",
         "cli/test_bad_input.py::test_quantised_weights_that_are_fused",
     ),
-    works("LoRA on modules but k and v", f"{FEATURES}::test_lora_on_other_modules"),
+    works("LoRA on modules other than k and v", f"{FEATURES}::test_lora_on_other_modules"),
     refused(
-        "LoRA on k or v; on q or o where compression moved heads",
+        "LoRA on k or v; on q or o if compression reordered heads",
         f"{LORA}::test_keys_and_values_are_refused",
         f"{LORA}::test_heads_must_be_where_the_adapter_means_them",
     ),
@@ -141,17 +141,18 @@ TABLE = (
         f"{FEATURES}::test_latents_go_through_kv_connectors",
     ),
     works(
-        "Offloading of blocks, by a worker of the tests: half the cache, half the bytes moved",
+        "Block offloading with a test worker: half the cache, half the bytes moved",
         f"{FEATURES}::test_offloading_moves_half_the_bytes_of_half_the_cache",
     ),
     refused("Other KV connectors; offloading on a CPU", OPTION, f"{CONNECTORS}::test_refused"),
     refused("Sleep mode", f"{STARTUP}::test_refused"),
-    works("Latents quantised to int8, int4 or fp8", f"{QUANTISED}::test_chunked_prefill"),
+    works("Latents quantized to int8, int4 or fp8", f"{QUANTISED}::test_chunked_prefill"),
     works(
-        "`--kv-cache-dtype fp8`, `fp8_e4m3` for unquantised latents", f"{QUANTISED}::test_capacity"
+        "`--kv-cache-dtype fp8` and `fp8_e4m3` for unquantized latents",
+        f"{QUANTISED}::test_capacity",
     ),
     refused(
-        "Any other `--kv-cache-dtype` than `auto` or the model's dtype",
+        "Any `--kv-cache-dtype` other than `auto` or the model's dtype",
         OPTION,
         f"{QUANTISED}::test_format_of_the_checkpoint_stays",
     ),
@@ -160,7 +161,7 @@ TABLE = (
         "`--attention-backend recalkv` on a model without factors",
         f"{REFUSALS}::test_stock_model_under_our_flag_ends_vllm_serve_with_one_line",
     ),
-    refused("A checkpoint of a newer format", f"{REFUSALS}::test_newer_format"),
+    refused("A checkpoint in a newer format", f"{REFUSALS}::test_newer_format"),
     refused(
         "Missing, truncated, poisoned or foreign factors",
         f"{REFUSALS}::test_missing_factors",
@@ -172,47 +173,48 @@ TABLE = (
 
 TEXT = """# Supported features
 
-Every row is tested against stock vLLM, or refused at start with a message that names the option.
-This page is written by `python -m tests.e2e.features`.
+Every feature here is either tested against stock vLLM or refused at start-up with a message that
+names the option. This page is written by `python -m tests.e2e.features`.
 
 {table}
 
 A compressed checkpoint needs no flag: its architecture selects the backend. The flag states the
 intention, and makes vLLM refuse a model that has no factors.
 
-Cascade attention is an optimisation that vLLM asks a backend for, and this one does not offer it.
+Cascade attention is an optimization that vLLM asks a backend for; this backend does not offer it.
 Attention sinks belong to architectures that `recalkv compress` refuses.
 
 ## KV connectors
 
 vLLM 0.32 offloads from GPUs only, so the tests give `OffloadingConnector` a worker that copies
-pages on the host; which pages, and where they lie, is the connector's own. `canonical_layout` cuts
-pages by heads, which latents are not, and `TieringOffloadingSpec` is not tested: both are refused.
+pages on the host; the connector itself decides which pages, and where they go. `canonical_layout`
+cuts pages by heads, which latents do not have, and `TieringOffloadingSpec` is not tested: both
+are refused.
 
 ## Metrics
 
 `/metrics` has `recalkv_info` (labels `model_name`, `method`, `compression`, `latent_dtype`,
 `version`) and `recalkv_kv_cache_bytes_per_token` (labels `model_name` and `cache`: `dense` or
-`compressed`), beside all of vLLM's own.
+`compressed`), besides all of vLLM's own.
 
 ## Memory under tensor parallelism
 
-A rank caches the latents of the K and V groups that its KV heads read. A group that the heads of
-several ranks read is cached by each of them, as the latent of MLA is; every rank holds its own
-heads' rows of the up factors only. So with one latent per KV head, or groups of no more heads than
-a rank has, capacity grows with the ranks as it does in stock vLLM; with one group over all heads
-every rank caches all of it, and capacity stays that of one rank. Compress with groups that divide
-among ranks to avoid it: `--k-group-size` at most the KV heads of a rank, `--v-groups` a multiple of
-the ranks.
+A rank caches the latents of the K and V groups that its KV heads read, and holds only its own
+heads' rows of the up factors. A group that heads of several ranks read is cached by each of those
+ranks, like the latent of MLA. So with one latent per KV head, or with groups no larger than a
+rank's heads, capacity grows with the number of ranks as in stock vLLM. With one group over all
+heads, every rank caches all of it, and capacity stays that of one rank. To avoid that, compress
+with groups that divide among the ranks: `--k-group-size` at most the KV heads of a rank, and
+`--v-groups` a multiple of the number of ranks.
 
 ## Factors alone
 
 `recalkv compress MODEL -o DIR --factors-only` writes `recalkv.safetensors` and `config.json`, and
-prints the command that serves them on the untouched base model. Both may be directories or names
+prints the command that serves them on the unmodified base model. Both may be directories or names
 on the Hugging Face hub; `"recalkv": {{"factors": "owner/name", "revision": "v1"}}` pins the
-factors' revision, `--revision` the base model's. Heads that compression moved are moved while the
-base model's weights load; those of quantised weights cannot be moved, and stay where they are. A
-digest of the base model's key and value projections tells another revision.
+factors' revision, and `--revision` the base model's. If compression reordered heads, the base
+model's heads are reordered while its weights load; heads of quantized weights cannot be, and stay
+in place. A digest of the base model's key and value projections detects another revision.
 """
 
 

@@ -1,0 +1,123 @@
+"""From the tensors of a checkpoint, or of a weight update, to those that a served model loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from types import GeneratorType
+from typing import TypeAlias
+
+import torch
+from vllm.model_executor.models.utils import WeightsMapper
+
+from recalkv_vllm.checkpoint import (
+    AttentionGeometry,
+    CheckpointError,
+    FactorReader,
+    RecalkvConfig,
+)
+
+Weights: TypeAlias = Iterable[tuple[str, torch.Tensor]]
+
+FACTORS = ("down", "k_up", "v_up")
+_FACTOR_NAME = re.compile(rf"layers\.(\d+)\.({'|'.join(FACTORS)})$")
+#: Weights and biases with an axis of heads.
+_HEADS_NAME = re.compile(
+    r"layers\.(\d+)\.self_attn\.(q_proj\.weight|o_proj\.weight|[qkv]_proj\.bias)$"
+)
+_FUSED_NAME = re.compile(r"\.self_attn\.qkv_proj\.weight$")
+_KV_BIAS_NAME = re.compile(r"\.self_attn\.[kv]_proj\.bias$")
+_KV_WEIGHT_NAME = re.compile(r"\.self_attn\.(k|v|qkv)_proj\.(?!bias$)")
+
+
+def without_kv_projections(mapper: WeightsMapper) -> WeightsMapper:
+    """Names of a layer without fused qkv: ``q_proj`` is itself, k and v leave but their bias."""
+    return replace(
+        mapper,
+        orig_to_new_regex={
+            **mapper.orig_to_new_regex,
+            re.compile(r"\.self_attn\.(k|v)_proj\.bias$"): r".self_attn.\1_bias.weight",
+            re.compile(r"\.self_attn\.(k|v)_proj\."): None,
+        },
+        orig_to_new_stacked={
+            old: new for old, new in mapper.orig_to_new_stacked.items() if new[0] != ".qkv_proj"
+        },
+    )
+
+
+def come_from_files(weights: Weights) -> bool:
+    """Whether a reload's ``weights`` are read by one of vLLM's loaders; else somebody sends them.
+
+    A checkpoint has keys and values twice: as factors, and as dense projections for readers that
+    know no factors. Whoever sends projections means them to be served.
+    """
+    frame = weights.gi_frame if isinstance(weights, GeneratorType) else None
+    module = "" if frame is None else frame.f_globals["__name__"]
+    return module.startswith("vllm.model_executor.model_loader.")
+
+
+def base_weights(weights: Weights, geometry: AttentionGeometry, biased: bool) -> Iterator:
+    """Weights of a checkpoint's files but its factors; of a fused ``qkv_proj`` the queries' rows.
+
+    Biases that the model does not have (AutoGPTQ stores them, all zero) are passed by, as vLLM
+    does.
+    """
+    query_rows = geometry.num_heads * geometry.head_dim
+    for name, weight in weights:
+        if _FACTOR_NAME.match(name) or (_KV_BIAS_NAME.search(name) and not biased):
+            continue
+        if _FUSED_NAME.search(name):
+            name, weight = name.replace(".qkv_proj.", ".q_proj."), weight[:query_rows]
+        yield name, weight
+
+
+def file_factors(reader: FactorReader, layers: Iterable[int], dtype: torch.dtype) -> Iterator:
+    """Factors of ``layers`` in ``dtype``, under their parameters' names.
+
+    They are read by our own strict reader: vLLM passes their file by when the weights have an
+    index.
+    """
+    with reader:
+        for layer in layers:
+            for factor in FACTORS:
+                yield _parameter_name(layer, factor), reader.read(layer, factor).to(dtype)
+
+
+def sent_weights(weights: Weights, config: RecalkvConfig, geometry: AttentionGeometry) -> Iterator:
+    """Weights of an update; factors have the names and shapes of ``recalkv.safetensors``.
+
+    Raises:
+        CheckpointError: a dense projection of keys or values, or a factor of another shape.
+    """
+    for name, weight in weights:
+        if _KV_WEIGHT_NAME.search(name):
+            raise CheckpointError(
+                f"recalkv: {name}: keys and values are served from factors; expected "
+                f"layers.N.{', layers.N.'.join(FACTORS)} in its place"
+            )
+        if found := _FACTOR_NAME.match(name):
+            layer, factor = int(found[1]), found[2]
+            expected = config.layers[layer].factor_shapes(geometry)[factor]
+            if tuple(weight.shape) != expected:
+                raise CheckpointError(
+                    f"recalkv: {name}: expected shape {list(expected)}, found {list(weight.shape)}"
+                )
+            name = _parameter_name(layer, factor)
+        yield name, weight
+
+
+def in_factors_order(weights: Weights, config: RecalkvConfig) -> Iterator:
+    """Weights of an untouched base model, heads in the order that its separate factors mean."""
+    for name, weight in weights:
+        if found := _HEADS_NAME.search(name):
+            order = config.layers[int(found[1])].head_order
+            axis = 1 if found[2] == "o_proj.weight" else 0
+            heads = weight.unflatten(axis, (len(order), -1))
+            index = torch.tensor(order, device=weight.device)
+            weight = heads.index_select(axis, index).flatten(axis, axis + 1)
+        yield name, weight
+
+
+def _parameter_name(layer: int, factor: str) -> str:
+    return f"model.layers.{layer}.self_attn.{factor}.weight"
