@@ -43,7 +43,9 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     layers = load_layers(job, calibration)
     plan = plan_layers(job, layers)
     factors, errors = factor(job, calibration, layers, plan)
-    factors, healing = heal_factors(job, calibration, layers, plan, factors)
+    healing = None
+    if job.options.heal:
+        factors, healing = heal(job, layers.model, factors, plan.latent_format)
     recalkv = describe(job, calibration, plan, errors, healing)
     summary = summarize(recalkv, job.model.geometry, job.dtype.itemsize)
     write(job, recalkv, factors, summary)
@@ -79,29 +81,6 @@ def factor(
         device = single_device(job.device)
         refit = OutputRefit(layers.model, calibration.samples, device, plan.latent_format)
     return factor_layers(job.method, plan, layers, job.dtype, refit)
-
-
-def heal_factors(
-    job: Job,
-    calibration: Calibration | None,
-    layers: ModelLayers,
-    plan: ModelPlan,
-    factors: list[LayerFactors],
-) -> tuple[list[LayerFactors], dict[str, Any] | None]:
-    """Train the factors if asked for; they, and what to record of it."""
-    if not job.options.heal or calibration is None:
-        return factors, None
-    return heal(
-        job.model,
-        layers.model,
-        factors,
-        plan.latent_format,
-        calibration.samples,
-        steps=job.options.heal,
-        seed=job.options.seed,
-        device=job.device,
-        train_weights=job.weights_may_change,
-    )
 
 
 def describe(

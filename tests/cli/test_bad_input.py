@@ -377,8 +377,9 @@ def test_heal_for_no_number_of_steps(tiny, compress_fails, steps):
     assert "--heal" in compress_fails(tiny, "--compression", 0.5, f"--heal={steps}")
 
 
-def test_heal_without_text_to_hold_out(tiny, compress_fails):
-    error = compress_fails(
-        tiny, "--compression", 0.5, "--heal", "--num-samples", 1, "--seq-len", 200
-    )
+def test_heal_without_text_to_hold_out(tiny, compress_fails, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("One two three. " * 8)
+    arguments = ["--compression", 0.5, "--method", "svd", "--dataset", text, "--seq-len", 60]
+    error = compress_fails(tiny, *arguments, "--heal")
     assert "--heal: calibration text: expected 2 samples or more" in error

@@ -19,36 +19,34 @@ from recalkv_vllm.compression.options import CompressOptions
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Samples ``[samples, seq_len]``, their statistics if any, and what to record of them."""
+    """Samples ``[samples, seq_len]``, their statistics, and what to record of them."""
 
     samples: torch.Tensor
-    statistics: Statistics | None
+    statistics: Statistics
     provenance: dict[str, Any]
 
 
 def calibrate(
     model: BaseModel, observers: set[str], options: CompressOptions, device: str
 ) -> Calibration | None:
-    """Draw the calibration text and collect the named statistics of it; None if nothing needs it.
+    """Draw the calibration text and collect the named statistics of it; None if none are named.
 
     Raises:
         InputError: no text, no tokenizer, or a model that overflows.
     """
-    if not observers and not options.heal:
+    if not observers:
         return None
     dtype = calibration_dtype(model.dtype, device)
-    samples = _draw(model, options, dtype, device)
+    samples = draw(model, options, dtype, device, options.num_samples)
     digest = samples_digest(samples)
     identity = f"{model.digest()} {digest} {dtype} {device.split(':')[0]}"
-    statistics = None
-    if observers:
-        statistics = collect(
-            observers,
-            samples,
-            model.geometry,
-            key=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
-            load_model=lambda: model.load(dtype, device),
-        )
+    statistics = collect(
+        observers,
+        samples,
+        model.geometry,
+        key=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+        load_model=lambda: model.load(dtype, device),
+    )
     provenance = {
         "dataset": describe(options.dataset),
         "samples": len(samples),
@@ -60,11 +58,16 @@ def calibrate(
     return Calibration(samples, statistics, provenance)
 
 
-def _draw(
-    model: BaseModel, options: CompressOptions, dtype: torch.dtype, device: str
+def draw(
+    model: BaseModel, options: CompressOptions, dtype: torch.dtype, device: str, num_samples: int
 ) -> torch.Tensor:
+    """Samples ``[num_samples, seq_len]`` of the calibration text, or as many as it has.
+
+    Raises:
+        InputError: no text of that length, or no tokenizer.
+    """
     tokenizer = model.tokenizer()
-    size = (options.num_samples, options.seq_len, options.seed)
+    size = (num_samples, options.seq_len, options.seed)
     if options.dataset == SELF:
         return sample_self(model.load(dtype, device), tokenizer, *size)
     return draw_samples(documents(options.dataset, options.text_column), tokenizer, *size)

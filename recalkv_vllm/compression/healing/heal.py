@@ -12,9 +12,10 @@ import torch
 
 from recalkv_vllm.compression.base_model.attention import CausalLM
 from recalkv_vllm.compression.base_model.devices import calibration_dtype
-from recalkv_vllm.compression.base_model.model import BaseModel
+from recalkv_vllm.compression.calibration.calibrate import draw
 from recalkv_vllm.compression.calibration.calibration_pass import freeze
 from recalkv_vllm.compression.calibration.statistics import cache_directory, samples_digest
+from recalkv_vllm.compression.check import Job
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.healing.state import StateFile
 from recalkv_vllm.compression.healing.student import Student
@@ -26,72 +27,67 @@ log = logging.getLogger(__name__)
 
 #: Part of the state's file name: raise it when training changes.
 HEALING_VERSION = 1
-#: One in so many samples is held out, at least one.
-HELD_OUT = 16
+#: Samples that are held out, if there are four times as many.
+HELD_OUT = 4
 
 
-def split_samples(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples to train on, and samples held out.
+def draw_windows(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples of the calibration text to train on, one a step if it has so many, and held out.
 
     Raises:
         InputError: there is only one.
     """
+    options, dtype = job.options, calibration_dtype(job.model.dtype, job.device)
+    samples = draw(job.model, options, dtype, job.device, options.heal + HELD_OUT)
     if len(samples) < 2:
         raise InputError(
             "--heal: calibration text: expected 2 samples or more, one of them held out, found "
             f"{len(samples)}; give more text or a smaller --seq-len"
         )
-    held_out = max(1, len(samples) // HELD_OUT)
-    return samples[:-held_out], samples[-held_out:]
+    held_out = max(1, min(HELD_OUT, len(samples) // 4))
+    return samples[held_out:], samples[:held_out]
 
 
 def heal(
-    model: BaseModel,
-    base: CausalLM,
-    factors: Sequence[LayerFactors],
-    latent_format: LatentFormat | None,
-    samples: torch.Tensor,
-    *,
-    steps: int,
-    seed: int,
-    device: str,
-    train_weights: bool,
+    job: Job, base: CausalLM, factors: Sequence[LayerFactors], latent_format: LatentFormat | None
 ) -> tuple[list[LayerFactors], dict[str, Any]]:
     """Train factors by distillation from the dense model.
 
     Args:
-        model: the dense model.
-        base: the same in memory, ``o_proj`` refitted if it was; training starts from its weights.
+        job: as checked.
+        base: the base model in memory, ``o_proj`` refitted if it was; weights start from it.
         factors: of all layers.
         latent_format: how latents are stored.
-        samples: ``[samples, seq_len]`` token ids of the calibration text.
-        steps: of one sample each.
-        seed: of the order of samples.
-        device: where to train.
-        train_weights: whether ``q_proj`` and ``o_proj`` may change too.
 
     Returns:
         Factors in the dtype that they had, and what to record of the training.
 
     Raises:
-        InputError: no sample can be held out.
+        InputError: too little text to hold a part of it out.
     """
-    training, held_out = split_samples(samples)
-    dtype = calibration_dtype(model.dtype, device)
-    dense = model.load(dtype, device)
-    freeze(dense, gradient=True, seq_len=samples.shape[1])
-    student = Student(dense, base, factors, latent_format, train_weights)
-    told = (model.digest(), samples_digest(samples), _digest(factors), latent_format, steps, seed,
-            train_weights, dtype, device.split(":")[0])  # fmt: skip
+    options, model = job.options, job.model
+    samples, held_out = draw_windows(job)
+    dense = model.load(calibration_dtype(model.dtype, job.device), job.device)
+    freeze(dense, gradient=True, seq_len=options.seq_len)
+    student = Student(dense, base, factors, latent_format, job.weights_may_change)
+    digest = samples_digest(samples)
+    told = (
+        *(model.digest(), digest, _digest(factors), latent_format, dense.dtype),
+        *(options.heal, options.seed, job.weights_may_change, job.device.split(":")[0]),
+    )
     name = hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
-    directory = cache_directory() / f"healing-{HEALING_VERSION}"
+    state_file = StateFile(cache_directory() / f"healing-{HEALING_VERSION}" / f"{name}.safetensors")
     log.info(
         "healing: %d steps of %d tokens, %d samples to train on and %d held out",
-        steps, samples.shape[1], len(training), len(held_out),
+        options.heal, options.seq_len, len(samples), len(held_out),
     )  # fmt: skip
-    state_file = StateFile(directory / f"{name}.safetensors")
-    healed = train(student, training, held_out, steps, seed, state_file)
-    return student.rounded(factors), asdict(healed) | {"weights": train_weights}
+    healed = train(student, samples, held_out, options.heal, options.seed, state_file)
+    record = asdict(healed) | {
+        "weights": job.weights_may_change,
+        "samples": len(samples),
+        "samples_digest": digest,
+    }
+    return student.rounded(factors), record
 
 
 def _digest(factors: Sequence[LayerFactors]) -> str:
