@@ -45,7 +45,8 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     factors, errors = factor(job, calibration, layers, plan)
     healing = None
     if job.options.heal:
-        factors, healing = heal(job, layers.model, factors, plan.latent_format)
+        used = calibration.samples if calibration else None
+        factors, healing = heal(job, layers.model, factors, plan.latent_format, used)
     recalkv = describe(job, calibration, plan, errors, healing)
     summary = summarize(recalkv, job.model.geometry, job.dtype.itemsize)
     write(job, recalkv, factors, summary)

@@ -31,25 +31,41 @@ HEALING_VERSION = 1
 HELD_OUT = 4
 
 
-def draw_windows(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_windows(job: Job, used: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples of the calibration text to train on, one a step if it has so many, and held out.
 
+    Those held out are others than the factors were made from: on those, factors look better than
+    they are, and training worse.
+
+    Args:
+        job: as checked.
+        used: samples that factors were made from, if any.
+
     Raises:
-        InputError: there is only one.
+        InputError: there is only one, or none that was not used.
     """
     options, dtype = job.options, calibration_dtype(job.model.dtype, job.device)
-    samples = draw(job.model, options, dtype, job.device, options.heal + HELD_OUT)
-    if len(samples) < 2:
+    known = set() if used is None else {tuple(sample) for sample in used.tolist()}
+    wanted = len(known) + options.heal + HELD_OUT
+    samples = draw(job.model, options, dtype, job.device, wanted)
+    fresh = [i for i, sample in enumerate(samples.tolist()) if tuple(sample) not in known]
+    if len(samples) < 2 or not fresh:
         raise InputError(
-            "--heal: calibration text: expected 2 samples or more, one of them held out, found "
-            f"{len(samples)}; give more text or a smaller --seq-len"
+            "--heal: calibration text: expected 2 samples or more, one of them held out and not "
+            f"used before, found {len(samples)} and {len(fresh)} not used; give more text, or a "
+            "smaller --num-samples or --seq-len"
         )
-    held_out = max(1, min(HELD_OUT, len(samples) // 4))
-    return samples[held_out:], samples[:held_out]
+    held_out = fresh[: max(1, min(HELD_OUT, len(samples) // 4))]
+    rest = [i for i in (*fresh, *range(len(samples))) if i not in held_out]
+    return samples[list(dict.fromkeys(rest))][: options.heal], samples[held_out]
 
 
 def heal(
-    job: Job, base: CausalLM, factors: Sequence[LayerFactors], latent_format: LatentFormat | None
+    job: Job,
+    base: CausalLM,
+    factors: Sequence[LayerFactors],
+    latent_format: LatentFormat | None,
+    used: torch.Tensor | None,
 ) -> tuple[list[LayerFactors], dict[str, Any]]:
     """Train factors by distillation from the dense model.
 
@@ -58,6 +74,7 @@ def heal(
         base: the base model in memory, ``o_proj`` refitted if it was; weights start from it.
         factors: of all layers.
         latent_format: how latents are stored.
+        used: calibration samples ``[samples, seq_len]`` that factors were made from, if any.
 
     Returns:
         Factors in the dtype that they had, and what to record of the training.
@@ -66,7 +83,7 @@ def heal(
         InputError: too little text to hold a part of it out.
     """
     options, model = job.options, job.model
-    samples, held_out = draw_windows(job)
+    samples, held_out = draw_windows(job, used)
     dense = model.load(calibration_dtype(model.dtype, job.device), job.device)
     freeze(dense, gradient=True, seq_len=options.seq_len)
     student = Student(dense, base, factors, latent_format, job.weights_may_change)

@@ -14,6 +14,7 @@ from recalkv_vllm.checkpoint import RecalkvConfig, read_hf_config
 from recalkv_vllm.compression.base_model.attention import attention_modules
 from recalkv_vllm.compression.calibration.calibration_pass import freeze
 from recalkv_vllm.compression.check import check
+from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.healing import heal, state, training
 from recalkv_vllm.compression.healing.distillation import divergence
 from recalkv_vllm.compression.healing.student import Student
@@ -188,8 +189,8 @@ def all_samples_train(monkeypatch):
 
     draw = heal.draw_windows
 
-    def draw_windows(job):
-        samples, _ = draw(job)
+    def draw_windows(job, used):
+        samples, _ = draw(job, used)
         kept.append(samples[:2])
         return samples, samples[:2]
 
@@ -233,10 +234,14 @@ def test_factors_alone_heal(tiny, tmp_path, all_samples_train):
     assert told["loss_after"] < told["loss_before"]
 
 
-@pytest.mark.parametrize(("found", "held_out"), [(2, 1), (7, 1), (8, 2), (16, 4), (24, 4)], ids=str)
-def test_windows_are_fresh_and_some_held_out(tiny, tmp_path, monkeypatch, found, held_out):
-    drawn = torch.arange(found)[:, None]
-    asked = []
+@pytest.mark.parametrize(
+    ("found", "used", "held_out"),
+    [(2, 0, 1), (2, 1, 1), (7, 0, 1), (8, 3, 2), (16, 4, 4), (60, 8, 4)],
+    ids=str,
+)
+def test_windows_held_out_are_fresh(tiny, tmp_path, monkeypatch, found, used, held_out):
+    """And so are those to train on, as far as there are any."""
+    drawn, asked = torch.arange(found)[:, None], []
 
     def draw(model, options, dtype, device, num_samples):
         asked.append(num_samples)
@@ -244,7 +249,16 @@ def test_windows_are_fresh_and_some_held_out(tiny, tmp_path, monkeypatch, found,
 
     monkeypatch.setattr(heal, "draw", draw)
     job = check(CompressOptions(str(tiny), tmp_path / "out", 0.5, heal=20, **FEW))
-    training_part, kept = heal.draw_windows(job)
-    assert asked == [20 + heal.HELD_OUT]
-    assert len(kept) == held_out
-    assert torch.equal(torch.cat((kept, training_part)), drawn)
+    train_on, kept = heal.draw_windows(job, drawn[:used] if used else None)
+    assert asked == [used + 20 + heal.HELD_OUT]
+    assert kept.flatten().tolist() == list(range(used, used + held_out))
+    expected = [*range(used + held_out, found), *range(used)][:20]
+    assert train_on.flatten().tolist() == expected
+
+
+def test_all_text_was_used(tiny, tmp_path, monkeypatch):
+    drawn = torch.arange(6)[:, None]
+    monkeypatch.setattr(heal, "draw", lambda *_: drawn)
+    job = check(CompressOptions(str(tiny), tmp_path / "out", 0.5, heal=20, **FEW))
+    with pytest.raises(InputError, match="found 6 and 0 not used; give more text"):
+        heal.draw_windows(job, drawn)
