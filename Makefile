@@ -22,6 +22,7 @@ PARALLEL_PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no
 
 OUT ?= .cache/gpu
 SANITIZED := build/sanitized
+CXX_FILES := $(wildcard csrc/*/*) $(wildcard tests/cuda/emulation/*.h tests/cuda/emulation/*.cpp)
 
 .PHONY: demo test test-all test-reliability test-asan gpu lint install model clean
 .DELETE_ON_ERROR:
@@ -55,6 +56,7 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 # Needs an NVIDIA GPU, nvcc and a CUDA build of torch, but not vLLM.
 gpu:

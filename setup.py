@@ -69,6 +69,7 @@ setup(
     packages=[
         *find_packages(include=["recalkv_vllm*"]),
         "recalkv_vllm.kernels",
+        "recalkv_vllm.kernels.heuristics",
         "recalkv_vllm.benchmarks",
     ],
     # Top-level modules called "kernels" or "benchmarks" would shadow another project's.

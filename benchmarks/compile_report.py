@@ -25,23 +25,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from recalkv_vllm.kernels import heuristics
-from recalkv_vllm.kernels.bound import PagedLatentAttention, Part
-from recalkv_vllm.kernels.launch import (
-    Launch,
-    cache_update_launch,
-    merge_launch,
-    value_up_launch,
-)
 from recalkv_vllm.latent_format import BITS, LatentFormat
+from recalkv_vllm.ops import Batch
+from recalkv_vllm.ops.triton.attention import TritonAttention
+from recalkv_vllm.ops.triton.cache_update import cache_update_launch
+from recalkv_vllm.ops.triton.launch import Launch
+from recalkv_vllm.ops.triton.merge import merge_launch
+from recalkv_vllm.ops.triton.plan import Part
+from recalkv_vllm.ops.triton.value_up import value_up_launch
 
 from .geometries import GEOMETRIES, SPANS, group_sizes, latent_of
 from .inputs import latent_layer
 
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
 LATENT_DTYPES = ("bf16", *BITS)
-#: Whose decode kernels are also compiled for quantised latents: fewer bits instead of lower ranks.
-QUANTISED = ("llama-3.1-8b",)
-QUANTISED_COMPRESSIONS = (0.25, 0.5)
+#: Whose decode kernels are also compiled for quantized latents: fewer bits instead of lower ranks.
+QUANTIZED = ("llama-3.1-8b",)
+QUANTIZED_COMPRESSIONS = (0.25, 0.5)
 #: Multiprocessors only decide splits, which do not change the code.
 TARGETS = {80: heuristics.Target(80, 108), 90: heuristics.Target(90, 132),
            100: heuristics.Target(100, 148)}  # fmt: skip
@@ -82,7 +82,7 @@ class Row:
     tensor_core: str
 
     def faults(self) -> list[str]:
-        limit = heuristics.SHARED_BYTES[self.arch]
+        limit = TARGETS[self.arch].shared_bytes
         found = []
         if self.spills:
             found.append(f"{self.spills} bytes spilled")
@@ -115,8 +115,8 @@ def cases(geometries: list[str]) -> Iterator[Case]:
             yield Case(name, *layout)
 
 
-def quantised_cases(geometries: list[str]) -> Iterator[Case]:
-    for name, *layout in itertools.product(QUANTISED, QUANTISED_COMPRESSIONS, (1,), SPANS, BITS):
+def quantized_cases(geometries: list[str]) -> Iterator[Case]:
+    for name, *layout in itertools.product(QUANTIZED, QUANTIZED_COMPRESSIONS, (1,), SPANS, BITS):
         if name in geometries:
             yield Case(name, *layout)
 
@@ -126,25 +126,24 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     geometry = GEOMETRIES[case.geometry]
     heads, head_dim = geometry.num_heads, geometry.head_dim
     latent = latent_of(geometry, case.compression, case.group_size, case.spans)
-    form, queries, dtype = case.latent_format, MODES[mode], torch.bfloat16
-    layer = latent_layer(geometry, latent, POSITIONS, dtype, latent_format=form)
-    attend = PagedLatentAttention(layer, target)
+    latent_format, queries, dtype = case.latent_format, MODES[mode], torch.bfloat16
+    layer = latent_layer(geometry, latent, POSITIONS, dtype, latent_format=latent_format)
+    attention = TritonAttention(layer, target)
     cache = z = torch.zeros(2, 16, latent.rank, dtype=dtype)
-    if form is not None:
-        cache = torch.zeros(2, 16, form.slot_bytes(latent.rank), dtype=torch.uint8)
+    if latent_format is not None:
+        cache = torch.zeros(2, 16, latent_format.slot_bytes(latent.rank), dtype=torch.uint8)
     q = torch.zeros(queries, heads, head_dim, dtype=dtype)
     o_lat = torch.zeros(queries, heads, latent.v_width)
     lse = torch.zeros(queries, heads)
     index = torch.zeros(16, dtype=torch.int32)
     part = Part(0, 1, range(queries), queries, bounded=mode != "prefill")
-    table = index[None]
-    yield next(attend.launches(part, q, cache, table, index[:1], index[:2], o_lat, lse, 32))
+    batch = Batch(index[None], index[:1], index[:2], max_seq_len=32)
+    yield next(attention.launches(part, q, cache, batch, o_lat, lse))
     if mode == "prefill":
         return
     yield merge_launch(o_lat[None], lse[None], o_lat, lse)
-    yield cache_update_launch(z[0, :1], cache, torch.zeros(1, dtype=torch.int64), form)
-    v_up = torch.zeros(geometry.num_kv_heads, head_dim, latent.v_width, dtype=dtype)
-    yield value_up_launch(o_lat, v_up, None, torch.zeros_like(q))
+    yield cache_update_launch(z[0, :1], cache, torch.zeros(1, dtype=torch.int64), latent_format)
+    yield value_up_launch(o_lat, layer.v_up, None, torch.zeros_like(q))
 
 
 @cache
@@ -209,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     wanted = [
         case
-        for case in (*cases(options.geometry), *quantised_cases(options.geometry))
+        for case in (*cases(options.geometry), *quantized_cases(options.geometry))
         if case.compression in options.compression
         and case.group_size in options.group_size
         and case.spans in options.spans

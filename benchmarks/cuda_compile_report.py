@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from recalkv_vllm.ops import cuda_plan
+from recalkv_vllm.ops.cuda import plan as cuda_plan
+from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 
 from .geometries import GEOMETRIES, SPANS, group_sizes, latent_of
 from .inputs import latent_layer
@@ -33,8 +34,8 @@ ARCHES = ("sm_80", "sm_90a")
 ELEMENTS = ("BFloat16", "Float16")
 #: Shared memory of one block and of a multiprocessor, and multiprocessors.
 LIMITS = {
-    "A100": cuda_plan.Limits(108, 163 << 10, 164 << 10),
-    "H100": cuda_plan.Limits(132, 227 << 10, 228 << 10),
+    "A100": Limits(108, 163 << 10, 164 << 10),
+    "H100": Limits(132, 227 << 10, 228 << 10),
 }
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
 #: What a kernel must contain: matrix products, asynchronous copies, matrix loads.
@@ -91,7 +92,7 @@ class PlanRow:
     compression: float
     group_size: int
     spans: str
-    plan: cuda_plan.Plan | None
+    plan: Plan | None
     splits: int
 
 
@@ -165,7 +166,7 @@ def plan_rows(context: int = 32768, batch: int = 8) -> Iterator[PlanRow]:
     for geometry, compression, spans in itertools.product(GEOMETRIES.values(), COMPRESSIONS, SPANS):
         for size in group_sizes(geometry):
             latent = latent_of(geometry, compression, size, spans)
-            sizes = cuda_plan.Layer.of(latent_layer(geometry, latent, 1, torch.bfloat16))
+            sizes = LayerShape.of(latent_layer(geometry, latent, 1, torch.bfloat16))
             for device, limits in LIMITS.items():
                 plan = cuda_plan.plan(sizes, limits, 1)
                 splits = 0

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from recalkv_vllm.checkpoint import SPAN_MULTIPLE
-
-Span = tuple[int, int]
+from recalkv_vllm.span import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,7 @@ class Geometry:
 
     @property
     def dense_width(self) -> int:
-        """Numbers that an uncompressed cache holds per token and layer."""
+        """Elements that an uncompressed cache holds per token and layer."""
         return 2 * self.num_kv_heads * self.head_dim
 
     def cache_bytes(self, context: int, batch: int, dtype: torch.dtype) -> int:
@@ -57,15 +56,15 @@ class Latent:
 
     @property
     def k_width(self) -> int:
-        return self.k_spans[0][1] - self.k_spans[0][0]
+        return self.k_spans[0].width
 
     @property
     def v_width(self) -> int:
-        return self.v_spans[0][1] - self.v_spans[0][0]
+        return self.v_spans[0].width
 
 
 def _row(groups: int, width: int, start: int) -> tuple[Span, ...]:
-    return tuple((start + i * width, start + (i + 1) * width) for i in range(groups))
+    return tuple(Span(start + i * width, start + (i + 1) * width) for i in range(groups))
 
 
 def latent_of(geometry: Geometry, compression: float, group_size: int, spans: str) -> Latent:
@@ -79,16 +78,16 @@ def latent_of(geometry: Geometry, compression: float, group_size: int, spans: st
     groups = geometry.num_kv_heads // group_size
 
     def width(count: int, share: float) -> int:
-        numbers = (1 - compression) * geometry.dense_width * share / count
-        return max(1, int(numbers / SPAN_MULTIPLE + 1e-9)) * SPAN_MULTIPLE
+        elements = (1 - compression) * geometry.dense_width * share / count
+        return max(1, int(elements / SPAN_MULTIPLE + 1e-9)) * SPAN_MULTIPLE
 
     if spans == "joint":
         both = _row(groups, width(groups, 1.0), 0)
-        return Latent(both[-1][1], both, both)
+        return Latent(both[-1].end, both, both)
     k_spans = _row(groups, width(groups, 0.5), 0)
     v_count = 1 if spans == "shared-v" else groups
-    v_spans = _row(v_count, width(v_count, 0.5), k_spans[-1][1])
-    return Latent(v_spans[-1][1], k_spans, v_spans)
+    v_spans = _row(v_count, width(v_count, 0.5), k_spans[-1].end)
+    return Latent(v_spans[-1].end, k_spans, v_spans)
 
 
 def group_sizes(geometry: Geometry) -> tuple[int, ...]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from recalkv_vllm import ops
 from recalkv_vllm.latent_format import LatentFormat
-from recalkv_vllm.ops import LatentLayer
+from recalkv_vllm.ops import CheckedLayer, LatentLayer
 
 from .geometries import Geometry, Latent
 
@@ -19,10 +18,11 @@ def latent_layer(
     device: torch.device | str = "cpu",
     latent_format: LatentFormat | None = None,
 ) -> LatentLayer:
-    """Factors, bias and norm of the geometry, RoPE for ``positions``; all in ``dtype``."""
+    """Factors, key bias and norm of the geometry, RoPE for ``positions``; all in ``dtype``."""
     groups = len(latent.k_spans)
     rows = geometry.num_kv_heads // groups * geometry.head_dim
     k_up = torch.randn(groups, rows, latent.k_width) / latent.k_width**0.5
+    v_up = torch.randn(geometry.num_kv_heads, geometry.head_dim, latent.v_width)
     bias = torch.randn(geometry.num_kv_heads, geometry.head_dim) if geometry.key_bias else None
     norm = torch.ones(geometry.head_dim) if geometry.key_norm else None
 
@@ -31,6 +31,7 @@ def latent_layer(
 
     return LatentLayer(
         k_up=k_up.to(device, dtype),
+        v_up=v_up.to(device, dtype),
         k_spans=latent.k_spans,
         v_spans=latent.v_spans,
         head_dim=geometry.head_dim,
@@ -43,14 +44,24 @@ def latent_layer(
 
 
 def latent_cache(
-    num_blocks: int, block_size: int, rank: int, like: torch.Tensor, form: LatentFormat | None
+    num_blocks: int,
+    block_size: int,
+    rank: int,
+    like: torch.Tensor,
+    latent_format: LatentFormat | None,
+    bound: CheckedLayer,
 ) -> torch.Tensor:
-    """A paged cache of random latents, of ``like``'s dtype if they are not quantised."""
+    """A paged cache of random latents, of ``like``'s dtype if they are not quantized.
+
+    Args:
+        bound: writes quantized latents.
+    """
     z = like.new_empty(num_blocks * block_size, rank).normal_()
-    if form is None:
+    if latent_format is None:
         return z.view(num_blocks, block_size, rank)
-    cache = z.new_empty(num_blocks, block_size, form.slot_bytes(rank), dtype=torch.uint8)
-    ops.latent_cache_update(z, cache, torch.arange(len(z), device=z.device), form)
+    slot_bytes = latent_format.slot_bytes(rank)
+    cache = z.new_empty(num_blocks, block_size, slot_bytes, dtype=torch.uint8)
+    bound.update_cache(z, cache, torch.arange(len(z), device=z.device))
     return cache
 
 

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             continue
         print(f"recalkv: {what}", file=sys.stderr)
         latent = latent_of(geometry, compression, group_size, spans)
-        form = None if latent_dtype == "auto" else LatentFormat(latent_dtype)
+        latent_format = None if latent_dtype == "auto" else LatentFormat(latent_dtype)
         rows.append(
             {
                 "geometry": geometry.name,
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 "latent_dtype": latent_dtype,
                 "context": context,
                 "batch": batch,
-                **_measure(geometry, latent, form, context, batch, device, roof, options),
+                **_measure(geometry, latent, latent_format, context, batch, device, roof, options),
             }
         )
     if not rows:
@@ -131,7 +131,7 @@ def _skip_reason(
 def _measure(
     geometry: Geometry,
     latent: Latent,
-    form: LatentFormat | None,
+    latent_format: LatentFormat | None,
     context: int,
     batch: int,
     device: torch.device,
@@ -139,13 +139,15 @@ def _measure(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     dtype = DTYPES[options.dtype]
-    runs = _platform(device).build(geometry, latent, form, context, batch, options.queries, dtype)
+    runs = _platform(device).build(
+        geometry, latent, latent_format, context, batch, options.queries, dtype
+    )
     ours, *baselines = alternate([runs.ours, *runs.stock.values()], options.seconds, runs.calls)
     stocks = dict(zip(runs.stock, baselines, strict=True))
     best = min(stocks, key=lambda name: stocks[name].median)
     stock = stocks[best]
     (value_up,) = alternate([runs.value_up], 0.1, runs.calls)
-    latent_bytes = token_bytes(form, latent.rank, dtype.itemsize)
+    latent_bytes = token_bytes(latent_format, latent.rank, dtype.itemsize)
     work = attention_work(geometry, latent, context, batch, options.queries, latent_bytes)
     row = {
         "kernel": runs.kernel,

@@ -15,7 +15,8 @@ import torch
 from recalkv_vllm import ops
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.latent_format import LatentFormat
-from recalkv_vllm.ops import cpu, reference
+from recalkv_vllm.ops import Batch, reference
+from recalkv_vllm.ops.cpu.plan import instruction_set
 
 from .geometries import Geometry, Latent
 from .inputs import latent_cache, latent_layer
@@ -30,9 +31,9 @@ LARGEST_CACHE_BYTES = 4 << 30
 def build(
     geometry: Geometry,
     latent: Latent,
-    form: LatentFormat | None,
+    latent_format: LatentFormat | None,
     context: int,
-    batch: int,
+    num_seqs: int,
     queries: int,
     dtype: torch.dtype,
 ) -> Runs:
@@ -42,40 +43,32 @@ def build(
         InputError: vLLM's CPU kernels cannot be imported.
     """
     blocks = -(-context // BLOCK_SIZE)
-    layers = max(1, CACHE_BYTES // geometry.cache_bytes(context, batch, dtype))
+    layers = max(1, CACHE_BYTES // geometry.cache_bytes(context, num_seqs, dtype))
     layers = min(layers, geometry.layers)
-    block_table = torch.randperm(blocks * batch, dtype=torch.int32).view(batch, blocks)
-    seq_lens = torch.full((batch,), context, dtype=torch.int32)
-    query_start_loc = torch.arange(batch + 1, dtype=torch.int32) * queries
-    q = torch.randn(batch * queries, geometry.num_heads, geometry.head_dim).to(dtype)
-    call = (block_table, seq_lens, query_start_loc)
+    batch = Batch(
+        block_table=torch.randperm(blocks * num_seqs, dtype=torch.int32).view(num_seqs, blocks),
+        seq_lens=torch.full((num_seqs,), context, dtype=torch.int32),
+        query_start_loc=torch.arange(num_seqs + 1, dtype=torch.int32) * queries,
+    )
+    q = torch.randn(num_seqs * queries, geometry.num_heads, geometry.head_dim).to(dtype)
 
-    layer = latent_layer(geometry, latent, context, dtype, latent_format=form)
-    attend = ops.bind_paged_latent_attention(layer)
-    slow = reference.bind_paged_latent_attention(layer)
+    layer = latent_layer(geometry, latent, context, dtype, latent_format=latent_format)
+    ours, slow = ops.bind(layer), reference.bind(layer)
     # One random layer, copied: only where the bytes lie matters.
-    one = latent_cache(blocks * batch, BLOCK_SIZE, latent.rank, q, form)
+    one = latent_cache(blocks * num_seqs, BLOCK_SIZE, latent.rank, q, latent_format, ours)
     caches = itertools.cycle([one.clone() for _ in range(layers)])
-    o_lat, _ = attend(q, one, *call)
-    v_up = torch.randn(geometry.num_kv_heads, geometry.head_dim, latent.v_width).to(dtype)
+    o_lat, _ = ours.attend(q, one, batch)
     return Runs(
-        kernel=f"cpu {cpu.instruction_set(dtype)}",
+        kernel=f"cpu {instruction_set(dtype)}",
         calls=1,
-        ours=lambda: attend(q, next(caches), *call),
-        stock={"vLLM CPU_ATTN": _stock(geometry, q, layers, *call)},
-        value_up=lambda: ops.latent_value_up(o_lat, v_up),
-        reference=lambda: slow(q, next(caches), *call),
+        ours=lambda: ours.attend(q, next(caches), batch),
+        stock={"vLLM CPU_ATTN": _stock(geometry, q, layers, batch)},
+        value_up=lambda: ours.value_up(o_lat),
+        reference=lambda: slow.attend(q, next(caches), batch),
     )
 
 
-def _stock(
-    geometry: Geometry,
-    q: torch.Tensor,
-    layers: int,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-) -> Callable[[], object]:
+def _stock(geometry: Geometry, q: torch.Tensor, layers: int, batch: Batch) -> Callable[[], object]:
     # vLLM logs to stdout, which belongs to the result.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
@@ -90,19 +83,19 @@ def _stock(
     amx = torch.cpu._is_amx_tile_supported() and q.dtype == torch.bfloat16
     isa = "amx" if amx else "vec"
     metadata = _custom_ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=len(seq_lens),
+        num_reqs=batch.num_seqs,
         num_heads=geometry.num_heads,
         num_kv_heads=heads,
         head_dim=head_dim,
-        seq_lens=seq_lens,
+        seq_lens=batch.seq_lens,
         dtype=q.dtype,
-        query_start_loc=query_start_loc,
+        query_start_loc=batch.query_start_loc,
         causal=True,
         sliding_window_size=-1,
         isa=isa,
         enable_kv_split=True,
     )
-    one = torch.randn(block_table.numel(), heads, 2 * BLOCK_SIZE, head_dim).to(q.dtype)
+    one = torch.randn(batch.block_table.numel(), heads, 2 * BLOCK_SIZE, head_dim).to(q.dtype)
     caches = itertools.cycle([one.clone().chunk(2, dim=2) for _ in range(layers)])
     output = torch.empty_like(q)
 
@@ -113,13 +106,13 @@ def _stock(
             key_cache=keys,
             value_cache=values,
             output=output,
-            query_start_loc=query_start_loc,
-            seq_lens=seq_lens,
+            query_start_loc=batch.query_start_loc,
+            seq_lens=batch.seq_lens,
             scale=head_dim**-0.5,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=block_table,
+            block_table=batch.block_table,
             softcap=0,
             scheduler_metadata=metadata,
             s_aux=None,

@@ -14,7 +14,7 @@ import torch
 from recalkv_vllm import ops
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.latent_format import LatentFormat
-from recalkv_vllm.ops import reference
+from recalkv_vllm.ops import Batch, BatchLimits, reference
 from recalkv_vllm.ops.dispatch import implementation
 
 from .geometries import Geometry, Latent
@@ -31,9 +31,9 @@ LARGEST_CACHE_BYTES = 24 << 30
 def build(
     geometry: Geometry,
     latent: Latent,
-    form: LatentFormat | None,
+    latent_format: LatentFormat | None,
     context: int,
-    batch: int,
+    num_seqs: int,
     queries: int,
     dtype: torch.dtype,
     device: str = "cuda",
@@ -47,36 +47,42 @@ def build(
         InputError: no stock kernel runs here.
     """
     blocks = -(-context // BLOCK_SIZE)
-    layers = max(1, CACHE_BYTES // geometry.cache_bytes(context, batch, dtype))
+    layers = max(1, CACHE_BYTES // geometry.cache_bytes(context, num_seqs, dtype))
     layers = min(layers, geometry.layers)
-    table = torch.randperm(blocks * batch, dtype=torch.int32, device=device).view(batch, blocks)
-    seq_lens = torch.full((batch,), context, dtype=torch.int32, device=device)
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
-    shape = (batch * queries, geometry.num_heads, geometry.head_dim)
+    batch = Batch(
+        block_table=_shuffled(blocks * num_seqs, device).view(num_seqs, blocks),
+        seq_lens=torch.full((num_seqs,), context, dtype=torch.int32, device=device),
+        query_start_loc=torch.arange(num_seqs + 1, dtype=torch.int32, device=device) * queries,
+        num_decodes=num_seqs,
+        num_decode_tokens=num_seqs * queries,
+        max_decode_query_len=queries,
+        max_seq_len=context,
+    )
+    shape = (num_seqs * queries, geometry.num_heads, geometry.head_dim)
     q = torch.randn(shape, device=device).to(dtype)
-    call = (table, seq_lens, starts)
 
-    layer = latent_layer(geometry, latent, context, dtype, device, form)
-    attend = ops.bind_paged_latent_attention(layer)
-    slow = reference.bind_paged_latent_attention(layer)
-    hints = ops.BatchHints(batch, batch * queries, queries, context)
-    attend.reserve(geometry.num_heads, batch, queries, context)
-    one = latent_cache(blocks * batch, BLOCK_SIZE, latent.rank, q, form)
+    layer = latent_layer(geometry, latent, context, dtype, device, latent_format)
+    ours, slow = ops.bind(layer), reference.bind(layer)
+    ours.reserve(BatchLimits(geometry.num_heads, num_seqs, queries, context))
+    one = latent_cache(blocks * num_seqs, BLOCK_SIZE, latent.rank, q, latent_format, ours)
     caches = [one.clone() for _ in range(layers)]
-    o_lat, _ = attend(q, caches[0], *call, hints)
-    v_up = _random(geometry.num_kv_heads, geometry.head_dim, latent.v_width, like=q)
+    o_lat, _ = ours.attend(q, caches[0], batch)
     kv = (geometry.num_kv_heads, geometry.head_dim)
-    dense = _random(layers, 2, blocks * batch, BLOCK_SIZE, *kv, like=q)
-    problem = Problem(geometry, q, dense, *call, context, queries)
+    dense = _random(layers, 2, blocks * num_seqs, BLOCK_SIZE, *kv, like=q)
+    problem = Problem(geometry, q, dense, batch, context, queries)
     chosen = implementation(q.device, dtype, geometry.head_dim)
     return Runs(
         kernel=chosen.describe(q.device, dtype),
         calls=layers,
-        ours=_replay(lambda i: attend(q, caches[i], *call, hints), layers, q.device),
+        ours=_replay(lambda i: ours.attend(q, caches[i], batch), layers, q.device),
         stock={name: _replay(attend, layers, q.device) for name, attend in _stock(problem).items()},
-        value_up=_replay(lambda _: ops.latent_value_up(o_lat, v_up), layers, q.device),
-        reference=_eager(lambda i: slow(q, caches[i], *call), layers, q.device),
+        value_up=_replay(lambda _: ours.value_up(o_lat), layers, q.device),
+        reference=_eager(lambda i: slow.attend(q, caches[i], batch), layers, q.device),
     )
+
+
+def _shuffled(count: int, device: str) -> torch.Tensor:
+    return torch.randperm(count, dtype=torch.int32, device=device)
 
 
 def _random(*shape: int, like: torch.Tensor) -> torch.Tensor:

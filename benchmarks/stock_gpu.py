@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from recalkv_vllm.ops import Batch
+
 from .geometries import Geometry
 
 #: Names vLLM's FlashAttention 3 extension (``vllm_flash_attn/_vllm_fa3_C.abi3.so`` of its wheel) on
@@ -30,34 +32,26 @@ class Problem:
     """Decode or verification over ``layers`` uncompressed caches of one geometry.
 
     Args:
-        q: ``[batch · queries, h_q, d]``.
+        q: ``[num_seqs · queries, h_q, d]``.
         cache: ``[layers, 2, num_blocks, block_size, h_kv, d]``, keys and values.
-        block_table: ``[batch, blocks]`` int32.
-        seq_lens: ``[batch]`` int32, all ``context``.
-        query_start_loc: ``[batch + 1]`` int32.
+        batch: sequences of ``context`` tokens each.
     """
 
     geometry: Geometry
     q: torch.Tensor
     cache: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
+    batch: Batch
     context: int
     queries: int
-
-    @property
-    def batch(self) -> int:
-        return self.seq_lens.shape[0]
 
     @property
     def scale(self) -> float:
         return self.geometry.head_dim**-0.5
 
     def contiguous(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[batch, capacity, h_kv, d]`` for kernels without block tables: the
+        """Keys and values ``[num_seqs, capacity, h_kv, d]`` for kernels without block tables: the
         same memory, blocks taken in their own order."""
-        keys, values = self.cache[layer].flatten(1, 2).unflatten(1, (self.batch, -1))
+        keys, values = self.cache[layer].flatten(1, 2).unflatten(1, (self.batch.num_seqs, -1))
         return keys, values
 
 
@@ -76,12 +70,12 @@ def flash_attention(problem: Problem) -> Attend:
             k=keys,
             v=values,
             max_seqlen_q=problem.queries,
-            cu_seqlens_q=problem.query_start_loc,
+            cu_seqlens_q=problem.batch.query_start_loc,
             max_seqlen_k=problem.context,
-            seqused_k=problem.seq_lens,
+            seqused_k=problem.batch.seq_lens,
             softmax_scale=problem.scale,
             causal=True,
-            block_table=problem.block_table,
+            block_table=problem.batch.block_table,
             fa_version=version,
         )
 
@@ -107,12 +101,12 @@ def flash_attention_library(problem: Problem) -> Attend:
             keys,
             values,
             *(None,) * 4,  # k_new, v_new, q_v, out
-            problem.query_start_loc,
+            problem.batch.query_start_loc,
             *(None,) * 3,  # cu_seqlens_k, cu_seqlens_k_new, seqused_q
-            problem.seq_lens,
+            problem.batch.seq_lens,
             problem.queries,
             problem.context,
-            problem.block_table,
+            problem.batch.block_table,
             *(None,) * 8,  # kv_batch_idx, leftpad_k, rotary (3), descale of q, k, v
             problem.scale,
             True,  # causal
@@ -143,9 +137,9 @@ def xformers_attention(problem: Problem) -> Attend:
     heads, kv_heads, d = problem.q.shape[1], problem.geometry.num_kv_heads, problem.q.shape[2]
     grouped = (1, -1, kv_heads, heads // kv_heads, d)
     mask = BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
-        q_seqlen=[problem.queries] * problem.batch,
+        q_seqlen=[problem.queries] * problem.batch.num_seqs,
         kv_padding=problem.contiguous(0)[0].shape[1],
-        kv_seqlen=[problem.context] * problem.batch,
+        kv_seqlen=[problem.context] * problem.batch.num_seqs,
         device=problem.q.device,
     )
 

@@ -243,6 +243,7 @@ def latent_attention(
         tl.store(lse + split * stride_lse_split + out_row, row_lse, mask=rows.live)
     if num_splits > 1 and tile_from >= tile_to:
         return  # the merge skips a split whose log-sum-exp is minus infinity
+    # As in log_sum_exp: nothing seen gives zero, a NaN stays a NaN.
     inverse_sum = tl.where(row_sum == 0, 0.0, 1 / row_sum)
     out_row = out + split * stride_out_split + out_row * V_WIDTH + v_block * V_BLOCK
     store_output(out_row, rows.live, acc, inverse_sum, V_CHUNKS)

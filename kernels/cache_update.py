@@ -1,6 +1,6 @@
 """Paged write of new latents.
 
-Roofline. Pure traffic: ``2 · rank`` numbers per new token (one read, one write); a decode step
+Roofline. Pure traffic: ``2 · rank`` elements per new token (one read, one write); a decode step
 moves a few kilobytes and costs a launch.
 
 Data movement. One program per (token, block of columns), a straight copy with conversion to the

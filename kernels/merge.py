@@ -1,8 +1,8 @@
 """Merge of the splits of one attention call by their log-sum-exp.
 
-Roofline. Pure traffic: ``splits · (w_v + 1)`` float32 numbers read and ``w_v + 1`` written per
+Roofline. Pure traffic: ``splits · (w_v + 1)`` float32 elements read and ``w_v + 1`` written per
 query row, mostly from L2, where the attention kernel has just put them. Against ``length · rank``
-cached numbers per sequence this is small as long as a split covers a few hundred tokens.
+cached elements per sequence this is small as long as a split covers a few hundred tokens.
 
 Data movement. One program per query row and column block; all log-sum-exps of the row are read at
 once, then one partial result after the other. A split that saw no token has minus infinity there

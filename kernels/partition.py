@@ -47,7 +47,7 @@ def find_sequence(query_start_loc, block, num_seqs, QUERY_BLOCK: tl.constexpr):
 
 @triton.jit
 def find_queries(query_start_loc, block, num_seqs, QUERY_BLOCK: tl.constexpr, SEARCH: tl.constexpr):
-    """What query block ``block`` is: its sequence, that one's first token, its own first query.
+    """``(sequence, row of q where the sequence starts, first query)`` of query block ``block``.
 
     Queries count from the start of their sequence. Without ``SEARCH`` every sequence is one block.
     """

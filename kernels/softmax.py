@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def zeros(SIZE: tl.constexpr, ROWS: tl.constexpr):
-    """``[SIZE, ROWS]`` of float32; Triton 3.6 takes no number out of a tuple as a size directly."""
+    """``[SIZE, ROWS]`` of float32; Triton 3.6 takes no size straight out of a tuple."""
     return tl.zeros([SIZE, ROWS], tl.float32)
 
 
@@ -71,7 +71,7 @@ def log_sum_exp(row_max, row_sum):
 
 @triton.jit
 def store_output(out_row, live, acc, inverse_sum, V_CHUNKS: tl.constexpr):
-    """Write ``acc · inverse_sum`` from the pointers ``out_row: [ROWS]`` on, for rows that live."""
+    """Write ``acc · inverse_sum`` from the pointers ``out_row: [ROWS]`` on, for live rows."""
     for c in tl.static_range(len(V_CHUNKS)):
         columns = V_CHUNKS[c][0] + tl.arange(0, acc[c].shape[0])
         target = out_row[None, :] + columns[:, None]

@@ -1,6 +1,6 @@
 """Value up-projection: from per-head value latents to head outputs.
 
-Roofline. ``2·d·w_v`` FLOP per query row against ``h_kv·d·w_v`` numbers of ``v_up`` read once per
+Roofline. ``2·d·w_v`` FLOP per query row against ``h_kv·d·w_v`` elements of ``v_up`` read once per
 call: with few rows (decode) bound by reading the factor from L2 or memory, with many by the tensor
 cores, like any linear layer.
 

@@ -9,7 +9,7 @@ import pytest
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
 from recalkv_vllm.architectures import SUPPORTED, has_fused_qkv
-from recalkv_vllm.serving.registration import ARCHITECTURES
+from recalkv_vllm.serving.names import ARCHITECTURES
 from tests.supported_models import PAGE, page, table
 
 

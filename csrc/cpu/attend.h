@@ -56,20 +56,20 @@ void Attention<Format>::attend(int head, int64_t first, int valid) {
   const int used_units = (valid + Format::kPerUnit - 1) / Format::kPerUnit;
   for (int begin = 0; begin < rows; begin += kRowBlock) {
     const int count = rows - begin < kRowBlock ? rows - begin : kRowBlock;
-    const int64_t oldest = task.first_position + begin / layer.queries_per_kv;
-    const int64_t newest = task.first_position + (begin + count - 1) / layer.queries_per_kv;
+    const int64_t oldest = task.first_position + begin / batch.queries_per_kv;
+    const int64_t newest = task.first_position + (begin + count - 1) / batch.queries_per_kv;
     if (newest < first) continue;
     if (layer.window && oldest - layer.window + 1 >= first + valid) continue;
 
-    for_blocks(count, kTile, [&](auto r, auto v, int row, int column)
-                                 __attribute__((always_inline)) {
+    for_blocks(count, kTile,
+               [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
       constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
       if constexpr (kV == kVecs) {
         Vec acc[kR][kV];
         for (int i = 0; i < kR; ++i)
           for (int j = 0; j < kV; ++j)
-            acc[i][j] = expanded ? load(scores + (row + i) * kTile + column + j * kLanes)
-                                 : splat(0.0f);
+            acc[i][j] =
+                expanded ? load(scores + (row + i) * kTile + column + j * kLanes) : splat(0.0f);
         product<Format>(acc, head_queries + int64_t{begin + row} * depth, depth, keys + column,
                         kTile, exact_rows / Format::kPerUnit);
         for (int i = 0; i < kR; ++i)
@@ -78,17 +78,15 @@ void Attention<Format>::attend(int head, int64_t first, int valid) {
       }
     });
     for (int row = 0; row < count; ++row) {
-      const int64_t position = task.first_position + (begin + row) / layer.queries_per_kv;
+      const int64_t position = task.first_position + (begin + row) / batch.queries_per_kv;
       const int64_t low = layer.window ? position - layer.window + 1 - first : 0;
       const int64_t high = position - first + 1;
       const int64_t state = int64_t{head} * rows + begin + row;
-      rescale[row] = softmax(scores + row * kTile, weights + row * kTokenUnits,
-                             static_cast<int>(low < 0 ? 0 : low < kTile ? low : kTile),
-                             static_cast<int>(high < 0 ? 0 : high < valid ? high : valid),
-                             running_max[state], running_sum[state]);
+      rescale[row] = softmax(scores + row * kTile, weights + row * kTokenUnits, clamp(low, kTile),
+                             clamp(high, valid), running_max[state], running_sum[state]);
     }
-    for_blocks(count, layer.v_width, [&](auto r, auto v, int row, int column)
-                                         __attribute__((always_inline)) {
+    for_blocks(count, layer.v_width,
+               [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
       constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
       Vec acc[kR][kV];
       float* out[kR];
@@ -97,8 +95,8 @@ void Attention<Format>::attend(int head, int64_t first, int valid) {
         const Vec factor = splat(rescale[row + i]);
         for (int j = 0; j < kV; ++j) acc[i][j] = mul(load(out[i] + j * kLanes), factor);
       }
-      product<Format>(acc, weights + row * kTokenUnits, kTokenUnits, values + column,
-                      layer.v_width, used_units);
+      product<Format>(acc, weights + row * kTokenUnits, kTokenUnits, values + column, layer.v_width,
+                      used_units);
       for (int i = 0; i < kR; ++i)
         for (int j = 0; j < kV; ++j) store(out[i] + j * kLanes, acc[i][j]);
     });

@@ -4,30 +4,63 @@
 
 #include <vector>
 
+#include "attention_layer.h"
+#include "dtypes.h"
 #include "isa.h"
 #include "ops.h"
 
 namespace recalkv {
 namespace {
 
+// Empty for dtypes that there are no kernels for.
 std::string best_isa_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat: return best_isa(kFloat32);
-    case at::kHalf: return best_isa(kFloat16);
-    case at::kBFloat16: return best_isa(kBFloat16);
-    default: return "";
-  }
+  const bool known = dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16;
+  return known ? best_isa(element_type_of(dtype, "dtype")) : "";
 }
 
-bool isa_supported(std::string_view name) { return find_isa(std::string(name)) != nullptr; }
+bool isa_supported(std::string_view name) { return find_isa(name) != nullptr; }
 
-// Sizes that tables are packed for: tile, terms and span of the expansion.
-std::vector<int64_t> table_sizes() { return {kTile, kTerms, kSpan}; }
+// Sizes that tables are packed for: tile; terms and stretch of the expansion.
+std::vector<int64_t> table_sizes() { return {kTile, kTerms, kStretch}; }
 
 }  // namespace
 }  // namespace recalkv
 
 TORCH_LIBRARY(recalkv_cpu, m) {
+  using c10::intrusive_ptr, torch::arg;
+  using recalkv::AttentionLayer, recalkv::Expansion, recalkv::Keys, recalkv::Logits,
+      recalkv::Rotation, recalkv::Spans;
+
+  m.class_<Keys>("Keys").def(
+      torch::init<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, double>(), "",
+      {arg("factors"), arg("bias"), arg("norm_weight"), arg("norm_eps")});
+  m.class_<Spans>("Spans").def(torch::init<std::vector<int64_t>, std::vector<int64_t>, int64_t>(),
+                               "", {arg("k_starts"), arg("v_starts"), arg("v_width")});
+  m.class_<Rotation>("Rotation")
+      .def(torch::init<at::Tensor, int64_t, bool>(), "",
+           {arg("tiles"), arg("max_position"), arg("is_neox")});
+  m.class_<Expansion>("Expansion")
+      .def(torch::init<at::Tensor, at::Tensor, at::Tensor>(), "",
+           {arg("basis"), arg("coefficients"), arg("pair_factors")});
+  m.class_<Logits>("Logits").def(torch::init<double, double, int64_t>(), "",
+                                 {arg("scale"), arg("soft_cap"), arg("window")});
+  m.class_<AttentionLayer>("AttentionLayer")
+      .def(torch::init<std::string, intrusive_ptr<Keys>, intrusive_ptr<Spans>,
+                       std::optional<intrusive_ptr<Rotation>>,
+                       std::optional<intrusive_ptr<Expansion>>, intrusive_ptr<Logits>, std::string,
+                       int64_t>(),
+           "",
+           {arg("isa"), arg("keys"), arg("spans"), arg("rotation"), arg("expansion"), arg("logits"),
+            arg("latent_dtype"), arg("group_size")})
+      .def("v_width", &AttentionLayer::v_width)
+      // Torch's tracing compares its arguments, and asks them for their length.
+      .def("__eq__", [](const intrusive_ptr<AttentionLayer>& self,
+                        const intrusive_ptr<AttentionLayer>& other) { return self == other; })
+      .def("__len__", [](const intrusive_ptr<AttentionLayer>&) -> int64_t { return 0; })
+      // Fake tensors meet the layer itself: it is never changed, and a fake one would be a copy.
+      .def("tracing_mode",
+           [](const intrusive_ptr<AttentionLayer>&) -> std::string { return "real"; });
+
   m.def("best_isa(ScalarType dtype) -> str", &recalkv::best_isa_of);
   m.def("isa_supported(str name) -> bool", &recalkv::isa_supported);
   m.def("table_sizes() -> int[]", &recalkv::table_sizes);
@@ -38,12 +71,9 @@ TORCH_LIBRARY(recalkv_cpu, m) {
       "latent_value_up(Tensor o_lat, Tensor v_up, Tensor? v_bias, ScalarType out_dtype, str isa) "
       "-> Tensor");
   m.def(
-      "paged_latent_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor query_start_loc, Tensor k_factors, Tensor? k_bias, Tensor? k_norm_weight, "
-      "Tensor? rope, Tensor? basis, Tensor? coefficients, Tensor? pair_factors, int[] k_starts, "
-      "int[] v_starts, int v_width, int max_position, bool is_neox, float scale, "
-      "float k_norm_eps, float soft_cap, int window, str isa, str latent_dtype, int group_size, "
-      "int rank) -> (Tensor, Tensor)");
+      "paged_latent_attention(__torch__.torch.classes.recalkv_cpu.AttentionLayer layer, Tensor q, "
+      "Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc) "
+      "-> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(recalkv_cpu, CPU, m) {

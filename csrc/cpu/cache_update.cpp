@@ -1,3 +1,4 @@
+// latent_cache_update: latents, quantized where the cache is, into their slots.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
@@ -13,8 +14,8 @@ namespace {
 
 // Copying less than this many bytes is not worth waking a thread,
 constexpr int64_t kBytesPerThread = 1 << 16;
-// nor is quantising fewer numbers.
-constexpr int64_t kNumbersPerThread = 1 << 12;
+// nor is quantizing fewer elements.
+constexpr int64_t kElementsPerThread = 1 << 12;
 
 int64_t tokens_per_thread(int64_t share, int64_t row) {
   return std::max<int64_t>(1, share / std::max<int64_t>(1, row));
@@ -48,41 +49,40 @@ void copy(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_mapp
   });
 }
 
-template <class Number, class Slot>
+template <class Element, class Slot>
 void quantize_all(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_mapping,
-                  const Quantization& how) {
+                  const LatentLayout& layout) {
   const int64_t block_size = kv_cache.size(1), block_stride = kv_cache.stride(0);
   const Slot* slots = checked_slots<Slot>(slot_mapping, kv_cache.size(0) * block_size);
-  const Number* from = z.const_data_ptr<Number>();
+  const Element* from = z.const_data_ptr<Element>();
   uint8_t* to = kv_cache.mutable_data_ptr<uint8_t>();
-  const int64_t grain = tokens_per_thread(kNumbersPerThread, how.rank);
+  const int64_t grain = tokens_per_thread(kElementsPerThread, layout.rank);
   at::parallel_for(0, slot_mapping.size(0), grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> numbers(how.rank);
-    std::vector<uint8_t> units(how.rank);
+    std::vector<float> elements(layout.rank);
+    std::vector<uint8_t> units(layout.rank);
     for (int64_t i = begin; i < end; ++i) {
       if (slots[i] < 0) continue;
-      const Number* row = from + i * z.stride(0);
-      for (int j = 0; j < how.rank; ++j) numbers[j] = static_cast<float>(row[j]);
+      const Element* row = from + i * z.stride(0);
+      for (int j = 0; j < layout.rank; ++j) elements[j] = static_cast<float>(row[j]);
       uint8_t* block = to + slots[i] / block_size * block_stride;
       const int64_t offset = slots[i] % block_size;
-      uint16_t* scales = reinterpret_cast<uint16_t*>(block + block_size * how.code_bytes);
-      quantize(how, numbers.data(), units.data(), block + offset * how.code_bytes,
-               scales + offset * how.groups);
+      uint16_t* scales = reinterpret_cast<uint16_t*>(block + block_size * layout.code_bytes);
+      quantize(layout, elements.data(), units.data(), block + offset * layout.code_bytes,
+               scales + offset * layout.groups);
     }
   });
 }
 
 }  // namespace
 
-void latent_cache_update(const at::Tensor& z, at::Tensor& kv_cache,
-                         const at::Tensor& slot_mapping, std::string_view latent_dtype,
-                         int64_t group_size) {
-  const Quantization how = quantization_of(latent_dtype, z.size(1), group_size);
+void latent_cache_update(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_mapping,
+                         std::string_view latent_dtype, int64_t group_size) {
+  const LatentLayout layout = layout_of_rank(latent_format_of(latent_dtype, group_size), z.size(1));
   AT_DISPATCH_INDEX_TYPES(slot_mapping.scalar_type(), "latent_cache_update", [&] {
-    if (how.codec == Codec::kNumbers) return copy<index_t>(z, kv_cache, slot_mapping);
+    if (layout.codec == Codec::kNone) return copy<index_t>(z, kv_cache, slot_mapping);
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, z.scalar_type(), "latent_cache_update",
-        [&] { quantize_all<scalar_t, index_t>(z, kv_cache, slot_mapping, how); });
+        [&] { quantize_all<scalar_t, index_t>(z, kv_cache, slot_mapping, layout); });
   });
 }
 

@@ -1,4 +1,4 @@
-// Codes of quantised latents as vectors of floats: kLanes columns of a token, from one that is a
+// Codes of quantized latents as vectors of floats: kLanes columns of a token, from one that is a
 // multiple of kLanes on. Integers come as they are stored, without the half step and the offset.
 #pragma once
 
@@ -30,8 +30,8 @@ RECALKV_INLINE Vec load_int8(const uint8_t* codes, int64_t column) {
 #endif
 }
 
-// e4m3 in the bits of a half has 8 less in the exponent's bias, so this is 2^-8 of the number. A
-// NaN becomes a number: quantising writes one only beside a scale that is NaN itself.
+// e4m3 in the bits of a half has 8 less in the exponent's bias, so this is 2^-8 of the value. A NaN
+// becomes a finite value: quantizing writes one only beside a scale that is NaN itself.
 RECALKV_INLINE Vec load_fp8(const uint8_t* codes, int64_t column) {
 #if RECALKV_AVX512
   const __m256i x =
@@ -57,8 +57,7 @@ RECALKV_INLINE Vec load_int4(const uint8_t* codes, int64_t column) {
 #endif
   // A byte in 16 bits: its low half stays, its high half goes to the upper byte.
   const __m128i x = _mm_cvtepu8_epi16(packed);
-  return from_bytes(
-      _mm_and_si128(_mm_or_si128(x, _mm_slli_epi16(x, 4)), _mm_set1_epi16(0x0f0f)));
+  return from_bytes(_mm_and_si128(_mm_or_si128(x, _mm_slli_epi16(x, 4)), _mm_set1_epi16(0x0f0f)));
 }
 
 RECALKV_INLINE Vec load_int3(const uint8_t* codes, int64_t column, int rank) {
@@ -66,10 +65,9 @@ RECALKV_INLINE Vec load_int3(const uint8_t* codes, int64_t column, int rank) {
   const uint8_t* high = codes + rank / 4 + column / 8;
 #if RECALKV_AVX512
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i two = _mm512_srlv_epi32(_mm512_set1_epi32(load_as<int32_t>(low)),
-                                        _mm512_slli_epi32(lane, 1));
-  const __m512i one =
-      _mm512_srlv_epi32(_mm512_set1_epi32(load_as<uint16_t>(high) << 2), lane);
+  const __m512i two =
+      _mm512_srlv_epi32(_mm512_set1_epi32(load_as<int32_t>(low)), _mm512_slli_epi32(lane, 1));
+  const __m512i one = _mm512_srlv_epi32(_mm512_set1_epi32(load_as<uint16_t>(high) << 2), lane);
   return _mm512_cvtepi32_ps(_mm512_or_si512(_mm512_and_si512(two, _mm512_set1_epi32(3)),
                                             _mm512_and_si512(one, _mm512_set1_epi32(4))));
 #else

@@ -1,23 +1,25 @@
 // Scores of low-frequency rotation pairs without their keys.
 //
-// Within kSpan positions from b on, cos(f (b + t)) = sum over m of C_m phi_m(t), likewise sin with
-// S_m, to below the rounding of a bf16 key. A pair (u, v) of a rotated query (q, q') then scores
+// Within kStretch positions from b on, cos(f (b + t)) = sum over m of C_m phi_m(t), likewise sin
+// with S_m, to below the rounding of a bf16 key. A pair (u, v) of a rotated query (q, q') then
+// scores
 //   q (u cos - v sin) + q' (v cos + u sin) = sum over m of phi_m(t) (u (q C_m + q' S_m)
 //                                                               + v (q' C_m - q S_m)),
-// and with u and v linear in the latent, all pairs fold into kTerms vectors per query and span.
+// and with u and v linear in the latent, all pairs fold into kTerms vectors per query and stretch
+// of positions.
 #pragma once
 
 #include "tile.h"
 
 namespace recalkv::RECALKV_ISA {
 
-// Folds the expanded pairs' factors into the queries, for the kSpan positions around `first`:
+// Folds the expanded pairs' factors into the queries, for the kStretch positions around `first`:
 // absorbed[row][term] = sum over pairs of turned[row][term][pair] · both factor rows of the pair.
 template <class Format>
 void Attention<Format>::absorb(int head, int64_t first) {
   if constexpr (Format::kRawIsUnits) {
     const int pairs = layer.expanded_pairs, stride = round_up(pairs);
-    const float* coefficients = layer.coefficients + first / kSpan * kTerms * 2 * stride;
+    const float* coefficients = layer.coefficients + first / kStretch * kTerms * 2 * stride;
     const float* bias = layer.k_bias;
     if (bias) bias += int64_t{first_head + head} * layer.head_dim + exact_rows;
     float* shift = offsets + int64_t{head} * rows * kTerms;
@@ -41,18 +43,17 @@ void Attention<Format>::absorb(int head, int64_t first) {
             store(a_lanes, a);
             store(b_lanes, b);
             for (int lane = 0; lane < count; ++lane)
-              total += a_lanes[lane] * bias[2 * (i + lane)] +
-                       b_lanes[lane] * bias[2 * (i + lane) + 1];
+              total +=
+                  a_lanes[lane] * bias[2 * (i + lane)] + b_lanes[lane] * bias[2 * (i + lane) + 1];
           }
         }
         shift[row * kTerms + term] = total;
       }
     }
     Unit* out = absorbed + int64_t{head} * rows * kTerms * k_units;
-    const Unit* factors =
-        layer.pair_factors + int64_t{first_head + head} * pairs * layer.k_width;
-    for_blocks(rows * kTerms, layer.k_width, [&](auto r, auto v, int row, int column)
-                                                 __attribute__((always_inline)) {
+    const Unit* factors = layer.pair_factors + int64_t{first_head + head} * pairs * layer.k_width;
+    for_blocks(rows * kTerms, layer.k_width,
+               [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
       constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
       Vec acc[kR][kV];
       for (int i = 0; i < kR; ++i)
@@ -70,18 +71,18 @@ template <class Format>
 void Attention<Format>::score_expanded(int head, int64_t first) {
   const Unit* rows_in = absorbed + int64_t{head} * rows * kTerms * k_units;
   const float* shift = offsets + int64_t{head} * rows * kTerms;
-  const float* basis = layer.basis + first % kSpan;
+  const float* basis = layer.basis + first % kStretch;
   for (int row = 0; row < rows; ++row) {
     for (int column = 0; column < kTile; column += kVecs * kLanes) {
       Vec acc[kTerms][kVecs];
       for (int term = 0; term < kTerms; ++term)
         for (int j = 0; j < kVecs; ++j) acc[term][j] = splat(shift[row * kTerms + term]);
-      product<Format>(acc, rows_in + int64_t{row} * kTerms * k_units, k_units,
-                      z_columns + column, kTile, k_units);
+      product<Format>(acc, rows_in + int64_t{row} * kTerms * k_units, k_units, z_columns + column,
+                      kTile, k_units);
       for (int j = 0; j < kVecs; ++j) {
         Vec score = mul(acc[0][j], load(basis + column + j * kLanes));
         for (int term = 1; term < kTerms; ++term)
-          score = fma(acc[term][j], load(basis + term * kSpan + column + j * kLanes), score);
+          score = fma(acc[term][j], load(basis + term * kStretch + column + j * kLanes), score);
         store(scores + row * kTile + column + j * kLanes, score);
       }
     }

@@ -1,4 +1,4 @@
-// Compute formats: how a tile's numbers become dot-product units, and what one step of a dot
+// Compute formats: how a tile's elements become dot-product units, and what one step of a dot
 // product is. Everything else in the tile kernels is written once for all of them.
 #pragma once
 
@@ -48,10 +48,8 @@ struct Float32Dot {
     store_units(out, a);
     store_units(out + stride, b);
   }
-  static RECALKV_INLINE void store_row(Unit* out, int index, Vec v) {
-    store_units(out + index, v);
-  }
-  // `width` numbers of a row as units, a multiple of 16.
+  static RECALKV_INLINE void store_row(Unit* out, int index, Vec v) { store_units(out + index, v); }
+  // `width` elements of a row as units, a multiple of 16.
   static RECALKV_INLINE void widen(const Raw* row, Unit* out, int width) {
     for (int i = 0; i < width; i += kLanes) store_units(out + i, Source::load(row + i));
   }
@@ -59,7 +57,7 @@ struct Float32Dot {
   static RECALKV_INLINE void narrow(const float* row, Unit* out, int width) {
     for (int i = 0; i < width; i += kLanes) store_units(out + i, RECALKV_ISA::load(row + i));
   }
-  // A vector of numbers as the cache would hold them.
+  // A vector of elements as the cache would hold them.
   static RECALKV_INLINE void store_latent(Raw* out, Vec v) { Source::store(out, v); }
   // Units along tokens: rows of the tile as they are.
   static RECALKV_INLINE void interleave(const Raw* even, const Raw* odd, Unit* out, int width) {
@@ -101,10 +99,10 @@ struct BFloat16Dot {
   static RECALKV_INLINE void store_latent(Raw* out, Vec v) { to_bf16(out, v); }
   static RECALKV_INLINE void interleave(const Raw* even, const Raw* odd, Unit* out, int width) {
     for (int i = 0; i < width; i += 16) {
-      const __m512i low = _mm512_cvtepu16_epi32(
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + i)));
-      const __m512i high = _mm512_cvtepu16_epi32(
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + i)));
+      const __m512i low =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + i)));
+      const __m512i high =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + i)));
       _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }

@@ -14,15 +14,14 @@ void Attention<Format>::locate(int64_t first, int valid, Tile& tile) const {
   for (int t = 0; t < valid; ++t) {
     const int64_t from = task.blocks[block] * batch.block_stride;
     if (quantized()) {
-      const Quantization& how = layer.quantization;
+      const LatentLayout& layout = batch.latents;
       const uint8_t* codes = static_cast<const uint8_t*>(batch.cache) + from;
-      const uint8_t* scales = codes + int64_t{batch.block_size} * how.code_bytes;
-      tile.codes[t] = codes + int64_t{offset} * how.code_bytes;
-      tile.scales[t] = reinterpret_cast<const uint16_t*>(scales) + int64_t{offset} * how.groups;
+      const uint8_t* scales = codes + int64_t{batch.block_size} * layout.code_bytes;
+      tile.codes[t] = codes + int64_t{offset} * layout.code_bytes;
+      tile.scales[t] = reinterpret_cast<const uint16_t*>(scales) + int64_t{offset} * layout.groups;
       tile.latents[t] = dequantized + t * dequantized_stride;
     } else {
-      tile.latents[t] =
-          static_cast<const Raw*>(batch.cache) + from + offset * batch.token_stride;
+      tile.latents[t] = static_cast<const Raw*>(batch.cache) + from + offset * batch.token_stride;
     }
     if (++offset == batch.block_size) {
       offset = 0;

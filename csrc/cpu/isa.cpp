@@ -1,4 +1,7 @@
+// The instruction sets that there are kernels for, and what this processor has of them.
 #include "isa.h"
+
+#include <c10/util/Exception.h>
 
 namespace recalkv {
 namespace {
@@ -22,23 +25,29 @@ struct Entry {
 };
 
 constexpr Entry kFastestFirst[] = {
-    {"avx512_bf16", has_avx512_bf16, &kernels_avx512_bf16},
-    {"avx512", has_avx512, &kernels_avx512},
-    {"avx2", has_avx2, &kernels_avx2},
+    {"avx512_bf16", has_avx512_bf16, &avx512_bf16::kernels},
+    {"avx512", has_avx512, &avx512::kernels},
+    {"avx2", has_avx2, &avx2::kernels},
 };
 
 }  // namespace
 
-std::string best_isa(Element element) {
+std::string best_isa(ElementType type) {
   for (const Entry& entry : kFastestFirst)
-    if (entry.supported() && entry.kernels->run[element]) return entry.name;
+    if (entry.supported() && entry.kernels->of[type].attend) return entry.name;
   return "";
 }
 
-const Kernels* find_isa(const std::string& name) {
+const Kernels* find_isa(std::string_view name) {
   for (const Entry& entry : kFastestFirst)
     if (name == entry.name) return entry.supported() ? entry.kernels : nullptr;
   return nullptr;
+}
+
+const Kernels& checked_isa(std::string_view name) {
+  const Kernels* kernels = find_isa(name);
+  TORCH_CHECK_VALUE(kernels, "isa: expected one that this processor supports, found ", name);
+  return *kernels;
 }
 
 }  // namespace recalkv

@@ -13,8 +13,9 @@ namespace {
 
 constexpr float kLargestFp8 = 448;
 constexpr float kSmallestScale = std::numeric_limits<float>::min();  // that of bfloat16 too
-// Of a single scale for all columns.
+// The shift of a single scale for all columns.
 constexpr int kOneGroup = 30;
+constexpr int kScaleBytes = 2;
 
 int bits(Codec codec) {
   switch (codec) {
@@ -25,7 +26,7 @@ int bits(Codec codec) {
 }
 
 Codec codec_of(std::string_view dtype) {
-  if (dtype.empty()) return Codec::kNumbers;
+  if (dtype.empty()) return Codec::kNone;
   if (dtype == "int8") return Codec::kInt8;
   if (dtype == "fp8") return Codec::kFp8;
   if (dtype == "int4") return Codec::kInt4;
@@ -33,8 +34,8 @@ Codec codec_of(std::string_view dtype) {
   TORCH_CHECK_VALUE(false, "latent_dtype: expected int8, fp8, int4, int3 or none, found ", dtype);
 }
 
-// The largest magnitude; NaN if any number is. As integers, magnitudes have the same order, and NaN
-// is above all.
+// The largest magnitude; NaN if any element is. As integers, magnitudes have the same order, and
+// NaN is above all.
 float largest_of(const float* z, int count) {
   int32_t largest = 0;
   for (int i = 0; i < count; ++i) {
@@ -63,8 +64,8 @@ void int_codes(const float* z, int count, float inverse, int half, uint8_t* code
     float scaled = z[i] * inverse;
     scaled = scaled > low ? scaled : low;  // NaN too
     scaled = scaled < high ? scaled : high;
-    const int towards_zero = static_cast<int>(scaled);
-    const int floor = towards_zero - (scaled < static_cast<float>(towards_zero) ? 1 : 0);
+    const int toward_zero = static_cast<int>(scaled);
+    const int floor = toward_zero - (scaled < static_cast<float>(toward_zero) ? 1 : 0);
     codes[i] = static_cast<uint8_t>(floor + half);
   }
 }
@@ -82,26 +83,39 @@ void pack(const uint8_t* units, int count, int from, int width, uint8_t* out) {
 
 }  // namespace
 
-Quantization quantization_of(std::string_view dtype, int64_t rank, int64_t group_size) {
-  Quantization how{};
-  how.codec = codec_of(dtype);
-  how.rank = static_cast<int>(rank);
-  how.code_bytes = how.rank * bits(how.codec) / 8;
-  how.group_shift = kOneGroup;
+LatentFormat latent_format_of(std::string_view dtype, int64_t group_size) {
+  LatentFormat format{codec_of(dtype), kOneGroup};
   if (group_size)
-    for (how.group_shift = 0; int64_t{1} << how.group_shift < group_size;) ++how.group_shift;
-  how.groups = ((how.rank - 1) >> how.group_shift) + 1;
-  return how;
+    for (format.group_shift = 0; int64_t{1} << format.group_shift < group_size;)
+      ++format.group_shift;
+  return format;
 }
 
-void quantize(const Quantization& how, const float* z, uint8_t* units, uint8_t* codes,
+LatentLayout layout_of_rank(const LatentFormat& format, int64_t rank) {
+  LatentLayout layout{};
+  layout.codec = format.codec;
+  layout.rank = static_cast<int>(rank);
+  layout.code_bytes = layout.rank * bits(format.codec) / 8;
+  layout.group_shift = format.group_shift;
+  layout.groups = ((layout.rank - 1) >> format.group_shift) + 1;
+  return layout;
+}
+
+LatentLayout layout_of_slots(const LatentFormat& format, int64_t slot_size) {
+  if (format.codec == Codec::kNone) return layout_of_rank(format, slot_size);
+  const int64_t whole_group = (int64_t{bits(format.codec)} << format.group_shift) / 8 + kScaleBytes;
+  const int64_t groups = (slot_size + whole_group - 1) / whole_group;
+  return layout_of_rank(format, (slot_size - groups * kScaleBytes) * 8 / bits(format.codec));
+}
+
+void quantize(const LatentLayout& layout, const float* z, uint8_t* units, uint8_t* codes,
               uint16_t* scales) {
-  const bool fp8 = how.codec == Codec::kFp8;
-  const int half = 1 << (bits(how.codec) - 1);
-  const int group_size = 1 << how.group_shift;
-  for (int group = 0; group < how.groups; ++group) {
-    const int first = group << how.group_shift;
-    const int count = std::min(group_size, how.rank - first);
+  const bool fp8 = layout.codec == Codec::kFp8;
+  const int half = 1 << (bits(layout.codec) - 1);
+  const int group_size = 1 << layout.group_shift;
+  for (int group = 0; group < layout.groups; ++group) {
+    const int first = group << layout.group_shift;
+    const int count = std::min(group_size, layout.rank - first);
     const float steps = fp8 ? kLargestFp8 : static_cast<float>(half);
     c10::BFloat16 rounded(largest_of(z + first, count) / steps);
     if (rounded < kSmallestScale) rounded = 0;
@@ -113,12 +127,12 @@ void quantize(const Quantization& how, const float* z, uint8_t* units, uint8_t* 
       int_codes(z + first, count, inverse, half, units + first);
     }
   }
-  switch (how.codec) {
-    case Codec::kInt4: return pack(units, how.rank, 0, 4, codes);
+  switch (layout.codec) {
+    case Codec::kInt4: return pack(units, layout.rank, 0, 4, codes);
     case Codec::kInt3:
-      pack(units, how.rank, 0, 2, codes);
-      return pack(units, how.rank, 2, 1, codes + how.rank / 4);
-    default: std::copy(units, units + how.rank, codes);
+      pack(units, layout.rank, 0, 2, codes);
+      return pack(units, layout.rank, 2, 1, codes + layout.rank / 4);
+    default: std::copy(units, units + layout.rank, codes);
   }
 }
 

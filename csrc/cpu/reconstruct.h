@@ -17,8 +17,8 @@ void Attention<Format>::reconstruct(int head, int64_t tile) {
   if (norm) {
     for (int t = 0; t < kTile; t += kLanes) store(key_scale + t, splat(0.0f));
   }
-  for_blocks(exact_rows, kTile, [&](auto r, auto v, int row, int column)
-                                        __attribute__((always_inline)) {
+  for_blocks(exact_rows, kTile,
+             [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
     constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
     if constexpr (kR % 2 == 0 && kV == kVecs) {
       prefetch_some();

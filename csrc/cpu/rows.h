@@ -11,11 +11,11 @@ void Attention<Format>::load_queries() {
   const int pairs = layer.is_neox ? layer.rot_pairs : 0;
   for (int head = 0; head < num_heads; ++head) {
     for (int row = 0; row < rows; ++row) {
-      const int query = row / layer.queries_per_kv;
-      const Raw* raw = q + (task.first_token + query) * batch.q_stride +
-                       int64_t{(first_head + head) * layer.queries_per_kv +
-                               row % layer.queries_per_kv} *
-                           layer.head_dim;
+      const int query = row / batch.queries_per_kv;
+      const int64_t query_head =
+          (first_head + head) * batch.queries_per_kv + row % batch.queries_per_kv;
+      const Raw* raw =
+          q + (task.first_token + query) * batch.q_stride + query_head * layer.head_dim;
       Unit* out = queries + (int64_t{head} * rows + row) * depth;
       if constexpr (Format::kRawIsUnits) {
         reorder(raw, reinterpret_cast<uint16_t*>(out), pairs);

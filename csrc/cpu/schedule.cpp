@@ -5,8 +5,8 @@
 namespace recalkv {
 namespace {
 
-// Rows per KV head beyond which a block is cut: keys are rebuilt once per block, which then costs
-// under a tenth of the attention itself.
+// Rows per KV head beyond which a block is cut: keys are reconstructed once per block, which then
+// costs under a tenth of the attention itself.
 constexpr int kBlockRows = 512;
 // From this many rows on, a task takes one K group, so that its rows stay in the L2 cache.
 constexpr int kManyRows = 64;
@@ -19,28 +19,27 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t tiles(const QueryBlock& block) { return ceil_div(block.kv_end - block.kv_begin, kTile); }
 
-int64_t rows(const Layer& layer, const QueryBlock& block) {
-  return int64_t{block.num_queries} * layer.queries_per_kv;
+int64_t rows(const Batch& batch, const QueryBlock& block) {
+  return int64_t{block.num_queries} * batch.queries_per_kv;
 }
 
-// Relative cost per tile: one share to rebuild keys, and one per kManyRows rows to attend.
-int64_t cost(const Layer& layer, const QueryBlock& block) {
-  return tiles(block) * layer.k_groups * (1 + rows(layer, block) / kManyRows);
+// Relative cost per tile: one share to reconstruct keys, and one per kManyRows rows to attend.
+int64_t cost(const Layer& layer, const Batch& batch, const QueryBlock& block) {
+  return tiles(block) * layer.k_groups * (1 + rows(batch, block) / kManyRows);
 }
 
 }  // namespace
 
-void make_schedule(const Layer& layer, const int32_t* seq_lens, const int32_t* query_start_loc,
-                   int num_seqs, int threads, Schedule& schedule) {
+void make_schedule(const Layer& layer, const Batch& batch, int threads, Schedule& schedule) {
   schedule.blocks.clear();
   schedule.partial_rows = 0;
   schedule.num_tasks = 0;
-  const int most_queries = std::max(1, kBlockRows / layer.queries_per_kv);
+  const int most_queries = std::max(1, kBlockRows / batch.queries_per_kv);
   int64_t total = 0;
-  for (int i = 0; i < num_seqs; ++i) {
-    const int64_t length = seq_lens[i];
-    const int64_t end = query_start_loc[i + 1];
-    for (int64_t token = query_start_loc[i]; token < end; token += most_queries) {
+  for (int i = 0; i < batch.num_seqs; ++i) {
+    const int64_t length = batch.seq_lens[i];
+    const int64_t end = batch.query_start_loc[i + 1];
+    for (int64_t token = batch.query_start_loc[i]; token < end; token += most_queries) {
       QueryBlock block{};
       block.sequence = i;
       block.first_token = token;
@@ -51,7 +50,7 @@ void make_schedule(const Layer& layer, const int32_t* seq_lens, const int32_t* q
         const int64_t oldest = layer.window ? block.first_position - layer.window + 1 : 0;
         block.kv_begin = std::max<int64_t>(oldest, 0) / kTile * kTile;
       }
-      total += cost(layer, block);
+      total += cost(layer, batch, block);
       schedule.blocks.push_back(block);
     }
   }
@@ -59,30 +58,29 @@ void make_schedule(const Layer& layer, const int32_t* seq_lens, const int32_t* q
   const int64_t target =
       std::max(kSmallestTask, total / (int64_t{kTasksPerThread} * std::max(threads, 1)));
   for (QueryBlock& block : schedule.blocks) {
-    const int64_t pieces = threads > 1 ? std::max<int64_t>(1, cost(layer, block) / target) : 1;
-    if (rows(layer, block) >= kManyRows) {
+    const int64_t pieces =
+        threads > 1 ? std::max<int64_t>(1, cost(layer, batch, block) / target) : 1;
+    if (rows(batch, block) >= kManyRows) {
       block.group_parts = layer.k_groups;
       block.tiles_per_split = std::max<int64_t>(1, tiles(block));
     } else {
       const int64_t splits = std::clamp<int64_t>(pieces, 1, std::max<int64_t>(1, tiles(block)));
       block.tiles_per_split = std::max<int64_t>(1, ceil_div(tiles(block), splits));
-      block.group_parts =
-          static_cast<int>(std::clamp<int64_t>(pieces / splits, 1, layer.k_groups));
+      block.group_parts = static_cast<int>(std::clamp<int64_t>(pieces / splits, 1, layer.k_groups));
     }
     block.splits =
         static_cast<int>(std::max<int64_t>(1, ceil_div(tiles(block), block.tiles_per_split)));
     if (block.splits > 1) {
       block.partial_row = schedule.partial_rows;
-      schedule.partial_rows += int64_t{block.splits} * block.num_queries * layer.num_heads;
+      schedule.partial_rows += int64_t{block.splits} * block.num_queries * batch.num_heads;
     }
-    schedule.num_tasks += block.splits * block.group_parts;
+    schedule.num_tasks += block.num_tasks();
   }
   // Longest first, so that no thread starts a long task when the others are done.
   std::stable_sort(schedule.blocks.begin(), schedule.blocks.end(),
                    [&](const QueryBlock& a, const QueryBlock& b) {
-                     return cost(layer, a) / (a.splits * a.group_parts) >
-                            cost(layer, b) / (b.splits * b.group_parts);
-                   });
+    return cost(layer, batch, a) / a.num_tasks() > cost(layer, batch, b) / b.num_tasks();
+  });
 }
 
 }  // namespace recalkv

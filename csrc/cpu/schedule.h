@@ -4,7 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention.h"
+#include "batch.h"
+#include "layer.h"
 
 namespace recalkv {
 
@@ -20,6 +21,8 @@ struct QueryBlock {
   int64_t tiles_per_split;
   int group_parts;
   int64_t partial_row;
+
+  int num_tasks() const { return splits * group_parts; }
 };
 
 struct Schedule {
@@ -29,7 +32,6 @@ struct Schedule {
 };
 
 // Fills `schedule`, reusing its memory.
-void make_schedule(const Layer& layer, const int32_t* seq_lens, const int32_t* query_start_loc,
-                   int num_seqs, int threads, Schedule& schedule);
+void make_schedule(const Layer& layer, const Batch& batch, int threads, Schedule& schedule);
 
 }  // namespace recalkv

@@ -1,7 +1,9 @@
 // Carves a task's scratch memory.
 #pragma once
 
-#include "simd.h"
+#include <cstdint>
+
+#include "inline.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>

@@ -1,18 +1,27 @@
-// One task of the attention: tile after tile, gather latents, rebuild a head's keys, score, softmax
-// and accumulate value latents. The steps are defined in a header each.
+// One task of the attention: tile after tile, gather latents, reconstruct a head's keys, score,
+// softmax and accumulate value latents. The steps are defined in a header each.
 #pragma once
 
+#include "batch.h"
+#include "layer.h"
 #include "product.h"
 #include "scratch.h"
+#include "task.h"
 
 namespace recalkv::RECALKV_ISA {
 
 RECALKV_INLINE int round_up(int count) { return (count + 15) / 16 * 16; }
 
-// Whether expanding is cheaper than rebuilding whole keys, for `rows` queries per KV head.
+// x, but no less than 0 and no more than `most`.
+RECALKV_INLINE int clamp(int64_t x, int most) {
+  if (x < 0) return 0;
+  return x < most ? static_cast<int>(x) : most;
+}
+
+// Whether expanding is cheaper than reconstructing whole keys, for `rows` queries per KV head.
 RECALKV_INLINE bool use_expansion(const Layer& layer, int rows) {
   if (!layer.basis || rows > kRowBlock) return false;
-  const int absorb = rows * kTerms * 2 * layer.expanded_pairs / kSpan;
+  const int absorb = rows * kTerms * 2 * layer.expanded_pairs / kStretch;
   return 2 * layer.exact_pairs + rows * kTerms + absorb < layer.head_dim * 7 / 8;
 }
 
@@ -29,29 +38,29 @@ struct Attention {
   const int depth;                  // units of a head
   const int k_units;                // units of a K span
   const bool expanded;              // low-frequency pairs are expanded
-  const int exact_rows;             // rows of a head's factors that are rebuilt
+  const int exact_rows;             // rows of a head's factors that are reconstructed
 
-  Unit* queries;        // [num_heads][rows][depth], pair order
-  Unit* z_columns;      // [k_units][kTile]
-  Unit* keys;           // [depth][kTile]
-  Unit* values;         // [kTokenUnits][v_width]
-  float* scores;        // [kRowBlock][kTile]
-  Unit* weights;        // [kRowBlock][kTokenUnits]
-  float* running_max;   // [num_heads][rows]
-  float* running_sum;   // [num_heads][rows]
-  float* key_scale;     // [kTile], 1 / RMS of each key
-  float* rescale;       // [kRowBlock]
-  Raw* zeros;           // a latent for tokens past the end
-  Unit* widened;        // [kLanes][widest row], where the source is not made of units
-  Unit* turned;         // [rows][kTerms][expanded_pairs], see absorb()
-  Unit* absorbed;       // [num_heads][rows][kTerms][k_units]
-  float* offsets;       // [num_heads][rows][kTerms], the key bias' share
-  Raw* dequantized;     // [kTile][dequantized_stride], where the cache is quantised
+  Unit* queries;       // [num_heads][rows][depth], pair order
+  Unit* z_columns;     // [k_units][kTile]
+  Unit* keys;          // [depth][kTile]
+  Unit* values;        // [kTokenUnits][v_width]
+  float* scores;       // [kRowBlock][kTile]
+  Unit* weights;       // [kRowBlock][kTokenUnits]
+  float* running_max;  // [num_heads][rows]
+  float* running_sum;  // [num_heads][rows]
+  float* key_scale;    // [kTile], 1 / RMS of each key
+  float* rescale;      // [kRowBlock]
+  Raw* zeros;          // a latent for tokens past the end
+  Unit* widened;       // [kLanes][widest row], where the source is not made of units
+  Unit* turned;        // [rows][kTerms][expanded_pairs], see absorb()
+  Unit* absorbed;      // [num_heads][rows][kTerms][k_units]
+  float* offsets;      // [num_heads][rows][kTerms], the key bias' share
+  Raw* dequantized;    // [kTile][dequantized_stride], where the cache is quantized
   int64_t dequantized_stride;
   struct Part {
     int64_t begin, end;
   };
-  Part* parts;          // [num_parts], see plan_parts()
+  Part* parts;  // [num_parts], see plan_parts()
   int num_parts = 0;
   // Where a tile's tokens lie; latents are null past the end.
   struct Tile {
@@ -59,8 +68,8 @@ struct Attention {
     const uint8_t* codes[kTile];
     const uint16_t* scales[kTile];
   };
-  const Tile* next;     // the tile to prefetch
-  int prefetched = 0;   // of its tokens
+  const Tile* next;    // the tile to prefetch
+  int prefetched = 0;  // of its tokens
   int prefetch_step;
 
   Attention(const Layer& l, const Batch& b, const Task& t, Scratch& scratch)
@@ -69,7 +78,7 @@ struct Attention {
         task(t),
         first_head(t.group_begin * l.group_heads),
         num_heads((t.group_end - t.group_begin) * l.group_heads),
-        rows(t.num_queries * l.queries_per_kv),
+        rows(t.num_queries * b.queries_per_kv),
         depth(l.head_dim / Format::kPerUnit),
         k_units(l.k_width / Format::kPerUnit),
         expanded(Format::kRawIsUnits && use_expansion(l, rows)),
@@ -89,7 +98,7 @@ struct Attention {
     parts = scratch.take<Part>(layer.k_groups + layer.v_groups);
     if (quantized()) {
       // A line more than a row, or the rows of large ranks would share few sets of the cache.
-      dequantized_stride = layer.quantization.rank + 64 / static_cast<int64_t>(sizeof(Raw));
+      dequantized_stride = batch.latents.rank + 64 / static_cast<int64_t>(sizeof(Raw));
       dequantized = scratch.take<Raw>(kTile * dequantized_stride);
     }
     prefetch_step = kTile / (num_heads * (exact_rows / kRows + 1)) + 1;
@@ -103,12 +112,12 @@ struct Attention {
 
   // Row (query, head) of the results that a KV head's row is.
   RECALKV_INLINE int64_t out_row(int head, int row) const {
-    const int query = row / layer.queries_per_kv;
-    return int64_t{query} * layer.num_heads + (first_head + head) * layer.queries_per_kv +
-           row % layer.queries_per_kv;
+    const int query = row / batch.queries_per_kv;
+    return int64_t{query} * batch.num_heads + (first_head + head) * batch.queries_per_kv +
+           row % batch.queries_per_kv;
   }
 
-  RECALKV_INLINE bool quantized() const { return layer.quantization.codec != Codec::kNumbers; }
+  RECALKV_INLINE bool quantized() const { return batch.latents.codec != Codec::kNone; }
 
   RECALKV_INLINE const Raw* span(const Raw* latent, int64_t start) const {
     return latent == nullptr ? zeros : latent + start;
@@ -149,10 +158,7 @@ struct Attention {
   void attend(int head, int64_t first, int valid);
 
   // Tokens of the tile at `first` that this task covers, 0 past its end.
-  RECALKV_INLINE int tile_tokens(int64_t first) const {
-    const int64_t left = task.kv_end - first;
-    return static_cast<int>(left < 0 ? 0 : left < kTile ? left : kTile);
-  }
+  RECALKV_INLINE int tile_tokens(int64_t first) const { return clamp(task.kv_end - first, kTile); }
 
   void run() {
     start();
@@ -176,7 +182,7 @@ struct Attention {
           gathered = group;
         }
         if (expanded) {
-          if (first % kSpan == 0 || first == task.kv_begin) absorb(head, first);
+          if (first % kStretch == 0 || first == task.kv_begin) absorb(head, first);
           score_expanded(head, first);
         }
         reconstruct(global, first / kTile);
@@ -191,15 +197,14 @@ struct Attention {
 };
 
 template <class Format>
-void run_task(const Layer& layer, const Batch& batch, const Task& task, void* scratch) {
+void attend_task(const Layer& layer, const Batch& batch, const Task& task, void* scratch) {
   Scratch memory{static_cast<char*>(scratch)};
   Attention<Format>(layer, batch, task, memory).run();
 }
 
 template <class Format>
-int64_t scratch_bytes(const Layer& layer, const Task& task) {
+int64_t attend_scratch_bytes(const Layer& layer, const Batch& batch, const Task& task) {
   Scratch memory{nullptr};
-  const Batch batch{};
   Attention<Format> unused(layer, batch, task, memory);
   return memory.used;
 }

@@ -1,11 +1,13 @@
+// latent_value_up: blocks of rows on torch's own threads.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 
-#include "elements.h"
+#include "dtypes.h"
 #include "isa.h"
 #include "ops.h"
+#include "value_up.h"
 #include "workspace.h"
 
 namespace recalkv {
@@ -19,12 +21,11 @@ constexpr int64_t kWorkPerThread = 1 << 20;
 at::Tensor latent_value_up(const at::Tensor& o_lat, const at::Tensor& v_up,
                            const std::optional<at::Tensor>& v_bias, at::ScalarType out_dtype,
                            std::string_view isa) {
-  const Element from = element_of(v_up.scalar_type(), "v_up");
-  const Element to = element_of(out_dtype, "out_dtype");
-  const Kernels* kernels = find_isa(std::string(isa));
-  TORCH_CHECK_VALUE(kernels && kernels->value_up[from][to],
-                    "isa: expected one that this processor and ", v_up.scalar_type(),
-                    " support, found ", isa);
+  const ElementType from = element_type_of(v_up.scalar_type(), "v_up");
+  const ElementType to = element_type_of(out_dtype, "out_dtype");
+  const ElementKernels& kernels = checked_isa(isa).of[from];
+  TORCH_CHECK_VALUE(kernels.value_up[to], "v_up: ", isa, " has no kernels for ",
+                    v_up.scalar_type());
   at::Tensor out =
       at::empty({o_lat.size(0), o_lat.size(1), v_up.size(1)}, v_up.options().dtype(out_dtype));
   ValueUp job{};
@@ -38,21 +39,20 @@ at::Tensor latent_value_up(const at::Tensor& o_lat, const at::Tensor& v_up,
   job.v_width = static_cast<int>(v_up.size(2));
   const int64_t rows = o_lat.size(0) * job.queries_per_kv;
   const int64_t blocks = (rows + kTile - 1) / kTile;
-  const int64_t work = std::max<int64_t>(1, std::min<int64_t>(rows, kTile) * job.head_dim *
-                                                job.v_width);
+  const int64_t work =
+      std::max<int64_t>(1, std::min<int64_t>(rows, kTile) * job.head_dim * job.v_width);
   at::parallel_for(0, blocks * v_up.size(0), std::max<int64_t>(1, kWorkPerThread / work),
                    [&](int64_t begin, int64_t end) {
-                     static thread_local Workspace scratch;
-                     void* memory = scratch.reserve(kernels->value_up_scratch_bytes(job));
-                     for (int64_t i = begin; i < end; ++i) {
-                       ValueUp block = job;
-                       block.head = static_cast<int>(i / blocks);
-                       block.first_row = i % blocks * kTile;
-                       block.rows =
-                           static_cast<int>(std::min<int64_t>(kTile, rows - block.first_row));
-                       kernels->value_up[from][to](block, memory);
-                     }
-                   });
+    static thread_local Workspace scratch;
+    void* memory = scratch.reserve(kernels.value_up_scratch_bytes(job));
+    for (int64_t i = begin; i < end; ++i) {
+      ValueUp block = job;
+      block.head = static_cast<int>(i / blocks);
+      block.first_row = i % blocks * kTile;
+      block.rows = static_cast<int>(std::min<int64_t>(kTile, rows - block.first_row));
+      kernels.value_up[to](block, memory);
+    }
+  });
   return out;
 }
 

@@ -3,6 +3,7 @@
 
 #include "product.h"
 #include "scratch.h"
+#include "value_up.h"
 
 namespace recalkv::RECALKV_ISA {
 
@@ -51,8 +52,8 @@ void value_up(const ValueUp& job, void* memory) {
     }
   }
 
-  const Raw* raw = static_cast<const Raw*>(job.factors) +
-                   int64_t{job.head} * job.head_dim * job.v_width;
+  const Raw* raw =
+      static_cast<const Raw*>(job.factors) + int64_t{job.head} * job.head_dim * job.v_width;
   const Unit* factors;
   if constexpr (Format::kRawIsUnits) {
     factors = reinterpret_cast<const Unit*>(raw);
@@ -61,8 +62,8 @@ void value_up(const ValueUp& job, void* memory) {
     factors = space.widened;
   }
   const float* bias = job.bias ? job.bias + int64_t{job.head} * job.head_dim : nullptr;
-  for_blocks(job.head_dim, columns, [&](auto r, auto v, int row, int column)
-                                        __attribute__((always_inline)) {
+  for_blocks(job.head_dim, columns,
+             [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
     constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
     Vec acc[kR][kV];
     for (int i = 0; i < kR; ++i)

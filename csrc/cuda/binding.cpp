@@ -36,9 +36,8 @@ class Stream {
  public:
 #ifdef USE_CUDA
   explicit Stream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STD_TORCH_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_) == 0,
-        "recalkv: torch names no current stream");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_) == 0,
+                    "recalkv: torch names no current stream");
   }
 #else
   explicit Stream(const Tensor&) {}

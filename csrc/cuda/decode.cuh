@@ -176,8 +176,8 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const 
   in.query = reinterpret_cast<const uint32_t*>(memory + shared.query) +
              head * S::kColumns * (S::kQueryStride / 2);
   in.rotation = reinterpret_cast<const float2*>(memory + shared.rotation);
-  in.bias = p.k_bias ? reinterpret_cast<const float2*>(memory + shared.bias) + head * S::kPairs
-                     : nullptr;
+  in.bias =
+      p.k_bias ? reinterpret_cast<const float2*>(memory + shared.bias) + head * S::kPairs : nullptr;
   in.norm = p.k_norm_weight ? reinterpret_cast<const float2*>(memory + shared.norm) : nullptr;
   in.k_offset = columns.k_offset();
   const int v_offset = columns.v_offset(head);
@@ -204,8 +204,7 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const 
     team_sync(1 + team, 32 * p.kernel.heads);
     load_next();
     const uint16_t* latents = reinterpret_cast<const uint16_t*>(ring + stage * shared.stage_bytes);
-    const float2* base =
-        reinterpret_cast<const float2*>(latents + S::kTokens * shared.tile_stride);
+    const float2* base = reinterpret_cast<const float2*>(latents + S::kTokens * shared.tile_stride);
     float scores[S::kRowTiles][S::kColumnTiles][4];
     float inverse_rms[S::kRowTiles][2];
     score_tile<S>(scores, inverse_rms, p, in, latents, shared.tile_stride, base, lane);

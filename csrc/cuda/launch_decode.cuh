@@ -29,22 +29,14 @@ const char* launch_element(const DecodeParams& p, void* stream) {
     return "kernel: a factor that is not resident needs 1 column tile and 32 V tiles";
   }
   switch (kind) {
-    case 104:
-      return launch_shape<Shape<Element, kHeadDim, 1, 4>, true>(p, stream);
-    case 108:
-      return launch_shape<Shape<Element, kHeadDim, 1, 8>, true>(p, stream);
-    case 116:
-      return launch_shape<Shape<Element, kHeadDim, 1, 16>, true>(p, stream);
-    case 132:
-      return launch_shape<Shape<Element, kHeadDim, 1, 32>, true>(p, stream);
-    case 204:
-      return launch_shape<Shape<Element, kHeadDim, 2, 4>, true>(p, stream);
-    case 208:
-      return launch_shape<Shape<Element, kHeadDim, 2, 8>, true>(p, stream);
-    case 216:
-      return launch_shape<Shape<Element, kHeadDim, 2, 16>, true>(p, stream);
-    default:
-      return "kernel: no such column_tiles and v_tiles";
+    case 104: return launch_shape<Shape<Element, kHeadDim, 1, 4>, true>(p, stream);
+    case 108: return launch_shape<Shape<Element, kHeadDim, 1, 8>, true>(p, stream);
+    case 116: return launch_shape<Shape<Element, kHeadDim, 1, 16>, true>(p, stream);
+    case 132: return launch_shape<Shape<Element, kHeadDim, 1, 32>, true>(p, stream);
+    case 204: return launch_shape<Shape<Element, kHeadDim, 2, 4>, true>(p, stream);
+    case 208: return launch_shape<Shape<Element, kHeadDim, 2, 8>, true>(p, stream);
+    case 216: return launch_shape<Shape<Element, kHeadDim, 2, 16>, true>(p, stream);
+    default: return "kernel: no such column_tiles and v_tiles";
   }
 }
 

@@ -12,14 +12,14 @@ struct DecodeParams {
   const int32_t* block_table;  // [num_seqs, max_blocks]
   const int32_t* seq_lens;
   const int32_t* query_start_loc;
-  const void* k_factor;          // [h_kv, d/16, k_width/16, lane, 8], see ops/cuda.py
-  const float* k_bias;           // [h_kv, d] in pair order, or null
-  const float* k_norm_weight;    // [d] in pair order, or null
-  const float* base_rotation;    // [max_position/16, d/2, 2]: (cos, sin) of every 16th position
-  const float* local_rotation;   // [32, d/2, 2]: of the first positions
-  const int32_t* tile_columns;   // [v_blocks, head_blocks, 2 + heads + chunks], see `TileColumns`
-  float* out;                    // [splits, tokens, h_q, v_width]
-  float* lse;                    // [splits, tokens, h_q]
+  const void* k_factor;         // [h_kv, d/16, k_width/16, lane, 8], see ops/cuda.py
+  const float* k_bias;          // [h_kv, d] in pair order, or null
+  const float* k_norm_weight;   // [d] in pair order, or null
+  const float* base_rotation;   // [max_position/16, d/2, 2]: (cos, sin) of every 16th position
+  const float* local_rotation;  // [32, d/2, 2]: of the first positions
+  const int32_t* tile_columns;  // [v_blocks, head_blocks, 2 + heads + chunks], see `TileColumns`
+  float* out;                   // [splits, tokens, h_q, v_width]
+  float* lse;                   // [splits, tokens, h_q]
   int64_t q_token_stride;
   int64_t cache_block_stride;
   int64_t cache_slot_stride;
@@ -32,21 +32,21 @@ struct DecodeParams {
   int32_t block_size;
   int32_t k_width;
   int32_t v_width;
-  int32_t rotated_half;  // half the rotated columns of q that pair up as (i, i + half); 0 if (2i, 2i + 1)
+  int32_t rotated_half;  // columns (i, i + rotated_half) of q pair up; 0 where (2i, 2i + 1) do
   int32_t window;        // newest keys a query sees, itself included
   float scale;
   float soft_cap;  // 0 is none
   float norm_eps;
   float norm_factor;  // by which `k_norm_weight` was divided
   struct {
-    int32_t column_tiles;   // query rows of a block, in eights
-    int32_t v_tiles;        // V columns of a block at most, in sixteens
-    int32_t heads;          // KV heads of a block
-    int32_t teams;          // token streams of a block, each of `heads` warps
-    int32_t stages;         // tiles in a team's ring
-    int32_t tile_width;     // columns of a tile in shared memory
-    int32_t splits;         // blocks that share a sequence's tokens
-    int32_t resident;       // whether the factor is kept in shared memory
+    int32_t column_tiles;  // query rows of a block, in eights
+    int32_t v_tiles;       // V columns of a block at most, in sixteens
+    int32_t heads;         // KV heads of a block
+    int32_t teams;         // token streams of a block, each of `heads` warps
+    int32_t stages;        // tiles in a team's ring
+    int32_t tile_width;    // columns of a tile in shared memory
+    int32_t splits;        // blocks that share a sequence's tokens
+    int32_t resident;      // whether the factor is kept in shared memory
     int32_t shared_bytes;
   } kernel;
 };

@@ -165,8 +165,8 @@ const char* launch(void (*kernel)(Params), int grid_x, int grid_y, int threads, 
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 shared_bytes);
+    error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
   if (error == cudaSuccess) {
     void* arguments[] = {const_cast<Params*>(&params)};

@@ -7,11 +7,11 @@ namespace recalkv {
 
 // Row `r` of a sequence is query `r / per_kv` of query head `r % per_kv` under each KV head.
 struct Rows {
-  int seq;           // index of the sequence; -1 if the block has no rows
-  int first_token;   // row of q with the sequence's first query
-  int begin, end;    // rows of this block
+  int seq;          // index of the sequence; -1 if the block has no rows
+  int first_token;  // row of q with the sequence's first query
+  int begin, end;   // rows of this block
   int num_queries;
-  int length;        // cached tokens of the sequence
+  int length;  // cached tokens of the sequence
 };
 
 // Sequence `i` owns the row blocks from `start[i] * per_kv / columns + i` on: never fewer than it

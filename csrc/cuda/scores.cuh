@@ -16,19 +16,18 @@ RECALKV_DEVICE float2 rotate(float2 x, float2 turn) {
 
 // What a warp scores: its head's part of the block's shared memory.
 struct ScoreInputs {
-  const uint4* factor;      // [d/16, k_width/16, lane]
-  const uint32_t* query;    // [columns, query stride / 2]
-  const float2* rotation;   // [tokens, rotation stride]: by a token's place in its tile
-  const float2* bias;       // [pairs] or null
-  const float2* norm;       // [pairs] or null
-  int k_offset;             // of the K span in a tile's rows
+  const uint4* factor;     // [d/16, k_width/16, lane]
+  const uint32_t* query;   // [columns, query stride / 2]
+  const float2* rotation;  // [tokens, rotation stride]: by a token's place in its tile
+  const float2* bias;      // [pairs] or null
+  const float2* norm;      // [pairs] or null
+  int k_offset;            // of the K span in a tile's rows
 };
 
 // keys[row tile][8 columns] += tile[tokens, k_width] factor[columns, k_width]^T, kChunk columns.
 template <typename S>
-RECALKV_DEVICE void reconstruct(float (&keys)[S::kRowTiles][S::kChunk / 8][4],
-                                const uint16_t* tile, int tile_stride, const uint4* factor,
-                                int k_tiles, int lane) {
+RECALKV_DEVICE void reconstruct(float (&keys)[S::kRowTiles][S::kChunk / 8][4], const uint16_t* tile,
+                                int tile_stride, const uint4* factor, int k_tiles, int lane) {
   const uint16_t* row = tile + lane % 16 * tile_stride + lane / 16 * 8;
 #pragma unroll S::kUnroll
   for (int k = 0; k < k_tiles; ++k) {
@@ -120,8 +119,9 @@ RECALKV_DEVICE void score_tile(float (&scores)[S::kRowTiles][S::kColumnTiles][4]
         uint32_t turned_keys[4];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float(&key)[4] = keys[m][2 * n + half];
-          const float2* turn = in.rotation + (m * 16 + group) * S::kRotationStride + pair + half * 4;
+          const float (&key)[4] = keys[m][2 * n + half];
+          const float2* turn =
+              in.rotation + (m * 16 + group) * S::kRotationStride + pair + half * 4;
           const float2 upper = rotate({key[0], key[1]}, turn[0]);
           const float2 lower = rotate({key[2], key[3]}, turn[8 * S::kRotationStride]);
           turned_keys[half * 2] = pack<Element>(upper.x, upper.y);

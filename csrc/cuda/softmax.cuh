@@ -8,8 +8,8 @@ namespace recalkv {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
-// A lane's share: columns 2(i%4), 2(i%4) + 1 of every eight query rows, in base-2 logits. `sum` is of
-// the lane's own tokens only; `maximum` is the warp's.
+// A lane's share: columns 2(i%4), 2(i%4) + 1 of every eight query rows, in base-2 logits. `sum` is
+// of the lane's own tokens only; `maximum` is the warp's.
 template <typename S>
 struct RunningSoftmax {
   float maximum[S::kColumnTiles][2];

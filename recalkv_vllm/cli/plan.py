@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if "recalkv" in hf_config:
             recalkv = RecalkvConfig.from_hf_config(hf_config)
         elif options.compression is not None:
-            recalkv = capacity.supposed_config(options.compression, geometry, tp_size)
+            recalkv = capacity.hypothetical_config(options.compression, geometry, tp_size)
         per_token = {"dense": capacity.dense_bytes_per_token(geometry, itemsize, tp_size)}
         if recalkv is not None:
             per_token["compressed"] = capacity.latent_bytes_per_token(

@@ -10,73 +10,13 @@ import functools
 import importlib
 import logging
 import os
-from typing import Protocol
+from typing import cast
 
 import torch
 
-from recalkv_vllm.latent_format import LatentFormat
-from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
+from recalkv_vllm.ops.contract import Implementation, KernelUnavailableError
 
 logger = logging.getLogger("recalkv_vllm.ops")
-
-
-class BoundAttention(Protocol):
-    """``paged_latent_attention`` of one layer, its constants packed."""
-
-    def __call__(
-        self,
-        q: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        hints: BatchHints = NO_HINTS,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    def reserve(
-        self, num_heads: int, max_num_seqs: int, max_decode_query_len: int, max_seq_len: int
-    ) -> None:
-        """Allocate what calls with up to ``max_num_seqs`` decodes need, before memory is profiled
-        and graphs are captured. Nothing, unless overridden."""
-
-
-class Implementation(Protocol):
-    """What a module of this package offers; contracts are those of ``reference.py``."""
-
-    @staticmethod
-    def unsupported_reason(
-        device: torch.device, dtype: torch.dtype, head_dim: int | None
-    ) -> str | None:
-        """Why it cannot run here, or None."""
-
-    @staticmethod
-    def describe(device: torch.device, dtype: torch.dtype) -> str:
-        """The version that runs here, for the log."""
-
-    @staticmethod
-    def latent_cache_update(
-        z: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        latent_format: LatentFormat | None = None,
-    ) -> None: ...
-
-    @staticmethod
-    def bind_paged_latent_attention(layer: LatentLayer) -> BoundAttention: ...
-
-    @staticmethod
-    def latent_value_up(
-        o_lat: torch.Tensor,
-        v_up: torch.Tensor,
-        v_bias: torch.Tensor | None = None,
-        *,
-        out_dtype: torch.dtype | None = None,
-    ) -> torch.Tensor: ...
-
-
-class KernelUnavailableError(RuntimeError):
-    """No implementation, or not the forced one, can run the op."""
-
 
 MODULES = {name: f"{__package__}.{name}" for name in ("reference", "cpu", "triton", "cuda")}
 #: Tried in order when nothing is forced. The reference is never picked silently: it is slow.
@@ -102,10 +42,10 @@ def _choose(
         raise KernelUnavailableError(
             f"RECALKV_KERNEL: expected one of {', '.join(MODULES)}, found {forced!r}"
         )
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in (forced,) if forced else PREFERENCE.get(device.type, ()):
         try:
-            module = importlib.import_module(MODULES[name])
+            module = cast(Implementation, importlib.import_module(MODULES[name]))
         except ImportError as error:
             reasons[name] = f"cannot be imported ({error})"
             continue

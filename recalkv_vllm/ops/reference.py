@@ -6,16 +6,12 @@ low precision the "plain torch" that fast versions are measured against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from recalkv_vllm.latent_format import LatentFormat
-from recalkv_vllm.ops.dispatch import BoundAttention
-from recalkv_vllm.ops.layer import NO_HINTS, BatchHints, LatentLayer
-
-Span = tuple[int, int]
+from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer
 
 
 def latent_cache_update(
@@ -24,16 +20,7 @@ def latent_cache_update(
     slot_mapping: torch.Tensor,
     latent_format: LatentFormat | None = None,
 ) -> None:
-    """Write latents into their slots of the paged cache.
-
-    Args:
-        z: ``[tokens, rank]`` latents.
-        kv_cache: ``[num_blocks, block_size, rank]``, any strides; written in place. With a
-            ``latent_format``, uint8 ``[num_blocks, block_size, slot_bytes]``, each block contiguous
-            and laid out as :mod:`recalkv_vllm.latent_format` says.
-        slot_mapping: ``[tokens]`` integers, ``block · block_size + offset``; negative is padding.
-        latent_format: codes and scales to store instead of the numbers.
-    """
+    """See :meth:`BoundLayer.update_cache`."""
     real = slot_mapping >= 0
     slots = slot_mapping[real].long()
     latents = z[: real.shape[0]][real]
@@ -89,49 +76,32 @@ def apply_rope(
     return torch.cat((turned, rest), dim=-1)
 
 
-def reconstruct_keys(
-    z: torch.Tensor,
-    positions: torch.Tensor,
-    k_up: torch.Tensor,
-    k_spans: Sequence[Span],
-    head_dim: int,
-    *,
-    cos_sin_cache: torch.Tensor | None,
-    is_neox: bool,
-    k_bias: torch.Tensor | None,
-    k_norm_weight: torch.Tensor | None,
-    k_norm_eps: float,
-) -> torch.Tensor:
+def reconstruct_keys(layer: LatentLayer, z: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """``k = RoPE(norm(L_k z_k + b_k), position)`` for every head.
 
     Args:
         z: ``[tokens, rank]`` latents, in the precision to compute in.
+        positions: ``[tokens]``.
 
     Returns:
-        Keys ``[tokens, h_kv, head_dim]``.
+        Keys ``[tokens, h_kv, d]``.
     """
     groups = [
-        z[:, start:end] @ up.to(z.dtype).T for up, (start, end) in zip(k_up, k_spans, strict=True)
+        z[:, span.start : span.end] @ up.to(z.dtype).T
+        for up, span in zip(layer.k_up, layer.k_spans, strict=True)
     ]
-    keys = torch.cat(groups, dim=-1).unflatten(-1, (-1, head_dim))
-    if k_bias is not None:
-        keys = keys + k_bias.to(z.dtype)
-    if k_norm_weight is not None:
+    keys = torch.cat(groups, dim=-1).unflatten(-1, (-1, layer.head_dim))
+    if layer.k_bias is not None:
+        keys = keys + layer.k_bias.to(z.dtype)
+    if layer.k_norm_weight is not None:
         mean_square = keys.square().mean(dim=-1, keepdim=True)
-        keys = keys * torch.rsqrt(mean_square + k_norm_eps) * k_norm_weight.to(z.dtype)
-    if cos_sin_cache is not None:
-        keys = apply_rope(keys, positions, cos_sin_cache, is_neox)
+        keys = keys * torch.rsqrt(mean_square + layer.k_norm_eps) * layer.k_norm_weight.to(z.dtype)
+    if layer.cos_sin_cache is not None:
+        keys = apply_rope(keys, positions, layer.cos_sin_cache, layer.is_neox)
     return keys
 
 
-def causal_logits(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-) -> torch.Tensor:
+def causal_logits(layer: LatentLayer, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Logits of one sequence's newest queries, minus infinity where a query sees no key.
 
     Args:
@@ -143,101 +113,45 @@ def causal_logits(
     """
     num_queries, length = q.shape[0], keys.shape[0]
     keys = keys.repeat_interleave(q.shape[1] // keys.shape[1], dim=1)
-    logits = torch.einsum("qhd,nhd->hqn", q, keys) * scale
-    if soft_cap is not None:
-        logits = soft_cap * torch.tanh(logits / soft_cap)
+    logits = torch.einsum("qhd,nhd->hqn", q, keys) * layer.scale
+    if layer.soft_cap is not None:
+        logits = layer.soft_cap * torch.tanh(logits / layer.soft_cap)
     positions = torch.arange(length, device=q.device)
     distance = positions[length - num_queries :, None] - positions[None, :]
     hidden = distance < 0
-    if sliding_window is not None:
-        hidden |= distance >= sliding_window
+    if layer.sliding_window is not None:
+        hidden |= distance >= layer.sliding_window
     return logits.masked_fill(hidden, -torch.inf)
 
 
 def paged_latent_attention(
+    layer: LatentLayer,
     q: torch.Tensor,
     kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    k_up: torch.Tensor,
-    k_spans: Sequence[Span],
-    v_spans: Sequence[Span],
+    batch: Batch,
     *,
-    scale: float,
-    cos_sin_cache: torch.Tensor | None = None,
-    is_neox: bool = True,
-    k_bias: torch.Tensor | None = None,
-    k_norm_weight: torch.Tensor | None = None,
-    k_norm_eps: float = 1e-6,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    latent_format: LatentFormat | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of rotated queries over a paged cache of latents.
+    """See :meth:`BoundLayer.attend`; results are float64 if computed so.
 
-    Args:
-        q: ``[tokens, h_q, d]``, already normed and rotated. Sequence ``i`` owns the rows
-            ``query_start_loc[i]:query_start_loc[i + 1]``, its newest tokens.
-        kv_cache: ``[num_blocks, block_size, rank]``, any strides; with a ``latent_format`` as
-            :func:`latent_cache_update` writes it.
-        block_table: ``[num_seqs, max_blocks]`` int32.
-        seq_lens: ``[num_seqs]`` int32, cached tokens including this call's; 0 is padding.
-        query_start_loc: ``[num_seqs + 1]`` int32.
-        k_up: ``[G_k, s·d, width]`` up factors of the K groups; ``h_kv = G_k · s``.
-        k_spans: ``[start, end)`` in the latent, one per K group.
-        v_spans: the same, one per V group; KV head ``h`` is in V group ``h // (h_kv / G_v)``.
-        scale: factor on ``q·k``.
-        cos_sin_cache: ``[max_position, rot_dim]``; row = position of the token in its sequence.
-        is_neox: RoPE pairing, see :func:`apply_rope`.
-        k_bias: ``[h_kv, d]`` added to keys before norm and RoPE.
-        k_norm_weight: ``[d]`` of a per-head RMS norm of keys before RoPE.
-        k_norm_eps: its epsilon.
-        sliding_window: a query sees this many newest keys, itself included.
-        soft_cap: logits become ``cap · tanh(logit / cap)``.
-        latent_format: how latents are quantised in the cache.
-        compute_dtype: precision of all arithmetic.
-
-    Returns:
-        ``o_lat: [tokens, h_q, v_width]``, per-head value latents, and ``lse: [tokens, h_q]``, the
-        natural log-sum-exp of the logits, both float32 (float64 if computed so). Rows past
-        ``query_start_loc[-1]`` are unspecified (here: zero, and minus infinity).
+    Rows past ``query_start_loc[-1]`` are zero, and minus infinity.
     """
-    tokens, num_heads, head_dim = q.shape
-    v_width = v_spans[0][1] - v_spans[0][0]
+    tokens, num_heads, _ = q.shape
     out_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    o_lat = torch.zeros(tokens, num_heads, v_width, dtype=out_dtype, device=q.device)
+    o_lat = torch.zeros(tokens, num_heads, layer.v_width, dtype=out_dtype, device=q.device)
     lse = torch.full((tokens, num_heads), -torch.inf, dtype=out_dtype, device=q.device)
-    starts = query_start_loc.tolist()
+    starts = batch.query_start_loc.tolist()
 
-    for seq, length in enumerate(seq_lens.tolist()):
+    for seq, length in enumerate(batch.seq_lens.tolist()):
         rows = slice(starts[seq], starts[seq + 1])
-        num_queries = rows.stop - rows.start
-        if num_queries == 0 or length == 0:
+        if rows.start == rows.stop or length == 0:
             continue
-        z = cached_latents(kv_cache, block_table[seq], length, latent_format).to(compute_dtype)
-        keys = reconstruct_keys(
-            z,
-            torch.arange(length, device=q.device),
-            k_up,
-            k_spans,
-            head_dim,
-            cos_sin_cache=cos_sin_cache,
-            is_neox=is_neox,
-            k_bias=k_bias,
-            k_norm_weight=k_norm_weight,
-            k_norm_eps=k_norm_eps,
-        )
-        values = torch.stack([z[:, start:end] for start, end in v_spans], dim=1)
-        values = values.repeat_interleave(num_heads // len(v_spans), dim=1)
-        logits = causal_logits(
-            q[rows].to(compute_dtype),
-            keys,
-            scale=scale,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
-        )
+        z = cached_latents(kv_cache, batch.block_table[seq], length, layer.latent_format)
+        z = z.to(compute_dtype)
+        keys = reconstruct_keys(layer, z, torch.arange(length, device=q.device))
+        values = torch.stack([z[:, span.start : span.end] for span in layer.v_spans], dim=1)
+        values = values.repeat_interleave(num_heads // len(layer.v_spans), dim=1)
+        logits = causal_logits(layer, q[rows].to(compute_dtype), keys)
         o_lat[rows] = torch.einsum("hqn,nhr->qhr", logits.softmax(dim=-1), values).to(out_dtype)
         lse[rows] = logits.logsumexp(dim=-1).T.to(out_dtype)
     return o_lat, lse
@@ -283,25 +197,28 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class ReferenceAttention(BoundAttention):
-    """:func:`paged_latent_attention` with its constants given; packs nothing."""
+class ReferenceLayer(BoundLayer):
+    """The functions above with their layer given; packs nothing."""
 
     layer: LatentLayer
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        hints: BatchHints = NO_HINTS,
+    def update_cache(
+        self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        latent_cache_update(z, kv_cache, slot_mapping, self.layer.latent_format)
+
+    def attend(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        constants = {f.name: getattr(self.layer, f.name) for f in fields(self.layer)}
-        del constants["head_dim"]  # that of q
-        return paged_latent_attention(
-            q, kv_cache, block_table, seq_lens, query_start_loc, **constants
-        )
+        return paged_latent_attention(self.layer, q, kv_cache, batch)
+
+    def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return latent_value_up(o_lat, self.layer.v_up, self.layer.v_bias, out_dtype=out_dtype)
+
+    def reserve(self, limits: BatchLimits) -> None:
+        """Nothing to reserve."""
 
 
-bind_paged_latent_attention = ReferenceAttention
+def bind(layer: LatentLayer) -> ReferenceLayer:
+    """Serve a layer in plain torch."""
+    return ReferenceLayer(layer)

@@ -1,0 +1,1 @@
+"""The vLLM plugin: what it registers, the model it serves, and what it refuses before it starts."""

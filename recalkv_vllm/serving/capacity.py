@@ -57,7 +57,9 @@ def latent_bytes_per_token(
     return sum(token_bytes(config.latent_quantization, rank, itemsize) for rank in ranks)
 
 
-def supposed_config(compression: float, geometry: AttentionGeometry, tp_size: int) -> RecalkvConfig:
+def hypothetical_config(
+    compression: float, geometry: AttentionGeometry, tp_size: int
+) -> RecalkvConfig:
     """A checkpoint as ``compress`` would make it: one joint latent per rank, equal in all layers.
 
     Raises:
@@ -70,7 +72,7 @@ def supposed_config(compression: float, geometry: AttentionGeometry, tp_size: in
     width = budget // (groups * SPAN_MULTIPLE) * SPAN_MULTIPLE
     if width == 0 or geometry.num_kv_heads % groups:
         raise ValueError(
-            f"compression {compression}: leaves {budget} cached numbers per token and layer, "
+            f"compression {compression}: leaves {budget} cached elements per token and layer, "
             f"which {groups} ranks of {geometry.num_kv_heads} KV heads cannot share"
         )
     spans = tuple(Span(i * width, (i + 1) * width) for i in range(groups))
@@ -101,6 +103,7 @@ def weight_bytes(directory: Path, hf_config: Mapping[str, Any], itemsize: int) -
     files = [path for path in directory.glob("*.safetensors") if path.name != FACTORS_FILE]
     if files:
         return sum(path.stat().st_size for path in files)
+    # Not above: transformers takes seconds to load, and most directories have weights.
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import torch
+from vllm.config import ModelConfig
 
 from recalkv_vllm.latent_format import LatentFormat
 
-#: What ``--kv-cache-dtype fp8`` makes of a checkpoint whose latents are not quantised.
+#: What ``--kv-cache-dtype fp8`` makes of a checkpoint whose latents are not quantized.
 FP8_LATENTS = LatentFormat("fp8", 32)
 FP8_NAMES = ("fp8", "fp8_e4m3")
+
+
+def model_dtype(config: ModelConfig) -> torch.dtype:
+    """The dtype that a model computes in; vLLM has resolved names by the time we see it."""
+    assert isinstance(config.dtype, torch.dtype)
+    return config.dtype
 
 
 def served_format(
     of_checkpoint: LatentFormat | None, cache_dtype: str, model_dtype: torch.dtype
 ) -> LatentFormat | None:
-    """Format for ``--kv-cache-dtype cache_dtype``; None: plain numbers in the model's dtype.
+    """Format for ``--kv-cache-dtype cache_dtype``; None: plain elements in the model's dtype.
 
     Raises:
         ValueError: latents of this checkpoint cannot be cached so.
@@ -24,7 +31,7 @@ def served_format(
         plain = ("auto", str(model_dtype).removeprefix("torch."))
         accepted = (*plain, *FP8_NAMES)
         served = FP8_LATENTS if cache_dtype in FP8_NAMES else None
-        what = "a checkpoint of unquantised latents"
+        what = "a checkpoint of unquantized latents"
     else:
         accepted = ("auto", *FP8_NAMES) if of_checkpoint.dtype == "fp8" else ("auto",)
         served = of_checkpoint

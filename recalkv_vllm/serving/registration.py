@@ -8,12 +8,12 @@ import sys
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from recalkv_vllm.architectures import SUPPORTED
-
-BACKEND_NAME = "RECALKV"
-BACKEND_CLASS = "recalkv_vllm.serving.backend.RecalkvBackend"
-#: Served architecture -> vLLM's own class that it derives from, as ``module:class``.
-ARCHITECTURES = {entry.served_name: entry.vllm_class for entry in SUPPORTED.values()}
+from recalkv_vllm.serving.names import (
+    ARCHITECTURES,
+    BACKEND_CLASS,
+    BACKEND_NAME,
+    MODEL_MODULE,
+)
 
 
 def _registered_backend_path() -> str:
@@ -42,11 +42,10 @@ def register_plugin() -> None:
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
         register_backend(BACKEND_NAME, BackendPath(BACKEND_CLASS))
         for architecture in ARCHITECTURES:
-            ModelRegistry.register_model(
-                architecture, f"recalkv_vllm.serving.models:{architecture}"
-            )
+            ModelRegistry.register_model(architecture, f"{MODEL_MODULE}:{architecture}")
     # Only a process that parses arguments has this module, and only it can still refuse them.
     if arguments := sys.modules.get("vllm.engine.arg_utils"):
-        from recalkv_vllm.serving.startup import check_engine_config
+        # Not above: most processes register and never parse.
+        from recalkv_vllm.serving.startup.engine_args import check_engine_config
 
         check_engine_config(arguments.EngineArgs)

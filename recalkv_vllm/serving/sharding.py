@@ -13,9 +13,9 @@ class LatentShard:
     """One rank's share of a layer.
 
     Args:
-        columns: rows of ``down`` (numbers of the latent) that this rank caches, ascending.
+        columns: rows of ``down`` (elements of the latent) that this rank caches, ascending.
         kv_heads: its KV heads; as many in each of its K groups.
-        k_spans: spans of its K groups in its own latent of ``len(columns)`` numbers.
+        k_spans: spans of its K groups in its own latent of ``len(columns)`` elements.
         v_spans: spans of its V groups, likewise.
     """
 

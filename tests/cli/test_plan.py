@@ -89,7 +89,7 @@ def test_ranks_share_heads(tiny, capsys):
         (["--memory", "10 parsecs"], "expected bytes such as 80GiB or 512MiB, found '10 parsecs'"),
         (["--memory", "1GiB", "--compression", "1"], r"expected a fraction in \[0, 1\), found 1.0"),
         (["--memory", "1GiB", "--block-size", "0"], "--block-size 0: expected at least 1"),
-        (["--memory", "1GiB", "--compression", "0.99"], "leaves 0 cached numbers"),
+        (["--memory", "1GiB", "--compression", "0.99"], "leaves 0 cached elements"),
     ],
 )
 def test_bad_input(tiny, fails, arguments, message):

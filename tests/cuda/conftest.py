@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from recalkv_vllm.ops import cuda, cuda_attention
-from recalkv_vllm.ops.cuda_plan import Limits
+from recalkv_vllm.ops import workspace
+from recalkv_vllm.ops.cuda import attention, extension
+from recalkv_vllm.ops.cuda.shapes import Limits
 from tests.cuda import emulation
 
-ON_GPU = torch.cuda.is_available() and cuda.load_error is None
+ON_GPU = torch.cuda.is_available() and extension.load_error is None
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +41,9 @@ def configure(
 
     if not ON_GPU:
         monkeypatch.setattr(
-            cuda_attention, "device_limits", lambda device: Limits(6, 227 << 10, 228 << 10)
+            attention, "device_limits", lambda device: Limits(6, 227 << 10, 228 << 10)
         )
-    monkeypatch.setattr(cuda_attention, "reserve_workspace", poisoned_workspace)
+    monkeypatch.setattr(workspace, "reserve_workspace", poisoned_workspace)
     monkeypatch.setenv("RECALKV_KERNEL", "cuda")
     emulator(0, 0)
     return emulator
@@ -53,10 +54,10 @@ def multiprocessors(
     configure: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> Callable[[int], None]:
     """``multiprocessors(n)`` makes plans for a device with ``n`` of them."""
-    limits = cuda_attention.device_limits(torch.device(device))
+    limits = attention.device_limits(torch.device(device))
 
     def set_count(count: int) -> None:
         changed = Limits(count, limits.shared_bytes, limits.shared_bytes_per_multiprocessor)
-        monkeypatch.setattr(cuda_attention, "device_limits", lambda device: changed)
+        monkeypatch.setattr(attention, "device_limits", lambda device: changed)
 
     return set_count

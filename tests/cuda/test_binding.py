@@ -9,27 +9,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recalkv_vllm.kernels.bound import PagedLatentAttention
 from recalkv_vllm.latent_format import LatentFormat
-from recalkv_vllm.ops import cuda, cuda_attention, triton
-from recalkv_vllm.ops.cuda_attention import CudaAttention
-from recalkv_vllm.ops.cuda_plan import Limits
-from recalkv_vllm.ops.dispatch import KernelUnavailableError
-from recalkv_vllm.ops.layer import BatchHints
+from recalkv_vllm.ops import BatchLimits, KernelUnavailableError, cuda
+from recalkv_vllm.ops.cuda import CudaLayer, attention, extension
+from recalkv_vllm.ops.cuda.shapes import Limits
+from recalkv_vllm.ops.triton.attention import TritonAttention, TritonLayer
 from tests.ops.cases import AttentionCase, build, spanned
 from tests.ops.checks import assert_matches_oracle
 
 Configure = Callable[[int, int], None]
 #: Not bfloat16: Triton's interpreter multiplies its bits as integers, up to Triton 3.9 at least.
 DTYPE = torch.float16
-DEVICE = "cuda" if torch.cuda.is_available() and cuda.load_error is None else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and extension.load_error is None else "cpu"
 BATCH = ((1, 45), (2, 50), (1, 1), (20, 70), (9, 9))
 CASE = spanned("mixed-sorted", (4, 2, 64), 1, 32, 2, 32, batch=BATCH)
 
 
-def bind(case: AttentionCase, **changes: object) -> CudaAttention | PagedLatentAttention:
+def bind(case: AttentionCase, **changes: object) -> CudaLayer | TritonLayer:
     inputs = build(case, DTYPE, DEVICE)
-    return cuda.bind_paged_latent_attention(replace(inputs.layer, **changes))
+    return cuda.bind(replace(inputs.layer, **changes))
 
 
 #: A GPU without the extension: CUDA C++ is emulated on the CPU, where compiled Triton cannot run.
@@ -43,7 +41,7 @@ def calls(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that run, both kinds free to."""
     monkeypatch.delenv("RECALKV_KERNEL")
     made: list[str] = []
-    decode, prefill = cuda_attention.DecodeAttention.run, PagedLatentAttention.launches
+    decode, prefill = attention.DecodeAttention.run, TritonAttention.launches
 
     def run(self, *arguments, **keywords):
         made.append("cuda")
@@ -53,8 +51,8 @@ def calls(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append("triton")
         return prefill(self, *arguments, **keywords)
 
-    monkeypatch.setattr(cuda_attention.DecodeAttention, "run", run)
-    monkeypatch.setattr(PagedLatentAttention, "launches", launches)
+    monkeypatch.setattr(attention.DecodeAttention, "run", run)
+    monkeypatch.setattr(TritonAttention, "launches", launches)
     return made
 
 
@@ -68,7 +66,7 @@ def calls(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
 )
 def test_mixed_batch(hints: dict[str, int], expected: list[str], calls: list[str]) -> None:
-    result = bind(CASE)(**build(CASE, DTYPE, DEVICE).call, hints=BatchHints(**hints))
+    result = bind(CASE).attend(*build(CASE, DTYPE, DEVICE).change(**hints).call)
     assert calls == expected
     assert_matches_oracle(result, CASE, DTYPE)
 
@@ -76,34 +74,35 @@ def test_mixed_batch(hints: dict[str, int], expected: list[str], calls: list[str
 @needs_triton
 def test_prefill_without_hints_is_tritons(calls: list[str]) -> None:
     case = spanned("prefill-only", (4, 2, 64), 1, 32, 2, 32, batch=((33, 33), (2, 20)))
-    result = bind(case)(**build(case, DTYPE, DEVICE).call)
+    result = bind(case).attend(*build(case, DTYPE, DEVICE).call)
     assert calls == ["triton"]
     assert_matches_oracle(result, case, DTYPE)
 
 
 def test_empty_batch(configure: Configure) -> None:
-    inputs = build(CASE, DTYPE, DEVICE).call
-    inputs |= {"q": inputs["q"][:0], "block_table": inputs["block_table"][:0]}
-    inputs |= {
-        "seq_lens": inputs["seq_lens"][:0],
-        "query_start_loc": torch.zeros(1, device=DEVICE).int(),
-    }
-    o_lat, lse = bind(CASE)(**inputs)
+    inputs = build(CASE, DTYPE, DEVICE)
+    inputs = inputs.change(
+        q=inputs.q[:0],
+        block_table=inputs.batch.block_table[:0],
+        seq_lens=inputs.batch.seq_lens[:0],
+        query_start_loc=torch.zeros(1, device=DEVICE).int(),
+    )
+    o_lat, lse = bind(CASE).attend(*inputs.call)
     assert o_lat.shape == (0, 4, 32)
     assert lse.shape == (0, 4)
 
 
 def test_misaligned_cache_is_refused(configure: Configure) -> None:
-    inputs = build(CASE, DTYPE, DEVICE).call
-    blocks, size, rank = inputs["kv_cache"].shape
+    inputs = build(CASE, DTYPE, DEVICE)
+    blocks, size, rank = inputs.kv_cache.shape
     storage = torch.zeros(blocks, size, rank + 4, dtype=DTYPE, device=DEVICE)
-    attention = bind(CASE)
+    layer = bind(CASE)
     for view in (
         storage[..., :rank],
         storage.view(-1)[4:][: blocks * size * rank].view(blocks, size, rank),
     ):
         with pytest.raises(ValueError, match="kv_cache: expected 16-byte aligned rows, found"):
-            attention(**inputs | {"kv_cache": view})
+            layer.attend(inputs.q, view, inputs.batch)
 
 
 def random_table() -> torch.Tensor:
@@ -118,48 +117,46 @@ def test_table_of_no_rotations(
         bind(CASE, cos_sin_cache=random_table())
     monkeypatch.delenv("RECALKV_KERNEL")
     with caplog.at_level(logging.WARNING, "recalkv_vllm.ops"):
-        assert isinstance(bind(CASE, cos_sin_cache=random_table()), PagedLatentAttention)
+        assert isinstance(bind(CASE, cos_sin_cache=random_table()), TritonLayer)
     assert "cos_sin_cache: expected angles proportional to the position" in caplog.text
 
 
-def test_quantised_latents(
+def test_quantized_latents(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    form = LatentFormat("int8")
+    int8 = LatentFormat("int8")
     with pytest.raises(KernelUnavailableError, match=r"latent_format: .* int8"):
-        bind(CASE, latent_format=form)
+        bind(CASE, latent_format=int8)
     monkeypatch.delenv("RECALKV_KERNEL")
     with caplog.at_level(logging.WARNING, "recalkv_vllm.ops"):
-        assert isinstance(bind(CASE, latent_format=form), PagedLatentAttention)
+        assert isinstance(bind(CASE, latent_format=int8), TritonLayer)
     assert "latent_format: expected None, found int8" in caplog.text
 
 
 def test_spans_that_fit_no_plan(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_attention, "device_limits", lambda device: Limits(6, 8 << 10, 8 << 10))
+    monkeypatch.setattr(attention, "device_limits", lambda device: Limits(6, 8 << 10, 8 << 10))
     with pytest.raises(KernelUnavailableError, match="k_spans, v_spans: expected widths that fit"):
         bind(CASE)
 
 
 def test_kernel_and_plan_must_agree(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layout that differs between Python and C++ never reaches the device."""
-    attention = bind(CASE)
-    for tiles, (plan, columns) in attention.decode.plans.items():
-        object.__setattr__(plan, "shared_bytes", plan.shared_bytes + 16)
-        attention.decode.plans[tiles] = plan, columns
-    try:
-        with pytest.raises(RuntimeError, match="shared_bytes: does not agree"):
-            attention(**build(CASE, DTYPE, DEVICE).call)
-    finally:
-        cuda_attention.plan.cache_clear()
+    layer = bind(CASE)
+    for tiles, (plan, columns) in layer.decode.plans.items():
+        changed = replace(plan, shared_bytes=plan.shared_bytes + 16)
+        layer.decode.plans[tiles] = changed, columns
+    with pytest.raises(RuntimeError, match="shared_bytes: does not agree"):
+        layer.attend(*build(CASE, DTYPE, DEVICE).call)
 
 
 def test_workspace_covers_every_batch(configure: Configure) -> None:
-    attention = bind(CASE)
-    reserved = attention.decode.workspace_bytes(4, 8, 4, 2048)
+    layer = bind(CASE)
+    limits = BatchLimits(num_heads=4, num_seqs=8, decode_query_len=4, seq_len=2048)
+    reserved = layer.decode.workspace_bytes(limits)
     used = []
     for seqs in range(1, 9):
         for queries in range(1, 5):
-            splits = attention.decode._plan(seqs * queries, seqs, 4, 2048)[2]
+            splits = layer.decode._plan(seqs * queries, seqs, 4, 2048)[2]
             used.append(4 * splits * seqs * queries * 4 * 33 if splits > 1 else 0)
     assert max(used) == reserved > 0
 
@@ -172,7 +169,7 @@ def test_reasons() -> None:
 
 
 def test_reason_names_expected_and_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "load_error", None)
+    monkeypatch.setattr(extension, "load_error", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     device = torch.device("cuda")
     assert cuda.unsupported_reason(device, DTYPE, 128) is None
@@ -184,4 +181,4 @@ def test_reason_names_expected_and_found(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "found cpu" in str(cuda.unsupported_reason(torch.device("cpu"), DTYPE, 64))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0 or newer, found 7.5" in str(cuda.unsupported_reason(device, DTYPE, 64))
-    assert triton.latent_value_up is cuda.latent_value_up
+    assert CudaLayer.value_up is TritonLayer.value_up

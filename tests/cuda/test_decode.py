@@ -10,9 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recalkv_vllm.ops import cuda, cuda_attention, cuda_plan
-from recalkv_vllm.ops.cuda_attention import CudaAttention
-from recalkv_vllm.ops.cuda_plan import HEAD_DIMS, INSTANTIATIONS, STREAMING, Layer, Limits, Plan
+from recalkv_vllm.ops import cuda
+from recalkv_vllm.ops.cuda import CudaLayer, attention, extension
+from recalkv_vllm.ops.cuda import plan as cuda_plan
+from recalkv_vllm.ops.cuda.plan import HEAD_DIMS, INSTANTIATIONS, STREAMING
+from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 from tests.ops.cases import CASES, AttentionCase, build, joint, spanned
 from tests.ops.checks import assert_close_to_oracle, assert_matches_oracle, expected_of
 from tests.ops.strategies import attention_cases
@@ -23,33 +25,32 @@ BF16 = torch.bfloat16
 KINDS = [(rows, v, True) for rows in INSTANTIATIONS for v in INSTANTIATIONS[rows]]
 KINDS.append((*STREAMING, False))
 
-DEVICE = "cuda" if torch.cuda.is_available() and cuda.load_error is None else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and extension.load_error is None else "cpu"
 
 
 def attend(
     case: AttentionCase, dtype: torch.dtype = BF16
-) -> tuple[CudaAttention, tuple[torch.Tensor, torch.Tensor]]:
+) -> tuple[CudaLayer, tuple[torch.Tensor, torch.Tensor]]:
     """Bind and call, into memory that starts as NaN."""
     inputs = build(case, dtype, DEVICE)
-    attention = cuda.bind_paged_latent_attention(inputs.layer)
+    layer = cuda.bind(inputs.layer)
     tokens, heads, _ = inputs.q.shape
-    width = case.v_spans[0][1] - case.v_spans[0][0]
+    width = case.v_spans[0].width
     result = (
         torch.full((tokens, heads, width), torch.nan, device=DEVICE),
         torch.full((tokens, heads), torch.nan, device=DEVICE),
     )
-    longest = inputs.block_table.shape[1] * case.block_size
-    attention.decode.run(**inputs.call, o_lat=result[0], lse=result[1], max_seq_len=longest)
-    return attention, result
+    layer.decode.run(*inputs.call, *result)
+    return layer, result
 
 
-def check(case: AttentionCase, dtype: torch.dtype = BF16) -> CudaAttention:
-    attention, result = attend(case, dtype)
+def check(case: AttentionCase, dtype: torch.dtype = BF16) -> CudaLayer:
+    layer, result = attend(case, dtype)
     assert_matches_oracle(result, case, dtype)
-    return attention
+    return layer
 
 
-def narrow(layer: Layer, limits: Limits, column_tiles: int) -> Plan | None:
+def narrow(layer: LayerShape, limits: Limits, column_tiles: int) -> Plan | None:
     """The plan with the fewest warps and the shortest ring: many tiles for each warp."""
     plans = [
         plan
@@ -74,7 +75,7 @@ def test_matrix_with_early_copies_on_one_multiprocessor(
 ) -> None:
     configure(1, 1)
     multiprocessors(1)
-    monkeypatch.setattr(cuda_attention, "plan", narrow)
+    monkeypatch.setattr(attention, "plan", narrow)
     check(case)
 
 
@@ -100,14 +101,13 @@ def test_long_streams_of_tiles(
 ) -> None:
     """Rings go round many times, and the result does not depend on who comes first."""
 
-    def chosen(layer: Layer, limits: Limits, column_tiles: int) -> Plan | None:
+    def chosen(layer: LayerShape, limits: Limits, column_tiles: int) -> Plan | None:
         plan = cuda_plan.plan(layer, limits, column_tiles)
-        width, resident = plan.tile_width, plan.resident
-        shape = (column_tiles, plan.v_tiles, plan.heads, min(teams, plan.teams), stages)
-        needed = cuda_plan.shared_bytes(layer, (*shape, width, resident))
-        return Plan(*shape, width, resident, needed, plan.blocks, 1)
+        changed = replace(plan, teams=min(teams, plan.teams), stages=stages)
+        needed = cuda_plan.shared_bytes(layer, changed)
+        return replace(changed, shared_bytes=needed, blocks_per_multiprocessor=1)
 
-    monkeypatch.setattr(cuda_attention, "plan", chosen)
+    monkeypatch.setattr(attention, "plan", chosen)
     multiprocessors(1)
     configure(0, early)
     case = LONG[name]
@@ -133,10 +133,10 @@ def test_every_instantiation(
         f"{kind}", (6, 2, head_dim), 2, 48, 1, v_width, overlap=16, batch=batch, key_bias=True
     )
 
-    def chosen(layer: Layer, limits: Limits, _: int) -> Plan:
+    def chosen(layer: LayerShape, limits: Limits, _: int) -> Plan:
         return next(cuda_plan.candidates(layer, limits, column_tiles, v_tiles, resident))
 
-    monkeypatch.setattr(cuda_attention, "plan", chosen)
+    monkeypatch.setattr(attention, "plan", chosen)
     for dtype in (BF16, torch.float16):
         check(case, dtype)
 
@@ -146,7 +146,7 @@ def test_any_number_of_splits(
     count: int, multiprocessors: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     multiprocessors(count)
-    monkeypatch.setattr(cuda_attention, "plan", narrow)
+    monkeypatch.setattr(attention, "plan", narrow)
     check(replace(LONG["mha"], sliding_window=150, batch=((1, 700), (0, 0), (1, 0), (2, 40))))
 
 
@@ -159,15 +159,14 @@ def test_rotation_table_with_magnitude(positions: int, configure: Configure) -> 
     """YaRN's tables have a constant factor; short tables end within the first tile."""
     case = spanned("yarn", (4, 2, 64), 1, 32, 2, 32, batch=((1, min(positions, 90)), (2, 3)))
     inputs = build(case, BF16, DEVICE)
-    table = 1.37 * inputs.cos_sin_cache[:positions]
-    inputs = replace(inputs, cos_sin_cache=table)
-    got = cuda.bind_paged_latent_attention(inputs.layer)(**inputs.call)
+    inputs = inputs.change(cos_sin_cache=1.37 * inputs.layer.cos_sin_cache[:positions])
+    got = cuda.bind(inputs.layer).attend(*inputs.call)
     assert_close_to_oracle(got, *expected_of(inputs, BF16), rows=len(inputs.q))
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    case=attention_cases(HEAD_DIMS, max_queries=6, quantised=False),
+    case=attention_cases(HEAD_DIMS, max_queries=6, quantized=False),
     seed=st.integers(0, 99),
     early=st.integers(0, 1),
 )

@@ -7,8 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recalkv_vllm.ops import LatentLayer, cuda_layout, cuda_plan
-from recalkv_vllm.ops.cuda_plan import Layer, Limits
+from recalkv_vllm.ops import LatentLayer
+from recalkv_vllm.ops.cuda import layout as cuda_layout
+from recalkv_vllm.ops.cuda import plan as cuda_plan
+from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits
+from recalkv_vllm.span import Span
 
 H100 = Limits(132, 227 << 10, 228 << 10)
 SMALL = Limits(48, 99 << 10, 100 << 10)
@@ -16,10 +19,11 @@ SMALL = Limits(48, 99 << 10, 100 << 10)
 
 def layer_of(
     head_dim: int, group: int, k_spans: list, v_spans: list, bias: bool = False, norm: bool = False
-) -> Layer:
-    k_width = k_spans[0][1] - k_spans[0][0]
+) -> LayerShape:
+    k_width, v_width = (Span(*spans[0]).width for spans in (k_spans, v_spans))
     layer = LatentLayer(
         k_up=torch.empty(len(k_spans), group * head_dim, k_width, device="meta"),
+        v_up=torch.empty(len(k_spans) * group, head_dim, v_width, device="meta"),
         k_spans=k_spans,
         v_spans=v_spans,
         head_dim=head_dim,
@@ -27,19 +31,19 @@ def layer_of(
         k_bias=torch.empty(0) if bias else None,
         k_norm_weight=torch.empty(0) if norm else None,
     )
-    return Layer.of(layer)
+    return LayerShape.of(layer)
 
 
 @st.composite
-def layers(draw: st.DrawFn) -> Layer:
+def layers(draw: st.DrawFn) -> LayerShape:
     """Any spans: they may lie anywhere, overlap, or be equal."""
     group, groups = draw(st.sampled_from((1, 2, 3, 4, 8))), draw(st.integers(1, 4))
     v_groups = draw(st.sampled_from([n for n in range(1, 9) if group * groups % n == 0]))
     k_width, v_width = (16 * draw(st.integers(1, 40)) for _ in range(2))
 
-    def spans(count: int, width: int) -> list[tuple[int, int]]:
+    def spans(count: int, width: int) -> list[Span]:
         starts = draw(st.lists(st.integers(0, 60), min_size=count, max_size=count))
-        return [(16 * start, 16 * start + width) for start in starts]
+        return [Span(16 * start, 16 * start + width) for start in starts]
 
     head_dim = draw(st.sampled_from(cuda_plan.HEAD_DIMS))
     flags = (draw(st.booleans()), draw(st.booleans()))
@@ -48,7 +52,7 @@ def layers(draw: st.DrawFn) -> Layer:
 
 @given(layer=layers(), limits=st.sampled_from((H100, SMALL)), column_tiles=st.sampled_from((1, 2)))
 def test_plans_fit_and_load_every_column_once(
-    layer: Layer, limits: Limits, column_tiles: int
+    layer: LayerShape, limits: Limits, column_tiles: int
 ) -> None:
     plan = cuda_plan.plan(layer, limits, column_tiles)
     if plan is None:
@@ -73,9 +77,9 @@ def test_plans_fit_and_load_every_column_once(
             k_span = layer.k_spans[first]
             assert columns(k_offset, layer.k_width) == list(range(*k_span, 8))
             for head in range(plan.heads):
-                start = layer.v_spans[first + head][0]
-                wanted = list(range(start + part[0], start + part[1], 8))
-                assert columns(rest[head], part[1] - part[0]) == wanted
+                start = layer.v_spans[first + head].start
+                wanted = list(range(start + part.start, start + part.end, 8))
+                assert columns(rest[head], part.width) == wanted
 
 
 @pytest.mark.parametrize(

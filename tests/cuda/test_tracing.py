@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recalkv_vllm.ops import cuda
+from recalkv_vllm.ops.cuda import extension
 from tests.ops.cases import build, spanned
 from tests.ops.checks import assert_matches_oracle
 from tests.ops.replay import PADDED, GraphMemory
@@ -15,7 +16,7 @@ from tests.ops.tracing import RecordedCalls, ops_on_tensors
 
 NAMESPACE = "recalkv_cuda"
 DECODE, MERGE = f"{NAMESPACE}::decode", f"{NAMESPACE}::merge"
-DEVICE = "cuda" if torch.cuda.is_available() and cuda.load_error is None else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and extension.load_error is None else "cpu"
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_ops(length: int, names: set[str], configure: Callable[[int, int], None]
     )
     inputs = build(case, torch.bfloat16, DEVICE)
     with RecordedCalls(NAMESPACE) as recorded:
-        cuda.bind_paged_latent_attention(inputs.layer)(**inputs.call)
+        cuda.bind(inputs.layer).attend(*inputs.call)
     recorded.check(*names)
 
 
@@ -40,9 +41,9 @@ def test_replayed_calls_serve_padded_batches(
     name: str, configure: Callable[[int, int], None]
 ) -> None:
     memory = GraphMemory(name, torch.bfloat16, DEVICE)
-    attend = cuda.bind_paged_latent_attention(memory.inputs.layer)
+    layer = cuda.bind(memory.inputs.layer)
     with RecordedCalls(NAMESPACE) as graph:
-        result = attend(**memory.inputs.call, hints=memory.hints)
+        result = layer.attend(*memory.inputs.call)
     memory.show_batch()
     for output in result:
         output.fill_(torch.nan)

@@ -31,8 +31,8 @@ def refused(name: str, *tests: str) -> Feature:
 
 EQUALITY, FEATURES = "e2e/test_token_equality.py", "e2e/test_features.py"
 SERVER, REFUSALS = "e2e/test_server.py", "e2e/test_refusals.py"
-BASES = "e2e/test_quantised_base.py"
-QUANTISED, ALONE = "e2e/test_quantised.py", "e2e/test_factors_only.py"
+BASES, RELOAD = "e2e/test_quantized_base.py", "e2e/test_reload.py"
+QUANTIZED, ALONE = "e2e/test_quantized_latents.py", "e2e/test_factors_only.py"
 PARALLEL, LORA = "e2e/test_distribution.py", "serving/test_lora.py"
 SHARDS, COMPILED = "serving/test_sharding.py", "serving/test_captured_code.py"
 HUB, CONNECTORS = "e2e/test_hub.py", "serving/test_connectors.py"
@@ -123,12 +123,24 @@ TABLE = (
     ),
     works(
         "Base weights and activations quantized by compressed-tensors (int8, fp8)",
-        f"{BASES}::test_quantised_activations_change_no_more_than_in_stock",
+        f"{BASES}::test_quantized_activations_change_no_more_than_in_stock",
     ),
     refused(
         "Other weight formats; weight formats with a quantized KV cache or fused projections",
         "cli/test_bad_input.py::test_quantised_weights_that_are_not_read",
         "cli/test_bad_input.py::test_quantised_weights_that_are_fused",
+    ),
+    works(
+        "`reload_weights` from a checkpoint, or of tensors under the factors' names",
+        f"{RELOAD}::test_the_engine_serves_what_it_reloaded",
+        f"{RELOAD}::test_part_of_the_weights_replaces_that_part",
+    ),
+    refused(
+        "`reload_weights` with key or value projections sent in place of factors, with another "
+        "layout, or while CUDA graphs hold attention",
+        f"{RELOAD}::test_projections_sent_in_place_of_factors_are_refused",
+        f"{RELOAD}::test_a_checkpoint_of_other_ranks_is_refused",
+        "serving/test_reload.py::test_graphs_that_hold_old_factors_are_refused",
     ),
     works("LoRA on modules other than k and v", f"{FEATURES}::test_lora_on_other_modules"),
     refused(
@@ -146,15 +158,15 @@ TABLE = (
     ),
     refused("Other KV connectors; offloading on a CPU", OPTION, f"{CONNECTORS}::test_refused"),
     refused("Sleep mode", f"{STARTUP}::test_refused"),
-    works("Latents quantized to int8, int4 or fp8", f"{QUANTISED}::test_chunked_prefill"),
+    works("Latents quantized to int8, int4 or fp8", f"{QUANTIZED}::test_chunked_prefill"),
     works(
         "`--kv-cache-dtype fp8` and `fp8_e4m3` for unquantized latents",
-        f"{QUANTISED}::test_capacity",
+        f"{QUANTIZED}::test_capacity",
     ),
     refused(
         "Any `--kv-cache-dtype` other than `auto` or the model's dtype",
         OPTION,
-        f"{QUANTISED}::test_format_of_the_checkpoint_stays",
+        f"{QUANTIZED}::test_format_of_the_checkpoint_stays",
     ),
     refused("Another `--attention-backend` on a compressed checkpoint", OPTION),
     refused(
@@ -196,6 +208,16 @@ are refused.
 `/metrics` has `recalkv_info` (labels `model_name`, `method`, `compression`, `latent_dtype`,
 `version`) and `recalkv_kv_cache_bytes_per_token` (labels `model_name` and `cache`: `dense` or
 `compressed`), besides all of vLLM's own.
+
+## Reloading weights
+
+`reload_weights` reads a checkpoint's base weights and factors again, from the engine's directory or
+from `weights_path`. The new checkpoint must have the same ranks, spans and latent format. Tensors
+that a trainer sends have the names in the checkpoint's files, with `layers.N.down`, `layers.N.k_up`
+and `layers.N.v_up` of `recalkv.safetensors` in place of key and value projections; those are
+refused, and so are factors in kernel format. On a GPU, start the engine with
+`--compilation-config '{{"cudagraph_mode": "PIECEWISE"}}'`: full CUDA graphs keep the factors that
+kernels packed. Reset the prefix cache afterwards, as for any model.
 
 ## Memory under tensor parallelism
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
-from recalkv_vllm.serving.startup import ServingError
+from recalkv_vllm.serving.startup.errors import ServingError
 from tests.e2e.conftest import run_engines
 
 

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 from vllm.engine.arg_utils import EngineArgs
 
-from recalkv_vllm.serving.startup import ServingError
+from recalkv_vllm.serving.startup.errors import ServingError
 from tests.e2e.conftest import BIN, run_engines
 from tests.e2e.hub import Hub
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
 from recalkv_vllm.checkpoint import FACTORS_FILE
-from recalkv_vllm.serving.startup import ServingError
+from recalkv_vllm.serving.startup.errors import ServingError
 from tests.e2e.conftest import BIN
 
 RECALKV = {"attention_backend": "recalkv"}

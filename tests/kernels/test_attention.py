@@ -13,10 +13,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recalkv_vllm.kernels import bound, heuristics, launch
-from recalkv_vllm.kernels.bound import PagedLatentAttention, Part
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.ops import Batch, BatchLimits, workspace
 from recalkv_vllm.ops import triton as ops
-from recalkv_vllm.ops.layer import BatchHints
+from recalkv_vllm.ops.triton import TritonLayer
+from recalkv_vllm.ops.triton.attention import TritonAttention
+from recalkv_vllm.ops.triton.launch import Launch
+from recalkv_vllm.ops.triton.plan import Part
 from tests.ops.cases import (
     CASES,
     MIXED,
@@ -48,19 +51,19 @@ def inputs_of(case: AttentionCase, dtype: torch.dtype) -> AttentionInputs:
     return build(case, dtype, DEVICE)
 
 
-def bind(inputs: AttentionInputs) -> PagedLatentAttention:
-    return ops.bind_paged_latent_attention(inputs.layer)
+def bind(inputs: AttentionInputs) -> TritonLayer:
+    return ops.bind(inputs.layer)
 
 
 def check(case: AttentionCase, dtype: torch.dtype = torch.float32, **hints: int) -> None:
-    inputs = inputs_of(case, dtype)
-    assert_matches_oracle(bind(inputs)(**inputs.call, hints=BatchHints(**hints)), case, dtype)
+    inputs = inputs_of(case, dtype).change(**hints)
+    assert_matches_oracle(bind(inputs).attend(*inputs.call), case, dtype)
 
 
 def change_config(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
     chosen = heuristics.attention_config
     monkeypatch.setattr(
-        bound.heuristics,
+        heuristics,
         "attention_config",
         lambda *arguments: replace(chosen(*arguments), **changes),
     )
@@ -125,17 +128,18 @@ def test_nan_in_the_cache_reaches_the_output() -> None:
     """A model's own NaN must not be turned into a plausible number."""
     case = spanned("nan", (4, 2, 64), 1, 32, 2, 32, batch=((1, 200),))
     inputs = build(case, torch.float32, DEVICE)
-    inputs.kv_cache[inputs.block_table[0, 0], 3] = torch.nan
-    o_lat, lse = bind(inputs)(**inputs.call)
+    inputs.kv_cache[inputs.batch.block_table[0, 0], 3] = torch.nan
+    o_lat, lse = bind(inputs).attend(*inputs.call)
     assert o_lat.isnan().all()
     assert lse.isnan().all()
 
 
 def test_no_sequences() -> None:
     inputs = build(BY_NAME["mixed"], torch.float32, DEVICE)
-    nothing = {"q": inputs.q[:0], "block_table": inputs.block_table[:0]}
-    nothing |= {"seq_lens": inputs.seq_lens[:0], "query_start_loc": inputs.query_start_loc[:1]}
-    o_lat, lse = bind(inputs)(**inputs.call | nothing)
+    batch = inputs.batch
+    nothing = {"q": inputs.q[:0], "block_table": batch.block_table[:0]}
+    nothing |= {"seq_lens": batch.seq_lens[:0], "query_start_loc": batch.query_start_loc[:1]}
+    o_lat, lse = bind(inputs).attend(*inputs.change(**nothing).call)
     assert o_lat.shape == (0, 4, 32)
     assert lse.shape == (0, 4)
 
@@ -156,18 +160,18 @@ def test_launches_read_nothing_from_the_device(
 ) -> None:
     """A call is what a CUDA graph captures: same launches whatever the tensors hold."""
     case = spanned("graph", (4, 2, 64), 1, 32, 2, 32, batch=((1, 30), (1, 60), (9, 20)))
-    inputs = build(case, torch.float32, DEVICE)
-    attend = bind(inputs)
+    hints = {"num_decodes": 2, "num_decode_tokens": 2, "max_seq_len": 500} if hinted else {}
+    inputs = build(case, torch.float32, DEVICE).change(**hints)
+    layer = bind(inputs)
     recorded: list[tuple] = []
     monkeypatch.setattr(
-        launch.Launch, "run", lambda self: recorded.append((self.kernel.__name__, self.grid))
+        Launch, "run", lambda self: recorded.append((self.kernel.__name__, self.grid))
     )
-    hints = {"num_decodes": 2, "num_decode_tokens": 2, "max_seq_len": 500} if hinted else {}
     with NoDeviceReads():
-        attend(**inputs.call, hints=BatchHints(**hints))
+        layer.attend(*inputs.call)
         first = recorded.copy()
-        inputs.seq_lens.fill_(9)
-        attend(**inputs.call, hints=BatchHints(**hints))
+        inputs.batch.seq_lens.fill_(9)
+        layer.attend(*inputs.call)
     assert recorded == first * 2
     assert first
 
@@ -179,9 +183,9 @@ def test_replayed_launches_serve_padded_batches(
 ) -> None:
     monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
     memory = GraphMemory(name, torch.float32, DEVICE)
-    run, graph = launch.Launch.run, []
-    monkeypatch.setattr(launch.Launch, "run", lambda self: (graph.append(self), run(self)))
-    result = bind(memory.inputs)(**memory.inputs.call, hints=memory.hints)
+    run, graph = Launch.run, []
+    monkeypatch.setattr(Launch, "run", lambda self: (graph.append(self), run(self)))
+    result = bind(memory.inputs).attend(*memory.inputs.call)
     captured = tuple(graph)
     memory.show_batch()
     for output in result:
@@ -195,25 +199,26 @@ def test_replayed_launches_serve_padded_batches(
 @pytest.mark.parametrize("bounded", [True, False], ids=["decode", "prefill"])
 def test_workspace_covers_every_batch(bounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = inputs_of(BY_NAME["decode-lengths"], torch.float32)
-    attend = bind(inputs)
-    attend.target = heuristics.Target(90, 132)
+    attention = TritonAttention(inputs.layer, heuristics.Target(90, 132))
     asked: list[int] = []
 
     def reserve(device: torch.device, nbytes: int) -> torch.Tensor:
         asked.append(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
-    monkeypatch.setattr(bound, "reserve_workspace", reserve)
+    monkeypatch.setattr(workspace, "reserve_workspace", reserve)
     for count in (*range(1, 40), 1000):
         part = Part(3, count, range(5, 5 + 2 * count), 2, bounded)
         q = torch.zeros(5 + 2 * count, 4, 64, device=DEVICE)
         index = torch.zeros(count + 4, dtype=torch.int32, device=DEVICE)
         table = torch.zeros(count + 3, 50, dtype=torch.int32, device=DEVICE)
         out = torch.zeros(len(q), 4, 32, device=DEVICE)
-        tensors = (q, inputs.kv_cache, table, index[1:], index, out, out[:, :, 0].contiguous())
-        list(attend.launches(part, *tensors, max_seq_len=100_000))
+        batch = Batch(table, index[1:], index, max_seq_len=100_000)
+        lse = out[:, :, 0].contiguous()
+        list(attention.launches(part, q, inputs.kv_cache, batch, out, lse))
     assert len(asked) > 20
-    assert max(asked) <= attend.workspace_bytes(4, 1000, 2, 100_000)
+    limits = BatchLimits(num_heads=4, num_seqs=1000, decode_query_len=2, seq_len=100_000)
+    assert max(asked) <= attention.planner.workspace_bytes(limits)
 
 
 @pytest.mark.parametrize(
@@ -235,15 +240,14 @@ def test_unsupported_reason(
 def test_mixed_matches_itself_row_by_row() -> None:
     """A sequence's result does not depend on its neighbours in the batch."""
     inputs = inputs_of(BY_NAME["mixed"], torch.float32)
-    attend = bind(inputs)
-    whole, _ = attend(**inputs.call)
-    start, end = inputs.query_start_loc[4:6].tolist()
-    alone, _ = attend(
-        inputs.q[start:end],
-        inputs.kv_cache,
-        inputs.block_table[4:5],
-        inputs.seq_lens[4:5],
-        torch.tensor([0, end - start], dtype=torch.int32, device=DEVICE),
+    layer, batch = bind(inputs), inputs.batch
+    whole, _ = layer.attend(*inputs.call)
+    start, end = batch.query_start_loc[4:6].tolist()
+    one = Batch(
+        block_table=batch.block_table[4:5],
+        seq_lens=batch.seq_lens[4:5],
+        query_start_loc=torch.tensor([0, end - start], dtype=torch.int32, device=DEVICE),
     )
+    alone, _ = layer.attend(inputs.q[start:end], inputs.kv_cache, one)
     assert MIXED[4][0] == end - start
     torch.testing.assert_close(alone, whole[start:end], rtol=1e-5, atol=1e-5)

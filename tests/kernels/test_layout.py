@@ -9,8 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recalkv_vllm.kernels import heuristics, layout
+from recalkv_vllm.kernels import columns as cut
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.splits import MAX_SPLITS
 from recalkv_vllm.ops.reference import apply_rope
+from recalkv_vllm.ops.rotary import pair_order
+from recalkv_vllm.ops.triton import layout
+from recalkv_vllm.span import Span
 from tests.ops.cases import rope_table
 
 units = st.integers(0, 20).map(lambda n: 16 * n)
@@ -18,7 +23,7 @@ units = st.integers(0, 20).map(lambda n: 16 * n)
 
 @given(start=units, width=units)
 def test_chunks_tile_their_span(start: int, width: int) -> None:
-    chunks = layout.power_of_2_chunks(start, start + width)
+    chunks = cut.power_of_2_chunks(start, start + width)
     covered = [column for offset, size in chunks for column in range(offset, offset + size)]
     assert covered == list(range(start, start + width))
     assert all(16 <= size <= 128 and size & (size - 1) == 0 for _, size in chunks)
@@ -36,8 +41,9 @@ def test_columns_cover_both_spans_and_share_only_what_coincides(
     if alike:
         shift = starts[0][0] - starts[0][1]
         starts = [(v + shift, v) for _, v in starts if v + shift >= 0] or starts[:1]
-    k_starts, v_starts = zip(*starts, strict=True)
-    columns = layout.plan_columns(k_starts, v_starts, k_width, v_width, v_width)
+    k_spans = tuple(Span(k, k + k_width) for k, _ in starts)
+    v_spans = tuple(Span(v, v + v_width) for _, v in starts)
+    columns = cut.plan_columns(k_spans, v_spans, v_width)
     for chunks, width in ((columns.k, k_width), (columns.v, v_width)):
         covered = sorted(c for offset, size, *_ in chunks for c in range(offset, offset + size))
         assert covered == list(range(width))
@@ -54,10 +60,10 @@ def test_columns_cover_both_spans_and_share_only_what_coincides(
 
 @pytest.mark.parametrize("is_neox", [True, False])
 @pytest.mark.parametrize(("head_dim", "rot_dim"), [(64, 64), (80, 20), (96, 0), (112, 112)])
-def test_paired_columns_turn_rope_into_rotations_of_neighbours(
+def test_pair_order_turns_rope_into_rotations_of_neighbours(
     head_dim: int, rot_dim: int, is_neox: bool
 ) -> None:
-    order = layout.paired_columns(head_dim, rot_dim, is_neox)
+    order = pair_order(head_dim, rot_dim, is_neox)
     assert sorted(order.tolist()) == list(range(head_dim))
     x, table = torch.randn(5, 1, head_dim), rope_table(rot_dim, torch.float32)
     positions = torch.arange(5)
@@ -132,7 +138,21 @@ def test_every_shape_has_launch_parameters_that_fit(
 
 
 def test_no_launch_parameters() -> None:
-    shape = heuristics.AttentionShape(128, 1, 1, 1, 64, 64, 64, 2, 0, True, True, False, False)
+    shape = heuristics.AttentionShape(
+        queries_per_kv=128,
+        num_kv_heads=1,
+        k_group_size=1,
+        heads_per_v=1,
+        dim=64,
+        k_width=64,
+        v_width=64,
+        itemsize=2,
+        shared_columns=0,
+        local_rope=True,
+        rope=True,
+        key_bias=False,
+        key_norm=False,
+    )
     with pytest.raises(ValueError, match="no launch parameters for sm_90 fit"):
         heuristics.attention_config(shape, heuristics.Target(90, 132), 1)
     few = replace(shape, queries_per_kv=64)
@@ -143,7 +163,7 @@ def test_no_launch_parameters() -> None:
 def test_splits_are_bounded_and_fill_the_device(programs: int, tiles: int) -> None:
     target = heuristics.Target(90, 132)
     splits = heuristics.split_count(programs, tiles, target)
-    assert 1 <= splits <= min(heuristics.MAX_SPLITS, tiles)
+    assert 1 <= splits <= min(MAX_SPLITS, tiles)
     assert splits == 1 or programs * splits <= heuristics.most_programs(target)
     if programs == 1 and tiles >= 1000:
-        assert splits > heuristics.MAX_SPLITS - 4
+        assert splits > MAX_SPLITS - 4

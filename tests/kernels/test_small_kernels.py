@@ -8,7 +8,7 @@ import torch
 from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops import reference
 from recalkv_vllm.ops import triton as ops
-from tests.ops.cases import AttentionCase, paged_cache
+from tests.ops.cases import AttentionCase, caching_layer, paged_cache, value_layer
 from tests.ops.checks import assert_within
 from tests.ops.rounding import allowed_value_up_error
 
@@ -24,7 +24,7 @@ def test_writes_its_slots_and_nothing_else(rank: int, dtype: torch.dtype, layout
     z = torch.randn(42, rank + 16).to(DEVICE, dtype)[:, :rank]  # two rows more than slots
     slots = torch.randperm(6 * 16, device=DEVICE)[:40]
     slots[::7] = -1
-    ops.latent_cache_update(z, caches[0], slots)
+    ops.bind(caching_layer(device=DEVICE)).update_cache(z, caches[0], slots)
     reference.latent_cache_update(z, caches[1], slots)
     torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
     assert int((~caches[0].isnan()).all(-1).sum()) == int((slots >= 0).sum())
@@ -33,9 +33,11 @@ def test_writes_its_slots_and_nothing_else(rank: int, dtype: torch.dtype, layout
 @pytest.mark.parametrize("group_size", [0, 16, 64])
 @pytest.mark.parametrize("latent_dtype", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_quantises_bit_for_bit(dtype: torch.dtype, latent_dtype: str, group_size: int) -> None:
-    form = LatentFormat(latent_dtype, group_size)
-    case = AttentionCase("update", rank=336, block_size=16, cache="blocks", latent_format=form)
+def test_quantizes_bit_for_bit(dtype: torch.dtype, latent_dtype: str, group_size: int) -> None:
+    latent_format = LatentFormat(latent_dtype, group_size)
+    case = AttentionCase(
+        "update", rank=336, block_size=16, cache="blocks", latent_format=latent_format
+    )
     caches = [paged_cache(case, 6, dtype, DEVICE) for _ in range(2)]
     z = torch.randn(42, 336 + 16).to(DEVICE, dtype)[:, :336]
     z[:10] *= 2.0 ** torch.arange(-15, 15, 3, device=DEVICE).unsqueeze(1)
@@ -44,16 +46,16 @@ def test_quantises_bit_for_bit(dtype: torch.dtype, latent_dtype: str, group_size
     z[16:24] = z[16:24].round()  # on the edges between codes
     slots = torch.randperm(6 * 16, device=DEVICE)[:40]
     slots[::7] = -1
-    ops.latent_cache_update(z, caches[0], slots, form)
-    reference.latent_cache_update(z, caches[1], slots, form)
+    ops.bind(caching_layer(latent_format, DEVICE)).update_cache(z, caches[0], slots)
+    reference.latent_cache_update(z, caches[1], slots, latent_format)
     assert torch.equal(*caches)
 
 
 def test_no_slots() -> None:
     cache = torch.zeros(2, 16, 32, device=DEVICE)
-    ops.latent_cache_update(
-        torch.ones(0, 32, device=DEVICE), cache, torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    )
+    slots = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    layer = ops.bind(caching_layer(device=DEVICE))
+    layer.update_cache(torch.ones(0, 32, device=DEVICE), cache, slots)
     assert not cache.any()
 
 
@@ -70,7 +72,7 @@ def test_value_up(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> Non
     oracle = reference.latent_value_up(
         o_lat, v_up, v_bias, out_dtype=torch.float64, compute_dtype=torch.float64
     )
-    result = ops.latent_value_up(o_lat, v_up, v_bias)
+    result = ops.bind(value_layer(v_up, v_bias)).value_up(o_lat)
     assert result.dtype == dtype
     assert result.shape == (tokens, heads, head_dim)
     assert_within(result, oracle, allowed_value_up_error(o_lat, v_up, v_bias), "value up")
@@ -80,14 +82,13 @@ def test_value_up_of_a_view_into_another_dtype() -> None:
     wide = torch.full((5, 6, 80), torch.nan, device=DEVICE)
     wide[:, 1:5, 16:48] = torch.randn(5, 4, 32, device=DEVICE)
     v_up = torch.randn(2, 32, 64, dtype=torch.bfloat16, device=DEVICE)[..., :32]
-    out = ops.latent_value_up(wide[:, 1:5, 16:48], v_up, out_dtype=torch.float32)
+    out = ops.bind(value_layer(v_up)).value_up(wide[:, 1:5, 16:48], torch.float32)
     expected = reference.latent_value_up(wide[:, 1:5, 16:48], v_up, out_dtype=torch.float32)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=5e-2)
 
 
 def test_value_up_of_no_tokens() -> None:
-    empty = ops.latent_value_up(
-        torch.randn(0, 4, 16, device=DEVICE), torch.randn(2, 32, 16, device=DEVICE)
-    )
+    layer = ops.bind(value_layer(torch.randn(2, 32, 16, device=DEVICE)))
+    empty = layer.value_up(torch.randn(0, 4, 16, device=DEVICE))
     assert empty.shape == (0, 4, 32)

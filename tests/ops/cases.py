@@ -13,16 +13,16 @@ from typing import Any, Literal
 import torch
 
 from recalkv_vllm.latent_format import BITS, LatentFormat
-from recalkv_vllm.ops import LatentLayer, reference
+from recalkv_vllm.ops import Batch, LatentLayer, bind, reference
+from recalkv_vllm.span import Span
 
-Span = tuple[int, int]
 BLOCK = 16
 MAX_POSITION = 1024
 
 
 def split_spans(groups: int, width: int, start: int = 0) -> tuple[Span, ...]:
     """``groups`` disjoint spans of ``width`` from ``start`` on."""
-    return tuple((start + g * width, start + (g + 1) * width) for g in range(groups))
+    return tuple(Span(start + g * width, start + (g + 1) * width) for g in range(groups))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class AttentionCase:
         rot_dim: rotated columns of a head; 0 is no RoPE at all.
         cache: ``dense`` is contiguous, ``blocks`` leaves gaps between blocks, ``tokens`` also
             between tokens, as views of a storage that several layers share do.
-        latent_format: how the cache is quantised; ``tokens`` is then not possible.
+        latent_format: how the cache is quantized; ``tokens`` is then not possible.
         padding_rows: rows of ``q`` that belong to no sequence.
     """
 
@@ -79,13 +79,13 @@ def spanned(
     """
     num_kv_heads = heads[1]
     k_spans = split_spans(num_kv_heads // k_group_size, k_width)
-    v_start = k_spans[-1][1] - overlap
+    v_start = k_spans[-1].end - overlap
     v_spans = split_spans(v_groups, v_width, v_start)
     return AttentionCase(
         name,
         *heads,
         k_group_size=k_group_size,
-        rank=max(k_spans[-1][1], v_spans[-1][1]),
+        rank=max(k_spans[-1].end, v_spans[-1].end),
         k_spans=k_spans,
         v_spans=v_spans,
         **rest,
@@ -97,16 +97,16 @@ def joint(
 ) -> AttentionCase:
     """A case whose K group ``g`` and V group ``g`` read the same span."""
     case = spanned(name, heads, k_group_size, width, heads[1] // k_group_size, width, **rest)
-    return replace(case, rank=case.k_spans[-1][1], v_spans=case.k_spans)
+    return replace(case, rank=case.k_spans[-1].end, v_spans=case.k_spans)
 
 
 def quantized(
     cases: Sequence[AttentionCase], dtype: str, group_size: int
 ) -> tuple[AttentionCase, ...]:
-    """The cases on a cache of quantised latents."""
-    form = LatentFormat(dtype, group_size)
+    """The cases on a cache of quantized latents."""
+    latent_format = LatentFormat(dtype, group_size)
     return tuple(
-        replace(case, name=f"{case.name}-{dtype}-{group_size}", latent_format=form)
+        replace(case, name=f"{case.name}-{dtype}-{group_size}", latent_format=latent_format)
         for case in cases
     )
 
@@ -146,13 +146,17 @@ CASES: tuple[AttentionCase, ...] = (
     joint("joint-all-heads", (9, 3, 64), 3, 192, batch=MIXED),
     spanned("overlapping", (4, 2, 64), 2, 96, 1, 112, overlap=64, batch=MIXED),
     AttentionCase(
-        "k-inside-v", rank=96, k_spans=((0, 32), (0, 32)), v_spans=((0, 96),), batch=MIXED
+        "k-inside-v",
+        rank=96,
+        k_spans=(Span(0, 32), Span(0, 32)),
+        v_spans=(Span(0, 96),),
+        batch=MIXED,
     ),
     AttentionCase(
         "unsorted-spans-with-gap",
         rank=160,
-        k_spans=((96, 128), (16, 48)),
-        v_spans=((128, 160), (48, 80)),
+        k_spans=(Span(96, 128), Span(16, 48)),
+        v_spans=(Span(128, 160), Span(48, 80)),
         batch=MIXED,
     ),
     # What models add.
@@ -193,7 +197,7 @@ CASES: tuple[AttentionCase, ...] = (
 )
 
 
-#: Spans at odd multiples of 16, so that they start and end inside groups of 32 and 64 numbers.
+#: Spans at odd multiples of 16, so that they start and end inside groups of 32 and 64 elements.
 ODD_SPANS = (
     spanned("odd-split", (4, 2, 64), 1, 48, 2, 16, batch=DECODE_LENGTHS),
     joint("odd-joint", (9, 3, 64), 3, 176, batch=MIXED, padding_rows=2),
@@ -201,8 +205,8 @@ ODD_SPANS = (
     AttentionCase(
         "odd-with-gaps",
         rank=208,
-        k_spans=((112, 160), (16, 64)),
-        v_spans=((176, 208), (80, 112)),
+        k_spans=(Span(112, 160), Span(16, 64)),
+        v_spans=(Span(176, 208), Span(80, 112)),
         batch=MIXED,
         block_size=48,
         key_norm=True,
@@ -219,45 +223,69 @@ QUANTIZED_CASES: tuple[AttentionCase, ...] = tuple(
 
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
-    """Tensors of one call; ``bind`` and ``call`` are the op's two groups of arguments."""
+    """One call: a layer, and the arguments of its ``attend``."""
 
+    layer: LatentLayer
     q: torch.Tensor
     kv_cache: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
-    k_up: torch.Tensor
-    k_spans: Sequence[Span]
-    v_spans: Sequence[Span]
-    scale: float
-    cos_sin_cache: torch.Tensor | None
-    is_neox: bool
-    k_bias: torch.Tensor | None
-    k_norm_weight: torch.Tensor | None
-    k_norm_eps: float
-    sliding_window: int | None
-    soft_cap: float | None
-    latent_format: LatentFormat | None
+    batch: Batch
 
     @property
-    def call(self) -> dict[str, Any]:
+    def call(self) -> tuple[torch.Tensor, torch.Tensor, Batch]:
         """What changes from call to call."""
-        return {f.name: getattr(self, f.name) for f in fields(self)[:5]}
+        return self.q, self.kv_cache, self.batch
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What is fixed when weights are loaded, but for the head size."""
-        return {f.name: getattr(self, f.name) for f in fields(self)[5:]}
+    def change(self, **changes: Any) -> AttentionInputs:
+        """With other tensors or constants, by the names that layer, batch and call give them."""
+        parts: dict[str, Any] = {}
+        for part in (self.layer, self.batch, self):
+            names = {f.name for f in fields(part)} & changes.keys()
+            parts[type(part).__name__] = replace(part, **{n: changes.pop(n) for n in names})
+        assert not changes, f"no such argument: {', '.join(changes)}"
+        return replace(parts["AttentionInputs"], layer=parts["LatentLayer"], batch=parts["Batch"])
 
-    @property
-    def layer(self) -> LatentLayer:
-        """What attentions are bound to."""
-        return LatentLayer(**self.constants, head_dim=self.q.shape[2])
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """All arguments of ``paged_latent_attention``."""
-        return self.call | self.constants
+def attend(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bind and call at once."""
+    return bind(inputs.layer).attend(*inputs.call)
+
+
+def attend_in_torch(
+    inputs: AttentionInputs, compute_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference in any precision."""
+    return reference.paged_latent_attention(inputs.layer, *inputs.call, compute_dtype=compute_dtype)
+
+
+def value_layer(
+    v_up: torch.Tensor,
+    v_bias: torch.Tensor | None = None,
+    latent_format: LatentFormat | None = None,
+) -> LatentLayer:
+    """A layer for the sake of its values or its cache; its keys are as wide as its values.
+
+    Args:
+        v_up: ``[h_kv, d, v_width]``.
+        v_bias: ``[h_kv, d]``.
+    """
+    heads, head_dim, width = v_up.shape
+    return LatentLayer(
+        k_up=torch.zeros_like(v_up),
+        v_up=v_up,
+        k_spans=split_spans(heads, width),
+        v_spans=split_spans(1, width),
+        head_dim=head_dim,
+        scale=1.0,
+        v_bias=v_bias,
+        latent_format=latent_format,
+    )
+
+
+def caching_layer(
+    latent_format: LatentFormat | None = None, device: torch.device | str = "cpu"
+) -> LatentLayer:
+    """A layer that writes latents of any rank and dtype."""
+    return value_layer(torch.zeros(1, 16, 16, device=device), latent_format=latent_format)
 
 
 def paged_cache(
@@ -265,7 +293,7 @@ def paged_cache(
 ) -> torch.Tensor:
     """An all-NaN cache ``[num_blocks, block_size, rank]`` with the case's strides.
 
-    Quantised, all its bytes are 0xFF, which makes scales NaN.
+    Quantized, all its bytes are 0xFF, which makes scales NaN.
     """
     block_size, rank = case.block_size, case.rank
     poison: float = torch.nan
@@ -326,32 +354,35 @@ def build(
     starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
     q = 2 * normal(sum(queries) + case.padding_rows, case.num_heads, case.head_dim)
     q[sum(queries) :] = torch.nan
-    k_width = case.k_spans[0][1] - case.k_spans[0][0]
+    k_width, v_width = case.k_spans[0].width, case.v_spans[0].width
     rows = case.k_group_size * case.head_dim
     k_up = normal(len(case.k_spans), rows, k_width) / k_width**0.5
     bias = normal(case.num_kv_heads, case.head_dim) if case.key_bias else None
     norm = 1 + 0.3 * normal(case.head_dim) if case.key_norm else None
+    v_up = normal(case.num_kv_heads, case.head_dim, v_width) / v_width**0.5
     rot_dim = case.head_dim if case.rot_dim is None else case.rot_dim
 
     def low(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x.to(device, dtype)
 
-    return AttentionInputs(
-        q=q.to(device, dtype),
-        kv_cache=cache,
-        block_table=block_table.to(device),
-        seq_lens=torch.tensor([n for _, n in case.batch], dtype=torch.int32, device=device),
-        query_start_loc=starts.to(device),
+    layer = LatentLayer(
         k_up=k_up.to(device, dtype),
+        v_up=v_up.to(device, dtype),
         k_spans=case.k_spans,
         v_spans=case.v_spans,
+        head_dim=case.head_dim,
         scale=case.head_dim**-0.5,
         cos_sin_cache=rope_table(rot_dim, case.cos_sin_dtype).to(device) if rot_dim else None,
         is_neox=case.is_neox,
         k_bias=low(bias),
         k_norm_weight=low(norm),
-        k_norm_eps=1e-6,
         sliding_window=case.sliding_window,
         soft_cap=case.soft_cap,
         latent_format=case.latent_format,
     )
+    batch = Batch(
+        block_table=block_table.to(device),
+        seq_lens=torch.tensor([n for _, n in case.batch], dtype=torch.int32, device=device),
+        query_start_loc=starts.to(device),
+    )
+    return AttentionInputs(layer, q.to(device, dtype), cache, batch)

@@ -6,8 +6,7 @@ from functools import cache
 
 import torch
 
-from recalkv_vllm.ops import reference
-from tests.ops.cases import AttentionCase, AttentionInputs, build
+from tests.ops.cases import AttentionCase, AttentionInputs, attend_in_torch, build
 from tests.ops.rounding import allowed_attention_error
 
 
@@ -23,7 +22,7 @@ def expected_of(
     inputs: AttentionInputs, dtype: torch.dtype
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """The same for inputs of one's own."""
-    oracle = reference.paged_latent_attention(**inputs.arguments, compute_dtype=torch.float64)
+    oracle = attend_in_torch(inputs, torch.float64)
     allowed = allowed_attention_error(inputs, dtype)
     return oracle, (allowed.o_lat, allowed.lse)
 

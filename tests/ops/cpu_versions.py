@@ -26,7 +26,7 @@ VERSIONS = [
 def poison_free_memory(case: AttentionCase) -> None:
     """Leave NaN in what the allocator is likely to hand out next."""
     rows = sum(queries for queries, _ in case.batch) + case.padding_rows
-    for width in (case.v_spans[0][1] - case.v_spans[0][0], 1):
+    for width in (case.v_spans[0].width, 1):
         torch.full((rows * case.num_heads * width,), torch.nan)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from recalkv_vllm.ops.layer import BatchHints
 from tests.ops.cases import MAX_POSITION, AttentionCase, build, spanned
 
 #: Queries per sequence of a graph, and ``(queries, cached tokens)`` of the batch it is replayed on.
@@ -27,18 +26,21 @@ class GraphMemory:
             name, (8, 2, 64), 1, 48, 2, 32, batch=batch,
             padding_rows=tokens - sum(count for count, _ in batch),
         )  # fmt: skip
-        self.inputs = build(self.case, dtype, device)
-        self.hints = BatchHints(len(batch), tokens, queries, MAX_POSITION)
-        held = self.inputs.call
-        del held["kv_cache"]
-        self._held = held
-        self._batch = {name: tensor.clone() for name, tensor in held.items()}
-        held["q"].zero_()
-        held["block_table"].zero_()
-        held["seq_lens"].fill_(queries)
-        held["query_start_loc"].copy_(torch.arange(0, tokens + 1, queries))
+        self.inputs = build(self.case, dtype, device).change(
+            num_decodes=len(batch),
+            num_decode_tokens=tokens,
+            max_decode_query_len=queries,
+            max_seq_len=MAX_POSITION,
+        )
+        q, held = self.inputs.q, self.inputs.batch
+        self._held = (q, held.block_table, held.seq_lens, held.query_start_loc)
+        self._batch = [tensor.clone() for tensor in self._held]
+        q.zero_()
+        held.block_table.zero_()
+        held.seq_lens.fill_(queries)
+        held.query_start_loc.copy_(torch.arange(0, tokens + 1, queries))
 
     def show_batch(self) -> None:
         """What vLLM does before it replays the graph."""
-        for name, tensor in self._held.items():
-            tensor.copy_(self._batch[name])
+        for tensor, content in zip(self._held, self._batch, strict=True):
+            tensor.copy_(content)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from recalkv_vllm.ops import reference
+from recalkv_vllm.ops import LatentLayer, reference
 from tests.ops.cases import AttentionInputs
 
 SLACK = 3.0
@@ -46,19 +46,19 @@ def allowed_attention_error(inputs: AttentionInputs, dtype: torch.dtype) -> Allo
     With logits off by ``δ_n`` the probabilities ``p`` move a row's log-sum-exp by ``Σ p_n δ_n`` and
     its output by ``Σ p_n δ_n (v_n - o)``; probabilities and values are rounded themselves.
     """
+    layer = inputs.layer
     tokens, num_heads, head_dim = inputs.q.shape
-    v_width = inputs.v_spans[0][1] - inputs.v_spans[0][0]
-    o_lat = torch.full((tokens, num_heads, v_width), FLOOR, dtype=torch.float64)
+    o_lat = torch.full((tokens, num_heads, layer.v_width), FLOOR, dtype=torch.float64)
     lse = torch.full((tokens, num_heads), FLOOR, dtype=torch.float64)
-    unit = unit_roundoff(dtype, inputs.k_up.shape[2] + head_dim)
+    unit = unit_roundoff(dtype, layer.k_width + head_dim)
     for rows, z, logits in _sequences(inputs):
-        per_kv = num_heads // (inputs.k_up.shape[0] * inputs.k_up.shape[1] // head_dim)
-        sizes = _key_errors(inputs, z).repeat_interleave(per_kv, dim=1)
+        per_kv = num_heads // layer.num_kv_heads
+        sizes = _key_errors(layer, z).repeat_interleave(per_kv, dim=1)
         queries = inputs.q[rows].cpu().double().norm(dim=-1)
-        delta = unit * inputs.scale * torch.einsum("qh,nh->hqn", queries, sizes)
+        delta = unit * layer.scale * torch.einsum("qh,nh->hqn", queries, sizes)
         weighted = logits.softmax(dim=-1) * delta
-        values = torch.stack([z[:, start:end] for start, end in inputs.v_spans], dim=1)
-        values = values.repeat_interleave(num_heads // len(inputs.v_spans), dim=1)
+        values = torch.stack([z[:, start:end] for start, end in layer.v_spans], dim=1)
+        values = values.repeat_interleave(num_heads // len(layer.v_spans), dim=1)
         output = torch.einsum("hqn,nhr->qhr", logits.softmax(dim=-1), values)
         rounded = unit_roundoff(dtype, len(z)) * logits.softmax(dim=-1)
         o_lat[rows] += SLACK * torch.einsum("hqn,nhr->qhr", weighted + rounded, values.abs())
@@ -88,56 +88,39 @@ def allowed_value_up_error(
 
 def _sequences(inputs: AttentionInputs) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Of every sequence with queries and tokens: its rows, latents and logits, float64."""
-    starts = inputs.query_start_loc.tolist()
-    for i, length in enumerate(inputs.seq_lens.tolist()):
+    layer, batch = inputs.layer, inputs.batch
+    starts = batch.query_start_loc.tolist()
+    for i, length in enumerate(batch.seq_lens.tolist()):
         rows = slice(starts[i], starts[i + 1])
         if rows.start == rows.stop or length == 0:
             continue
         z = reference.cached_latents(
-            inputs.kv_cache, inputs.block_table[i], length, inputs.latent_format
+            inputs.kv_cache, batch.block_table[i], length, layer.latent_format
         ).double()
-        keys = reference.reconstruct_keys(
-            z,
-            torch.arange(length, device=z.device),
-            inputs.k_up,
-            inputs.k_spans,
-            inputs.q.shape[2],
-            cos_sin_cache=inputs.cos_sin_cache,
-            is_neox=inputs.is_neox,
-            k_bias=inputs.k_bias,
-            k_norm_weight=inputs.k_norm_weight,
-            k_norm_eps=inputs.k_norm_eps,
-        )
-        logits = reference.causal_logits(
-            inputs.q[rows].double(),
-            keys,
-            scale=inputs.scale,
-            sliding_window=inputs.sliding_window,
-            soft_cap=inputs.soft_cap,
-        )
+        keys = reference.reconstruct_keys(layer, z, torch.arange(length, device=z.device))
+        logits = reference.causal_logits(layer, inputs.q[rows].double(), keys)
         yield rows, z.cpu(), logits.cpu()
 
 
-def _key_errors(inputs: AttentionInputs, z: torch.Tensor) -> torch.Tensor:
+def _key_errors(layer: LatentLayer, z: torch.Tensor) -> torch.Tensor:
     """``max_i e_i`` of every key, ``[tokens, h_kv]``; rotations mix components."""
-    head_dim = inputs.q.shape[2]
 
     def keys(x: torch.Tensor, square: bool) -> torch.Tensor:
         def of(tensor: torch.Tensor) -> torch.Tensor:
             tensor = tensor.cpu().double()
             return tensor.square() if square else tensor
 
-        pairs = zip(inputs.k_up, inputs.k_spans, strict=True)
+        pairs = zip(layer.k_up, layer.k_spans, strict=True)
         groups = [of(x[:, start:end]) @ of(up).T for up, (start, end) in pairs]
-        heads = torch.cat(groups, dim=-1).unflatten(-1, (-1, head_dim))
-        return heads if inputs.k_bias is None else heads + of(inputs.k_bias)
+        heads = torch.cat(groups, dim=-1).unflatten(-1, (-1, layer.head_dim))
+        return heads if layer.k_bias is None else heads + of(layer.k_bias)
 
     errors = keys(z, square=True).sqrt()
-    if inputs.k_norm_weight is not None:
+    if layer.k_norm_weight is not None:
         mean_square = keys(z, square=False).square().mean(dim=-1, keepdim=True)
-        errors = errors * torch.rsqrt(mean_square + inputs.k_norm_eps)
-        errors = errors * inputs.k_norm_weight.cpu().double().abs()
-    if inputs.cos_sin_cache is not None:
-        cos, sin = inputs.cos_sin_cache[0].cpu().double().chunk(2)
+        errors = errors * torch.rsqrt(mean_square + layer.k_norm_eps)
+        errors = errors * layer.k_norm_weight.cpu().double().abs()
+    if layer.cos_sin_cache is not None:
+        cos, sin = layer.cos_sin_cache[0].cpu().double().chunk(2)
         errors = errors * torch.hypot(cos, sin).max()  # not one in YaRN's tables
     return errors.amax(dim=-1)

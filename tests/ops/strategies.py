@@ -8,6 +8,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from recalkv_vllm.latent_format import BITS, GROUP_SIZES, LatentFormat
+from recalkv_vllm.span import Span
 from tests.ops.cases import AttentionCase, joint, spanned
 
 MULTIPLE = 16
@@ -18,14 +19,14 @@ def attention_cases(
     draw: st.DrawFn,
     head_dims: Sequence[int],
     max_queries: int = 20,
-    quantised: bool = True,
+    quantized: bool = True,
 ) -> AttentionCase:
     """Legal cases: any mix of lengths, spans, strides and options.
 
     Args:
         head_dims: to choose from.
         max_queries: of one sequence.
-        quantised: whether the cache may hold quantised latents.
+        quantized: whether the cache may hold quantized latents.
     """
 
     def pick(*values: int) -> int:
@@ -48,7 +49,7 @@ def attention_cases(
         "cache": draw(st.sampled_from(("dense", "blocks", "tokens"))),
         "padding_rows": pick(0, 0, 2),
     }
-    if quantised and draw(st.booleans()):
+    if quantized and draw(st.booleans()):
         rest["latent_format"] = draw(latent_formats())
         rest["cache"] = draw(st.sampled_from(("dense", "blocks")))
     if draw(st.booleans()):
@@ -60,20 +61,20 @@ def attention_cases(
 
 
 def latent_formats() -> st.SearchStrategy[LatentFormat]:
-    """All formats of quantised latents."""
+    """All formats of quantized latents."""
     return st.builds(LatentFormat, st.sampled_from(tuple(BITS)), st.sampled_from((0, *GROUP_SIZES)))
 
 
 @st.composite
 def moved_spans(draw: st.DrawFn, case: AttentionCase) -> AttentionCase:
     """The case with its spans anywhere in a latent: in any order, overlapping, with gaps."""
-    widths = [spans[0][1] - spans[0][0] for spans in (case.k_spans, case.v_spans)]
+    widths = [spans[0].width for spans in (case.k_spans, case.v_spans)]
     rank = max(*widths, case.rank) + MULTIPLE * draw(st.integers(0, 2))
 
-    def moved(width: int, count: int) -> tuple[tuple[int, int], ...]:
+    def moved(width: int, count: int) -> tuple[Span, ...]:
         first = st.integers(0, (rank - width) // MULTIPLE).map(lambda i: i * MULTIPLE)
         starts = draw(st.lists(first, min_size=count, max_size=count))
-        return tuple((start, start + width) for start in starts)
+        return tuple(Span(start, start + width) for start in starts)
 
     return replace(
         case,

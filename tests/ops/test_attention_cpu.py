@@ -9,16 +9,13 @@ import pytest
 import torch
 
 from recalkv_vllm.latent_format import BITS
-from recalkv_vllm.ops import (
-    bind_paged_latent_attention,
-    latent_cache_update,
-    paged_latent_attention,
-)
+from recalkv_vllm.ops import bind
 from tests.ops.cases import (
     CASES,
     MIXED,
     QUANTIZED_CASES,
     AttentionCase,
+    attend,
     build,
     quantized,
     spanned,
@@ -35,7 +32,7 @@ def test_matrix(
     monkeypatch.setenv("RECALKV_CPU_ISA", isa)
     inputs = build(case, dtype)
     poison_free_memory(case)
-    assert_matches_oracle(paged_latent_attention(**inputs.arguments), case, dtype)
+    assert_matches_oracle(attend(inputs), case, dtype)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -48,7 +45,7 @@ def test_splits_between_threads(name: str, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         for dtype in (torch.float32, torch.bfloat16):
-            result = paged_latent_attention(**build(case, dtype).arguments)
+            result = attend(build(case, dtype))
             assert_matches_oracle(result, case, dtype)
     finally:
         torch.set_num_threads(before)
@@ -59,7 +56,7 @@ def test_result_depends_on_each_argument() -> None:
     case = next(case for case in CASES if case.name == "everything")
     inputs = build(case, torch.float32)
     rows = sum(queries for queries, _ in case.batch)
-    base = paged_latent_attention(**inputs.arguments)
+    base = attend(inputs)
     changes = {
         "is_neox": True,
         "k_bias": None,
@@ -73,7 +70,7 @@ def test_result_depends_on_each_argument() -> None:
         "k_spans": [(16, 80)],
     }
     for name, value in changes.items():
-        changed = paged_latent_attention(**inputs.arguments | {name: value})
+        changed = attend(inputs.change(**{name: value}))
         assert difference(changed[0], base[0], rows) > 1e-2, name
 
 
@@ -83,7 +80,7 @@ def test_query_that_is_a_view_of_a_wider_tensor() -> None:
     wide = torch.full((inputs.q.shape[0], 4 * 64 + 40), torch.nan)
     view = wide[:, 8 : 8 + 4 * 64].view(-1, 4, 64)
     view.copy_(inputs.q)
-    result = paged_latent_attention(**inputs.arguments | {"q": view})
+    result = attend(inputs.change(q=view))
     assert_matches_oracle(result, case, torch.float32)
 
 
@@ -91,22 +88,22 @@ def test_nan_in_the_cache_reaches_the_output() -> None:
     """A model's own NaN must not be turned into a plausible number."""
     case = spanned("nan", (4, 2, 64), 1, 32, 2, 32, batch=((1, 20),))
     inputs = build(case, torch.bfloat16)
-    inputs.kv_cache[inputs.block_table[0, 0], 3] = torch.nan
-    o_lat, lse = paged_latent_attention(**inputs.arguments)
+    inputs.kv_cache[inputs.batch.block_table[0, 0], 3] = torch.nan
+    o_lat, lse = attend(inputs)
     assert o_lat.isnan().all()
     assert lse.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", BITS)
-def test_nan_in_a_quantised_latent_reaches_the_output(dtype: str) -> None:
+def test_nan_in_a_quantized_latent_reaches_the_output(dtype: str) -> None:
     plain = spanned("nan", (4, 2, 64), 1, 32, 2, 32, batch=((1, 20),))
     (case,) = quantized([plain], dtype, 0)
     inputs = build(case, torch.bfloat16)
     z = torch.zeros(1, case.rank, dtype=torch.bfloat16)
     z[0, 77] = torch.nan
-    slot = inputs.block_table[0, :1] * case.block_size + 3
-    latent_cache_update(z, inputs.kv_cache, slot, case.latent_format)
-    o_lat, lse = paged_latent_attention(**inputs.arguments)
+    slot = inputs.batch.block_table[0, :1] * case.block_size + 3
+    bind(inputs.layer).update_cache(z, inputs.kv_cache, slot)
+    o_lat, lse = attend(inputs)
     assert o_lat.isnan().all()
     assert lse.isnan().all()
 
@@ -116,7 +113,7 @@ def test_nan_in_a_query_reaches_its_output_alone(length: int) -> None:
     case = spanned("nan", (4, 2, 64), 1, 32, 2, 32, batch=((1, length), (1, length)))
     inputs = build(case, torch.bfloat16)
     inputs.q[0, 1] = torch.nan
-    o_lat, lse = paged_latent_attention(**inputs.arguments)
+    o_lat, lse = attend(inputs)
     assert o_lat[0, 1].isnan().all()
     assert lse[0, 1].isnan()
     assert int(lse.isnan().sum()) == 1
@@ -125,14 +122,9 @@ def test_nan_in_a_query_reaches_its_output_alone(length: int) -> None:
 def test_no_sequences() -> None:
     case = spanned("empty", (4, 2, 64), 1, 32, 2, 32, batch=((1, 20),))
     inputs = build(case, torch.float32)
-    attend = bind_paged_latent_attention(inputs.layer)
-    o_lat, lse = attend(
-        inputs.q[:0],
-        inputs.kv_cache,
-        inputs.block_table[:0],
-        inputs.seq_lens[:0],
-        torch.zeros(1, dtype=torch.int32),
-    )
+    none = {"q": inputs.q[:0], "query_start_loc": torch.zeros(1, dtype=torch.int32)}
+    none |= {"block_table": inputs.batch.block_table[:0], "seq_lens": inputs.batch.seq_lens[:0]}
+    o_lat, lse = attend(inputs.change(**none))
     assert o_lat.shape == (0, 4, 32)
     assert lse.shape == (0, 4)
 
@@ -141,10 +133,11 @@ def test_no_sequences() -> None:
 def test_bound_call_from_several_threads(dtype: torch.dtype) -> None:
     case = spanned("threads", (4, 2, 64), 1, 32, 2, 32, batch=MIXED)
     inputs = build(case, dtype)
-    attend = bind_paged_latent_attention(inputs.layer)
+    bound = bind(inputs.layer)
     results: list[tuple[torch.Tensor, torch.Tensor]] = []
     workers = [
-        threading.Thread(target=lambda: results.append(attend(**inputs.call))) for _ in range(4)
+        threading.Thread(target=lambda: results.append(bound.attend(*inputs.call)))
+        for _ in range(4)
     ]
     for worker in workers:
         worker.start()
@@ -169,15 +162,15 @@ def test_values_that_would_read_foreign_memory(change: dict, message: str) -> No
     case = spanned("bad", (4, 2, 64), 1, 32, 2, 32, batch=((1, 37),))
     inputs = build(case, torch.float32)
     name, value = next(iter(change.items()))
-    arguments = inputs.arguments | {name: torch.tensor(value, dtype=torch.int32)}
+    inputs = inputs.change(**{name: torch.tensor(value, dtype=torch.int32)})
     if name == "seq_lens" and value == [38]:
-        arguments["cos_sin_cache"] = inputs.cos_sin_cache[:37]
+        inputs = inputs.change(cos_sin_cache=inputs.layer.cos_sin_cache[:37])
     with pytest.raises(ValueError, match=message):
-        paged_latent_attention(**arguments)
+        attend(inputs)
 
 
 def test_window_longer_than_any_sequence_is_no_window() -> None:
     case = spanned("wide", (4, 2, 64), 1, 32, 2, 32, batch=MIXED)
     inputs = build(case, torch.float32)
-    result = paged_latent_attention(**inputs.arguments | {"sliding_window": 10_000})
+    result = attend(inputs.change(sliding_window=10_000))
     assert_matches_oracle(result, replace(case, sliding_window=None), torch.float32)

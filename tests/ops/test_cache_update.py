@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from recalkv_vllm.latent_format import BITS, LatentFormat
-from recalkv_vllm.ops import latent_cache_update, reference
-from tests.ops.cases import AttentionCase, paged_cache
+from recalkv_vllm.ops import bind, reference
+from tests.ops.cases import AttentionCase, caching_layer, paged_cache
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,7 +22,7 @@ def test_writes_its_slots_and_nothing_else(
     z = torch.randn(tokens + 2, 48 + 16).to(dtype)[:, :48]
     slots = torch.randperm(40 * 16)[:tokens].to(slot_dtype)
     slots[::7] = -1
-    latent_cache_update(z, caches[0], slots)
+    bind(caching_layer()).update_cache(z, caches[0], slots)
     reference.latent_cache_update(z, caches[1], slots)
     torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
     assert int((~caches[0].isnan()).all(-1).sum()) == int((slots >= 0).sum())
@@ -31,9 +31,11 @@ def test_writes_its_slots_and_nothing_else(
 @pytest.mark.parametrize("group_size", [0, 16, 64])
 @pytest.mark.parametrize("latent_dtype", BITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_quantises_bit_for_bit(dtype: torch.dtype, latent_dtype: str, group_size: int) -> None:
-    form = LatentFormat(latent_dtype, group_size)
-    case = AttentionCase("update", rank=336, block_size=16, cache="blocks", latent_format=form)
+def test_quantizes_bit_for_bit(dtype: torch.dtype, latent_dtype: str, group_size: int) -> None:
+    latent_format = LatentFormat(latent_dtype, group_size)
+    case = AttentionCase(
+        "update", rank=336, block_size=16, cache="blocks", latent_format=latent_format
+    )
     caches = [paged_cache(case, 40, dtype, "cpu") for _ in range(2)]
     z = torch.randn(302, 336 + 16).to(dtype)[:, :336]
     z[:40] *= 2.0 ** torch.arange(-28, 12).unsqueeze(1)
@@ -42,28 +44,30 @@ def test_quantises_bit_for_bit(dtype: torch.dtype, latent_dtype: str, group_size
     z[60:70] = z[60:70].round()  # on the edges between codes
     slots = torch.randperm(40 * 16)[:300]
     slots[::7] = -1
-    latent_cache_update(z, caches[0], slots, form)
-    reference.latent_cache_update(z, caches[1], slots, form)
+    bind(caching_layer(latent_format)).update_cache(z, caches[0], slots)
+    reference.latent_cache_update(z, caches[1], slots, latent_format)
     assert torch.equal(*caches)
     untouched = (caches[0] == 0xFF).all(dim=(1, 2))
     assert not untouched.all()
-    codes, scales = (part.flatten(0, 1)[slots[slots >= 0]] for part in form.split_cache(caches[0]))
-    back = form.dequantize(form.unpack(codes), scales)
-    expected = form.round_trip(z[:300][slots >= 0].float())
+    parts = latent_format.split_cache(caches[0])
+    codes, scales = (part.flatten(0, 1)[slots[slots >= 0]] for part in parts)
+    back = latent_format.dequantize(latent_format.unpack(codes), scales)
+    expected = latent_format.round_trip(z[:300][slots >= 0].float())
     torch.testing.assert_close(back, expected, rtol=0, atol=0)
-    _, scales = form.split_cache(caches[0])
+    _, scales = latent_format.split_cache(caches[0])
     written = (~scales.isnan()).all(-1).flatten()
     assert int(written.sum()) == int((slots >= 0).sum())
 
 
 def test_no_tokens() -> None:
     cache = torch.zeros(2, 16, 32)
-    latent_cache_update(torch.ones(0, 32), cache, torch.zeros(0, dtype=torch.int64))
+    slots = torch.zeros(0, dtype=torch.int64)
+    bind(caching_layer()).update_cache(torch.ones(0, 32), cache, slots)
     assert not cache.any()
 
 
 def test_slot_outside_the_cache() -> None:
     cache = torch.zeros(2, 16, 32)
     with pytest.raises(ValueError, match=r"slot_mapping\[1\]: expected .*32.* found 32"):
-        latent_cache_update(torch.ones(2, 32), cache, torch.tensor([0, 32]))
+        bind(caching_layer()).update_cache(torch.ones(2, 32), cache, torch.tensor([0, 32]))
     assert not cache.any()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from recalkv_vllm.ops import cpu, cpu_tables, paged_latent_attention
-from tests.ops.cases import AttentionCase, build, spanned
+from recalkv_vllm.ops.cpu import tables
+from tests.ops.cases import AttentionCase, attend, build, spanned
 from tests.ops.checks import assert_matches_oracle, difference
 
 needs_bf16_dot = pytest.mark.skipif(
@@ -39,34 +39,34 @@ def table(
 def test_reproduces_the_table(settings: tuple[Any, ...], dtype: torch.dtype) -> None:
     rounded = table(*settings).to(dtype)
     head_dim = settings[0]
-    expansion = cpu_tables.expansion(rounded, head_dim)
+    expansion = tables.expansion(rounded, head_dim)
     assert expansion is not None
     assert 0 < expansion.exact_pairs < 0.6 * head_dim / 2
-    exact = cpu_tables.by_chunk(table(*settings), expansion.basis.shape[1])
+    exact = tables.by_chunk(table(*settings), expansion.basis.shape[1])
     exact = exact[:, :, expansion.exact_pairs :]
     coefficients = expansion.coefficients[..., : exact.shape[2]]
     fitted = torch.einsum("smcp,mt->scpt", coefficients, expansion.basis)
     # One for the expansion; a rounded table adds its rounding, twice that where it exceeds one.
     rounding = 0 if dtype == torch.float32 else 2 if rounded.max() > 1 else 1
     error = (fitted - exact).abs().transpose(2, 3).transpose(1, 2).flatten(0, 1)
-    assert error[: settings[2]].max() <= (1 + 2.5 * rounding) * cpu_tables.EXPANSION_ERROR
+    assert error[: settings[2]].max() <= (1 + 2.5 * rounding) * tables.EXPANSION_ERROR
     assert not expansion.coefficients[..., exact.shape[2] :].any()
 
 
 def test_columns_without_rotation_are_expanded() -> None:
-    expansion = cpu_tables.expansion(table(32, 1e4, 512), 64)
+    expansion = tables.expansion(table(32, 1e4, 512), 64)
     assert expansion is not None
     assert expansion.exact_pairs < 16
 
 
 def test_rotations_that_are_all_fast() -> None:
-    assert cpu_tables.expansion(table(64, 1.1, 512), 64) is None
+    assert tables.expansion(table(64, 1.1, 512), 64) is None
 
 
 def test_a_layer_shares_the_tables_of_another() -> None:
     shared = table(64, 1e4, 512)
-    assert cpu_tables.rope_tiles(shared) is cpu_tables.rope_tiles(shared)
-    assert cpu_tables.expansion(shared, 64) is cpu_tables.expansion(shared, 64)
+    assert tables.rope_tiles(shared) is tables.rope_tiles(shared)
+    assert tables.expansion(shared, 64) is tables.expansion(shared, 64)
 
 
 LONG = spanned("long", (8, 2, 128), 1, 64, 2, 64, batch=((1, 901), (1, 130), (2, 257), (1, 64)))
@@ -88,10 +88,10 @@ LONG = spanned("long", (8, 2, 128), 1, 64, 2, 64, batch=((1, 901), (1, 130), (2,
 )
 def test_expanded_scores(case: AttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = build(case, torch.bfloat16)
-    expanded = paged_latent_attention(**inputs.arguments)
+    expanded = attend(inputs)
     assert_matches_oracle(expanded, case, torch.bfloat16)
-    monkeypatch.setattr(cpu.cpu_tables, "expansion", lambda *_: None)
-    rebuilt = paged_latent_attention(**inputs.arguments)
+    monkeypatch.setattr(tables, "expansion", lambda *_: None)
+    reconstructed = attend(inputs)
     rows = sum(queries for queries, _ in case.batch)
     # Had the expansion not been used, nothing would differ.
-    assert 0 < difference(expanded[1], rebuilt[1], rows) < 0.05
+    assert 0 < difference(expanded[1], reconstructed[1], rows) < 0.05

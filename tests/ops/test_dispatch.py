@@ -10,6 +10,7 @@ import torch
 
 from recalkv_vllm import ops
 from recalkv_vllm.ops import KernelUnavailableError, cpu, dispatch, reference
+from recalkv_vllm.ops.cpu import extension
 from tests.ops.cases import build, spanned
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def test_forced_isa_of_another_processor(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_import_error", ImportError("no _cpu"))
+    monkeypatch.setattr(extension, "load_error", "no _cpu")
     with pytest.raises(KernelUnavailableError, match=r"pip install .*RECALKV_KERNEL=reference"):
         dispatch.implementation(CPU, torch.float32, 64)
 
@@ -75,8 +76,10 @@ def test_logs_the_choice_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_imports_neither_vllm_nor_triton() -> None:
     code = (
-        "import sys, recalkv_vllm.ops; "
-        "recalkv_vllm.ops.latent_value_up(*map(__import__('torch').ones, [(1,1,16),(1,32,16)])); "
+        "import sys, torch; from recalkv_vllm.ops import LatentLayer, bind; "
+        "up = torch.ones(1, 32, 16); "
+        "layer = LatentLayer(k_up=up, v_up=up, k_spans=((0, 16),), v_spans=((0, 16),), "
+        "head_dim=32, scale=1.0); bind(layer).value_up(torch.ones(1, 1, 16)); "
         "print([m for m in ('vllm', 'triton', 'transformers') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -100,10 +103,10 @@ def test_layers_are_bound_alike_under_any_default_dtype(
     case = spanned("default-dtype", (4, 2, 64), 1, 32, 2, 32, batch=((1, 300), (20, 40)))
     dtype = torch.float16 if kernel == "triton" else torch.bfloat16
     inputs = build(case, dtype)
-    expected = ops.bind_paged_latent_attention(inputs.layer)(**inputs.call)
+    expected = ops.bind(inputs.layer).attend(*inputs.call)
     # Tables are remembered by the tensor that they were made from.
-    layer = replace(inputs.layer, cos_sin_cache=inputs.cos_sin_cache.clone())
+    layer = replace(inputs.layer, cos_sin_cache=inputs.layer.cos_sin_cache.clone())
     request.getfixturevalue("bfloat16_by_default")
-    bound = ops.bind_paged_latent_attention(layer)
-    for got, wanted in zip(bound(**inputs.call), expected, strict=True):
+    bound = ops.bind(layer)
+    for got, wanted in zip(bound.attend(*inputs.call), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)

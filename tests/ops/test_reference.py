@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from recalkv_vllm.ops import reference
-from tests.ops.cases import CASES, build
+from recalkv_vllm.ops import Batch, LatentLayer, reference
+from tests.ops.cases import CASES, attend_in_torch, build, split_spans
 
 
 def test_identity_factors_are_plain_attention() -> None:
@@ -19,17 +19,22 @@ def test_identity_factors_are_plain_attention() -> None:
     blocks = [2, 0, 3]
     for position in range(length):
         cache[blocks[position // 16], position % 16] = z[position]
-    o_lat, lse = reference.paged_latent_attention(
-        q,
-        cache,
-        torch.tensor([[*blocks, 1]], dtype=torch.int32),
-        torch.tensor([length], dtype=torch.int32),
-        torch.tensor([0, queries], dtype=torch.int32),
-        torch.eye(d, dtype=torch.float64).expand(heads, d, d),
-        [(h * d, (h + 1) * d) for h in range(heads)],
-        [((heads + h) * d, (heads + h + 1) * d) for h in range(heads)],
+    identity = torch.eye(d, dtype=torch.float64).expand(heads, d, d)
+    layer = LatentLayer(
+        k_up=identity,
+        v_up=identity,
+        k_spans=split_spans(heads, d),
+        v_spans=split_spans(heads, d, heads * d),
+        head_dim=d,
         scale=d**-0.5,
-        compute_dtype=torch.float64,
+    )
+    batch = Batch(
+        block_table=torch.tensor([[*blocks, 1]], dtype=torch.int32),
+        seq_lens=torch.tensor([length], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, queries], dtype=torch.int32),
+    )
+    o_lat, lse = reference.paged_latent_attention(
+        layer, q, cache, batch, compute_dtype=torch.float64
     )
     keys, values = z.view(length, 2, heads, d).permute(1, 2, 0, 3)
     visible = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
@@ -45,7 +50,7 @@ def test_identity_factors_are_plain_attention() -> None:
 def test_rope_keeps_length_and_relative_angle() -> None:
     x = torch.randn(5, 2, 64, dtype=torch.float64)
     case = next(case for case in CASES if case.name == "interleaved")
-    table = build(case, torch.float64).cos_sin_cache.double()
+    table = build(case, torch.float64).layer.cos_sin_cache.double()
     for is_neox in (True, False):
         at = [reference.apply_rope(x, torch.full((5,), p), table, is_neox) for p in (0, 3, 10, 13)]
         torch.testing.assert_close(at[0], x)
@@ -57,8 +62,6 @@ def test_rope_keeps_length_and_relative_angle() -> None:
 
 def test_bound_reference_is_the_reference() -> None:
     inputs = build(CASES[5], torch.float32)
-    attend = reference.bind_paged_latent_attention(inputs.layer)
-    for bound, direct in zip(
-        attend(**inputs.call), reference.paged_latent_attention(**inputs.arguments), strict=True
-    ):
+    results = reference.bind(inputs.layer).attend(*inputs.call)
+    for bound, direct in zip(results, attend_in_torch(inputs, torch.float32), strict=True):
         torch.testing.assert_close(bound, direct, rtol=0, atol=0, equal_nan=True)

@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from recalkv_vllm.latent_format import LatentFormat
-from recalkv_vllm.ops import cpu, latent_cache_update, latent_value_up, paged_latent_attention
-from tests.ops.cases import MIXED, AttentionCase, build, quantized, spanned
+from recalkv_vllm.ops import bind, cpu
+from tests.ops.cases import (
+    MIXED,
+    AttentionCase,
+    attend,
+    build,
+    caching_layer,
+    quantized,
+    spanned,
+    value_layer,
+)
 from tests.ops.tracing import RecordedCalls, ops_on_tensors
 
 NAMESPACE = "recalkv_cpu"
@@ -40,17 +49,21 @@ def test_every_op_has_a_test_here() -> None:
 def test_attention(case: AttentionCase, dtype: torch.dtype) -> None:
     inputs = build(case, dtype)
     with RecordedCalls(NAMESPACE) as recorded:
-        paged_latent_attention(**inputs.arguments)
+        attend(inputs)
     recorded.check(ATTENTION)
 
 
-@pytest.mark.parametrize("form", [None, LatentFormat("int8", 32), LatentFormat("fp8", 16)], ids=str)
-def test_cache_update(form: LatentFormat | None) -> None:
+@pytest.mark.parametrize(
+    "latent_format", [None, LatentFormat("int8", 32), LatentFormat("fp8", 16)], ids=str
+)
+def test_cache_update(latent_format: LatentFormat | None) -> None:
     cache = torch.zeros(2, 16, 64)
-    if form is not None:
-        cache = torch.zeros(2, 16, form.slot_bytes(64), dtype=torch.uint8)
+    if latent_format is not None:
+        cache = torch.zeros(2, 16, latent_format.slot_bytes(64), dtype=torch.uint8)
     with RecordedCalls(NAMESPACE) as recorded:
-        latent_cache_update(torch.randn(5, 64), cache, torch.tensor([3, -1, 0, 31, -1]), form)
+        bind(caching_layer(latent_format)).update_cache(
+            torch.randn(5, 64), cache, torch.tensor([3, -1, 0, 31, -1])
+        )
     recorded.check(UPDATE)
 
 
@@ -59,5 +72,5 @@ def test_cache_update(form: LatentFormat | None) -> None:
 def test_value_up(bias: bool, out_dtype: torch.dtype) -> None:
     v_up, v_bias = torch.randn(2, 32, 16), torch.randn(2, 32) if bias else None
     with RecordedCalls(NAMESPACE) as recorded:
-        latent_value_up(torch.randn(3, 4, 16), v_up, v_bias, out_dtype=out_dtype)
+        bind(value_layer(v_up, v_bias)).value_up(torch.randn(3, 4, 16), out_dtype)
     recorded.check(VALUE_UP)

@@ -10,7 +10,14 @@ import torch
 
 from recalkv_vllm import ops
 from recalkv_vllm.latent_format import LatentFormat
-from tests.ops.cases import AttentionInputs, build, spanned
+from tests.ops.cases import (
+    AttentionInputs,
+    attend,
+    build,
+    caching_layer,
+    spanned,
+    value_layer,
+)
 
 CASE = spanned("valid", (4, 2, 64), 1, 32, 2, 32, batch=((1, 37), (2, 20)))
 
@@ -20,8 +27,14 @@ def inputs() -> AttentionInputs:
     return build(CASE, torch.float32)
 
 
+def argument(inputs: AttentionInputs, name: str) -> Any:
+    """An argument of the call, or a constant of the layer, by name."""
+    parts = (inputs.layer, inputs.batch, inputs)
+    return next(getattr(part, name) for part in parts if hasattr(part, name))
+
+
 def attempt(inputs: AttentionInputs, **changes: Any) -> None:
-    ops.paged_latent_attention(**inputs.arguments | changes)
+    attend(inputs.change(**changes))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +74,10 @@ def attempt(inputs: AttentionInputs, **changes: Any) -> None:
         ("v_spans", lambda x: [], "v_spans: expected a number of spans that divides 2 KV heads"),
         ("v_spans", lambda x: [(0, 16)] * 3, "v_spans: .* divides 2 KV heads, found 3"),
         ("v_spans", lambda x: [(0, 16), (16, 48)], r"v_spans\[1\]: expected a span 16 wide"),
+        ("v_up", lambda x: x[:, :32], r"v_up: expected shape \[2, 64, 32\], found \[2, 32, 32\]"),
+        ("v_up", lambda x: x.half(), "v_up: expected dtype float32, found float16"),
+        ("v_up", lambda x: x.to("meta"), "v_up: expected device cpu, found meta"),
+        ("v_bias", lambda x: torch.zeros(2, 32), r"v_bias: expected shape \[2, 64\]"),
         ("cos_sin_cache", lambda x: x[0], "cos_sin_cache: expected shape"),
         ("cos_sin_cache", lambda x: x[:, :63], "cos_sin_cache: expected an even rot_dim"),
         ("cos_sin_cache", lambda x: x.repeat(1, 2), "cos_sin_cache: .* at most head_dim = 64"),
@@ -74,7 +91,7 @@ def attempt(inputs: AttentionInputs, **changes: Any) -> None:
 )
 def test_attention(inputs: AttentionInputs, name: str, change: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        attempt(inputs, **{name: change(getattr(inputs, name))})
+        attempt(inputs, **{name: change(argument(inputs, name))})
 
 
 INT4 = LatentFormat("int4", 32)
@@ -98,7 +115,7 @@ INT4 = LatentFormat("int4", 32)
         (lambda x: x[:, :8], "kv_cache: expected a block_size .* 16, found 8"),
     ],
 )
-def test_quantised_cache(change: Any, message: str) -> None:
+def test_quantized_cache(change: Any, message: str) -> None:
     inputs = build(replace(CASE, latent_format=INT4), torch.float32)
     assert inputs.kv_cache.shape[2] == 72
     attempt(inputs)
@@ -106,33 +123,32 @@ def test_quantised_cache(change: Any, message: str) -> None:
         attempt(inputs, kv_cache=change(inputs.kv_cache))
 
 
-def test_quantised_cache_update() -> None:
+def test_quantized_cache_update() -> None:
     cache = torch.zeros(2, 16, INT4.slot_bytes(32), dtype=torch.uint8)
     slots = torch.tensor([0, 1])
+    quantized, plain = ops.bind(caching_layer(INT4)), ops.bind(caching_layer())
     with pytest.raises(ValueError, match=r"z: expected shape \[tokens, 32\], found \[2, 16\]"):
-        ops.latent_cache_update(torch.ones(2, 16), cache, slots, INT4)
+        quantized.update_cache(torch.ones(2, 16), cache, slots)
     with pytest.raises(TypeError, match=r"z: expected dtype float32 or .*, found float64"):
-        ops.latent_cache_update(torch.ones(2, 32).double(), cache, slots, INT4)
+        quantized.update_cache(torch.ones(2, 32).double(), cache, slots)
     with pytest.raises(TypeError, match=r"kv_cache: expected dtype uint8, found float32"):
-        ops.latent_cache_update(torch.ones(2, 32), cache.float(), slots, INT4)
+        quantized.update_cache(torch.ones(2, 32), cache.float(), slots)
     with pytest.raises(TypeError, match=r"kv_cache: expected dtype float32 or .*, found uint8"):
-        ops.latent_cache_update(torch.ones(2, 32), cache, slots)
+        plain.update_cache(torch.ones(2, 32), cache, slots)
     assert not cache.any()
 
 
 @pytest.mark.parametrize("name", ["q", "kv_cache", "block_table", "seq_lens", "query_start_loc"])
 def test_device(inputs: AttentionInputs, name: str) -> None:
-    elsewhere = getattr(inputs, name).to("meta")
+    elsewhere = argument(inputs, name).to("meta")
     with pytest.raises(ValueError, match=f"{name}: expected device cpu, found meta"):
         attempt(inputs, **{name: elsewhere})
 
 
 def test_head_size(inputs: AttentionInputs) -> None:
+    up = torch.randn(2, 40, 32)
     with pytest.raises(ops.KernelUnavailableError, match="multiples of 16 up to 256, found 40"):
-        ops.paged_latent_attention(
-            **inputs.arguments
-            | {"cos_sin_cache": None, "q": torch.randn(3, 4, 40), "k_up": torch.randn(2, 40, 32)}
-        )
+        attempt(inputs, cos_sin_cache=None, head_dim=40, k_up=up, v_up=up)
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
@@ -142,14 +158,14 @@ def test_debug_mode_checks_values(
     monkeypatch.setenv("RECALKV_DEBUG", "1")
     monkeypatch.setenv("RECALKV_KERNEL", kernel)
     attempt(inputs)
-    table = inputs.block_table.clone()
+    table = inputs.batch.block_table.clone()
     table[1, 1] = inputs.kv_cache.shape[0]
     with pytest.raises(ValueError, match=r"block_table\[1, 1\]: expected a block of kv_cache"):
         attempt(inputs, block_table=table)
     with pytest.raises(ValueError, match=r"seq_lens\[1\]: expected 2 .*, found 1"):
         attempt(inputs, seq_lens=torch.tensor([37, 1], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"slot_mapping: expected slots below 32, found 32"):
-        ops.latent_cache_update(
+        ops.bind(caching_layer()).update_cache(
             torch.ones(1, 16), torch.zeros(2, 16, 16), torch.tensor([32], dtype=torch.int64)
         )
 
@@ -166,7 +182,7 @@ def test_debug_mode_checks_values(
 )
 def test_cache_update(z: torch.Tensor, slots: list, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        ops.latent_cache_update(z, torch.zeros(2, 16, 32), torch.tensor(slots))
+        ops.bind(caching_layer()).update_cache(z, torch.zeros(2, 16, 32), torch.tensor(slots))
 
 
 @pytest.mark.parametrize(
@@ -179,4 +195,4 @@ def test_cache_update(z: torch.Tensor, slots: list, message: str) -> None:
 )
 def test_value_up(o_lat: torch.Tensor, bias: torch.Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ops.latent_value_up(o_lat, torch.ones(2, 32, 16), bias)
+        ops.bind(value_layer(torch.ones(2, 32, 16), bias)).value_up(o_lat)

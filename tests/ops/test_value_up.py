@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recalkv_vllm.ops import latent_value_up, reference
+from recalkv_vllm.ops import bind, reference
+from tests.ops.cases import value_layer
 from tests.ops.checks import assert_within
 from tests.ops.cpu_versions import DTYPES, ISAS
 from tests.ops.rounding import allowed_value_up_error
@@ -30,7 +31,7 @@ def test_matches_oracle(
     oracle = reference.latent_value_up(
         o_lat, v_up, v_bias, out_dtype=torch.float64, compute_dtype=torch.float64
     )
-    result = latent_value_up(o_lat, v_up, v_bias)
+    result = bind(value_layer(v_up, v_bias)).value_up(o_lat)
     assert result.dtype == dtype
     assert result.shape == (tokens, heads, head_dim)
     assert_within(result, oracle, allowed_value_up_error(o_lat, v_up, v_bias), "value up")
@@ -45,12 +46,14 @@ def test_out_dtype(
     monkeypatch.setenv("RECALKV_CPU_ISA", isa)
     o_lat, v_up = torch.randn(3, 4, 16), torch.randn(2, 32, 16).to(dtype)
     o_lat[1, 2] = torch.nan
-    out = latent_value_up(o_lat, v_up, out_dtype=out_dtype)
+    bound = bind(value_layer(v_up))
+    out = bound.value_up(o_lat, out_dtype)
     assert out.dtype == out_dtype
     assert torch.equal(out.isnan().all(-1), o_lat.isnan().all(-1))
-    wide = latent_value_up(o_lat, v_up, out_dtype=torch.float32)
+    wide = bound.value_up(o_lat, torch.float32)
     torch.testing.assert_close(out, wide.to(out_dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_no_tokens() -> None:
-    assert latent_value_up(torch.randn(0, 4, 16), torch.randn(2, 32, 16)).shape == (0, 4, 32)
+    bound = bind(value_layer(torch.randn(2, 32, 16)))
+    assert bound.value_up(torch.randn(0, 4, 16)).shape == (0, 4, 32)

@@ -19,7 +19,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from recalkv_vllm.benchmarks.vllm_server import VllmServer
-from recalkv_vllm.serving.startup import ServingError
+from recalkv_vllm.serving.startup.errors import ServingError
 from tests.e2e.conftest import BIN
 from tests.reliability.figures import count
 from tests.reliability.soak import SERVER

@@ -14,15 +14,14 @@ import recalkv_vllm
 PACKAGE = Path(recalkv_vllm.__file__).parent
 KERNELS = PACKAGE.parent / "kernels"
 CAPTURED = (
-    PACKAGE / "serving" / "attention.py",
-    PACKAGE / "serving" / "backend.py",
-    PACKAGE / "serving" / "self_attention.py",
-    PACKAGE / "serving" / "rotary.py",
-    PACKAGE / "ops" / "__init__.py",
-    PACKAGE / "ops" / "validation.py",
-    PACKAGE / "ops" / "triton.py",
-    PACKAGE / "ops" / "cuda.py",
-    *(KERNELS / name for name in ("attention.py", "launch.py", "bound.py")),
+    *sorted((PACKAGE / "serving" / "attention").glob("[!_]*.py")),
+    PACKAGE / "serving" / "model" / "self_attention.py",
+    PACKAGE / "serving" / "model" / "factor_layers.py",
+    *(PACKAGE / "ops" / name for name in ("checked.py", "contract.py", "workspace.py")),
+    *sorted((PACKAGE / "ops" / "validation").glob("*.py")),
+    *sorted((PACKAGE / "ops" / "triton").glob("*.py")),
+    *sorted((PACKAGE / "ops" / "cuda").glob("*.py")),
+    *sorted(KERNELS.rglob("*.py")),
 )
 #: They wait for the device.
 READING = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize"}
@@ -30,7 +29,7 @@ READING = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize"}
 DEBUGGING = {"_check_values"}
 
 
-@pytest.mark.parametrize("path", CAPTURED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CAPTURED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_nothing_is_read_from_the_device(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     debugging = {

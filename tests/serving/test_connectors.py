@@ -2,7 +2,7 @@
 
 import pytest
 
-from recalkv_vllm.serving.connectors import unsupported_connector
+from recalkv_vllm.serving.startup.connectors import unsupported_connector
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from recalkv_vllm.serving.backend import LatentMetadataBuilder
+from recalkv_vllm.serving.attention.metadata import LatentMetadataBuilder
 
 MAX_MODEL_LEN = 4096
 #: Of a graph of uniform decodes: requests, and queries of each (one, or tokens to verify).
@@ -56,10 +56,10 @@ def test_all_of_a_captured_batch_is_decodes_of_any_length(requests, queries):
     runner = Runner(requests, queries)
     metadata = runner.capture()
     assert metadata.num_actual_tokens == requests * queries
-    hints = metadata.hints
-    assert (hints.num_decodes, hints.num_decode_tokens) == (requests, requests * queries)
-    assert hints.max_decode_query_len == queries
-    assert hints.max_seq_len == MAX_MODEL_LEN
+    batch = metadata.batch
+    assert (batch.num_decodes, batch.num_decode_tokens) == (requests, requests * queries)
+    assert batch.max_decode_query_len == queries
+    assert batch.max_seq_len == MAX_MODEL_LEN
 
 
 @pytest.mark.parametrize(("requests", "queries"), SIZES)
@@ -71,13 +71,14 @@ def test_captured_metadata_shows_the_batch_of_a_replay(requests, queries):
     common = runner.common(counts, [100 + i for i in range(len(counts))], max_seq_len=400)
     replayed = runner.builder.build(0, common)
     for name in ("query_start_loc", "seq_lens", "block_table"):
-        assert getattr(captured, name).data_ptr() == getattr(replayed, name).data_ptr()
-    assert captured.seq_lens[len(counts) :].eq(0).all()
+        held = getattr(captured.batch, name)
+        assert held.data_ptr() == getattr(replayed.batch, name).data_ptr()
+    assert captured.batch.seq_lens[len(counts) :].eq(0).all()
     # What launches follow from is the graph's, whatever the batch, but for a shorter bound.
     assert replayed.num_actual_tokens == captured.num_actual_tokens
-    assert replayed.hints.num_decodes == captured.hints.num_decodes
-    assert replayed.hints.num_decode_tokens == captured.hints.num_decode_tokens
-    assert replayed.hints.max_seq_len <= captured.hints.max_seq_len
+    assert replayed.batch.num_decodes == captured.batch.num_decodes
+    assert replayed.batch.num_decode_tokens == captured.batch.num_decode_tokens
+    assert replayed.batch.max_seq_len <= captured.batch.max_seq_len
 
 
 def test_one_batch_is_built_once_for_all_layers():

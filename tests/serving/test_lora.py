@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from recalkv_vllm.checkpoint import LatentLayout
-from recalkv_vllm.serving.lora import check_adapter
+from recalkv_vllm.serving.startup.lora import check_adapter
 
 SPANS = ((0, 16), (16, 32))
 NATURAL = LatentLayout(32, 1, SPANS, SPANS, (0, 1))

@@ -8,8 +8,8 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import recalkv_vllm
-from recalkv_vllm.serving.backend import RecalkvBackend
-from recalkv_vllm.serving.registration import ARCHITECTURES, BACKEND_NAME
+from recalkv_vllm.serving.attention.backend import RecalkvBackend
+from recalkv_vllm.serving.names import ARCHITECTURES, BACKEND_NAME
 
 
 def test_registering_twice_is_registering_once():
@@ -35,7 +35,7 @@ def test_backend_unpickles_in_a_process_that_has_not_loaded_plugins():
     )
     assert done.stdout.split() == [
         BACKEND_NAME,
-        "recalkv_vllm.serving.backend.RecalkvBackend",
+        "recalkv_vllm.serving.attention.backend.RecalkvBackend",
     ]
 
 

@@ -7,9 +7,9 @@ import torch
 from vllm.config import CUDAGraphMode
 
 from recalkv_vllm.checkpoint import AttentionGeometry, CheckpointError, LatentLayout, RecalkvConfig
-from recalkv_vllm.serving.factor_layers import PerHead
-from recalkv_vllm.serving.reload import check_graphs
-from recalkv_vllm.serving.weights import come_from_files, sent_weights
+from recalkv_vllm.serving.model.factor_layers import PerHead
+from recalkv_vllm.serving.model.reload import check_graphs
+from recalkv_vllm.serving.model.weights import come_from_files, sent_weights
 
 GEOMETRY = AttentionGeometry(num_layers=1, hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16)
 LAYOUT = LatentLayout(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recalkv_vllm.serving.startup import _unsupported_feature
+from recalkv_vllm.serving.startup.options import unsupported_option
 
 
 def configuration(**changes):
@@ -64,8 +64,8 @@ def configuration(**changes):
     ],
 )
 def test_refused(changes, message):
-    assert _unsupported_feature(configuration(**changes), "RECALKV") == message
+    assert unsupported_option(configuration(**changes), "RECALKV") == message
 
 
 def test_nothing_else_is():
-    assert _unsupported_feature(configuration(), "RECALKV") is None
+    assert unsupported_option(configuration(), "RECALKV") is None

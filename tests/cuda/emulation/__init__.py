@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recalkv_vllm.ops import cuda
+from recalkv_vllm.ops.cuda import extension
 
 ROOT = Path(__file__).parents[3]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -39,7 +39,7 @@ def build(directory: Path) -> Path:
 
 def load(library: Path) -> Callable[[int, int], None]:
     """Load the emulation's torch ops; returns ``configure(seed, early_copies)``."""
-    cuda.load_library(str(library))
+    extension.load_library(str(library))
     configure = ctypes.CDLL(str(library)).recalkv_emulate
     configure.argtypes = [ctypes.c_uint32, ctypes.c_int]
     configure.restype = None

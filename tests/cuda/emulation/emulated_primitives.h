@@ -1,6 +1,6 @@
-// csrc/cuda/primitives.cuh on the host: every CUDA thread is a fiber, warp-wide instructions exchange
-// registers between lanes with the fragment layouts of the PTX ISA (sections "Matrix Fragments for
-// mma.m16n8k16", "ldmatrix" and "movmatrix").
+// csrc/cuda/primitives.cuh on the host: every CUDA thread is a fiber, warp-wide instructions
+// exchange registers between lanes with the fragment layouts of the PTX ISA (sections "Matrix
+// Fragments for mma.m16n8k16", "ldmatrix" and "movmatrix").
 //
 // Made to catch mistakes: shared memory starts as NaN, writes past it, misaligned vector accesses,
 // lanes that disagree on the next warp-wide instruction, deadlocks and copies nobody waited for are
@@ -8,6 +8,7 @@
 // as far as it can before another one gets its turn.
 #pragma once
 
+#include <ucontext.h>
 #include <algorithm>
 #include <cmath>
 #include <csetjmp>
@@ -16,7 +17,6 @@
 #include <cstring>
 #include <memory>
 #include <string>
-#include <ucontext.h>
 #include <vector>
 
 #define RECALKV_DEVICE inline
@@ -94,9 +94,7 @@ struct Machine {
     return machine;
   }
 
-  [[noreturn]] void leave() {
-    _longjmp(scheduler, 1);
-  }
+  [[noreturn]] void leave() { _longjmp(scheduler, 1); }
 
   [[noreturn]] void fail(const std::string& what) {
     char where[96];
@@ -133,8 +131,7 @@ struct Machine {
   }
 
   bool runnable(const Lane& lane) const {
-    return !lane.done &&
-           (!lane.blocked || lane.blocked->generation != lane.blocked_generation);
+    return !lane.done && (!lane.blocked || lane.blocked->generation != lane.blocked_generation);
   }
 
   // Run a warp until all its lanes have ended or wait for another warp. Returns whether it moved.
@@ -304,22 +301,22 @@ inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
   const uint32_t in[2] = {static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32)};
   const uint32_t* out =
       machine.exchange(transposed ? "ldmatrix.trans" : "ldmatrix", in, 2, [&](Warp& warp) {
-        for (int matrix = 0; matrix < 4; ++matrix) {
-          uint16_t elements[8][8];
-          for (int r = 0; r < 8; ++r) {
-            const uint32_t* low = warp.in[matrix * 8 + r];
-            const uintptr_t from = low[0] | static_cast<uintptr_t>(low[1]) << 32;
-            std::memcpy(elements[r], reinterpret_cast<const void*>(from), 16);
-          }
-          for (int lane = 0; lane < 32; ++lane) {
-            const int r = lane / 4;
-            const int c = lane % 4 * 2;
-            const uint32_t first = transposed ? elements[c][r] : elements[r][c];
-            const uint32_t second = transposed ? elements[c + 1][r] : elements[r][c + 1];
-            warp.out[lane][matrix] = first | second << 16;
-          }
-        }
-      });
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t elements[8][8];
+      for (int r = 0; r < 8; ++r) {
+        const uint32_t* low = warp.in[matrix * 8 + r];
+        const uintptr_t from = low[0] | static_cast<uintptr_t>(low[1]) << 32;
+        std::memcpy(elements[r], reinterpret_cast<const void*>(from), 16);
+      }
+      for (int lane = 0; lane < 32; ++lane) {
+        const int r = lane / 4;
+        const int c = lane % 4 * 2;
+        const uint32_t first = transposed ? elements[c][r] : elements[r][c];
+        const uint32_t second = transposed ? elements[c + 1][r] : elements[r][c + 1];
+        warp.out[lane][matrix] = first | second << 16;
+      }
+    }
+  });
   std::copy(out, out + 4, to);
 }
 
@@ -350,10 +347,10 @@ inline int64_t shuffle(int64_t value, int lane) {
                           static_cast<uint32_t>(lane)};
   const uint32_t* out =
       emulation::Machine::get().exchange("shuffle", in, 3, [](emulation::Warp& warp) {
-        for (int i = 0; i < 32; ++i) {
-          std::copy(warp.in[warp.in[i][2] % 32], warp.in[warp.in[i][2] % 32] + 2, warp.out[i]);
-        }
-      });
+    for (int i = 0; i < 32; ++i) {
+      std::copy(warp.in[warp.in[i][2] % 32], warp.in[warp.in[i][2] % 32] + 2, warp.out[i]);
+    }
+  });
   return static_cast<int64_t>(out[0] | static_cast<uint64_t>(out[1]) << 32);
 }
 
@@ -361,8 +358,8 @@ inline float shuffle_xor(float value, int mask) {
   const uint32_t in[1] = {emulation::as_bits(value)};
   const uint32_t* out =
       emulation::Machine::get().exchange("shuffle_xor", in, 1, [mask](emulation::Warp& warp) {
-        for (int i = 0; i < 32; ++i) warp.out[i][0] = warp.in[i ^ mask][0];
-      });
+    for (int i = 0; i < 32; ++i) warp.out[i][0] = warp.in[i ^ mask][0];
+  });
   return emulation::as_float(out[0]);
 }
 
@@ -404,18 +401,17 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
 inline uint32_t transpose_matrix(uint32_t value) {
   const uint32_t* out =
       emulation::Machine::get().exchange("movmatrix", &value, 1, [](emulation::Warp& warp) {
-        for (int lane = 0; lane < 32; ++lane) {
-          const int row = lane / 4;
-          uint32_t word = 0;
-          for (int i = 0; i < 2; ++i) {
-            const int column = lane % 4 * 2 + i;
-            const uint32_t element =
-                emulation::half_of(warp.in[column * 4 + row / 2][0], row % 2);
-            word |= element << (16 * i);
-          }
-          warp.out[lane][0] = word;
-        }
-      });
+    for (int lane = 0; lane < 32; ++lane) {
+      const int row = lane / 4;
+      uint32_t word = 0;
+      for (int i = 0; i < 2; ++i) {
+        const int column = lane % 4 * 2 + i;
+        const uint32_t element = emulation::half_of(warp.in[column * 4 + row / 2][0], row % 2);
+        word |= element << (16 * i);
+      }
+      warp.out[lane][0] = word;
+    }
+  });
   return *out;
 }
 
@@ -425,38 +421,38 @@ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, u
   for (int i = 0; i < 4; ++i) in[6 + i] = emulation::as_bits(sum[i]);
   const uint32_t* out =
       emulation::Machine::get().exchange("mma", in, 10, [](emulation::Warp& warp) {
-        float left[16][16], right[8][16];
-        for (int lane = 0; lane < 32; ++lane) {
-          const int group = lane / 4;
-          const int member = lane % 4;
-          for (int i = 0; i < 8; ++i) {  // a0..a7
-            const int row = group + (i / 2 % 2) * 8;
-            const int k = member * 2 + i % 2 + i / 4 * 8;
-            left[row][k] = emulation::decode<Element>(emulation::half_of(warp.in[lane][i / 2], i % 2));
-          }
-          for (int i = 0; i < 4; ++i) {  // b0..b3
-            const int k = member * 2 + i % 2 + i / 2 * 8;
-            right[group][k] =
-                emulation::decode<Element>(emulation::half_of(warp.in[lane][4 + i / 2], i % 2));
-          }
-        }
-        for (int lane = 0; lane < 32; ++lane) {
-          for (int i = 0; i < 4; ++i) {  // c0..c3
-            const float* row = left[lane / 4 + i / 2 * 8];
-            const float* column = right[lane % 4 * 2 + i % 2];
-            float total = emulation::as_float(warp.in[lane][6 + i]);
-            for (int k = 0; k < 16; ++k) total += row[k] * column[k];
-            warp.out[lane][i] = emulation::as_bits(total);
-          }
-        }
-      });
+    float left[16][16], right[8][16];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int group = lane / 4;
+      const int member = lane % 4;
+      for (int i = 0; i < 8; ++i) {  // a0..a7
+        const int row = group + (i / 2 % 2) * 8;
+        const int k = member * 2 + i % 2 + i / 4 * 8;
+        left[row][k] = emulation::decode<Element>(emulation::half_of(warp.in[lane][i / 2], i % 2));
+      }
+      for (int i = 0; i < 4; ++i) {  // b0..b3
+        const int k = member * 2 + i % 2 + i / 2 * 8;
+        right[group][k] =
+            emulation::decode<Element>(emulation::half_of(warp.in[lane][4 + i / 2], i % 2));
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {  // c0..c3
+        const float* row = left[lane / 4 + i / 2 * 8];
+        const float* column = right[lane % 4 * 2 + i % 2];
+        float total = emulation::as_float(warp.in[lane][6 + i]);
+        for (int k = 0; k < 16; ++k) total += row[k] * column[k];
+        warp.out[lane][i] = emulation::as_bits(total);
+      }
+    }
+  });
   for (int i = 0; i < 4; ++i) sum[i] = emulation::as_float(out[i]);
 }
 
 template <typename Element>
 inline uint32_t pack(float low, float high) {
-  return emulation::encode<Element>(low) |
-         static_cast<uint32_t>(emulation::encode<Element>(high)) << 16;
+  const uint32_t upper = emulation::encode<Element>(high);
+  return emulation::encode<Element>(low) | upper << 16;
 }
 
 template <typename Element>

@@ -1,0 +1,141 @@
+#include "attention_layer.h"
+
+#include <c10/util/Exception.h>
+
+#include <initializer_list>
+#include <limits>
+
+#include "dtypes.h"
+#include "isa.h"
+#include "quantization.h"
+
+namespace recalkv {
+namespace {
+
+void check(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
+           std::initializer_list<int64_t> shape) {
+  TORCH_CHECK_VALUE(tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous() &&
+                        tensor.sizes() == at::IntArrayRef(shape),
+                    name, ": expected contiguous ", dtype, " on the CPU, of shape ",
+                    at::IntArrayRef(shape), ", found ", tensor.scalar_type(), " on ",
+                    tensor.device(), ", of shape ", tensor.sizes(), " and strides ",
+                    tensor.strides());
+}
+
+void check_dims(const at::Tensor& tensor, const char* name, int64_t dims) {
+  TORCH_CHECK_VALUE(tensor.dim() == dims, name, ": expected ", dims, " dimensions, found shape ",
+                    tensor.sizes());
+}
+
+const float* data_or_null(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<float>() : nullptr;
+}
+
+}  // namespace
+
+AttentionLayer::AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> keys,
+                               c10::intrusive_ptr<Spans> spans,
+                               std::optional<c10::intrusive_ptr<Rotation>> rotation,
+                               std::optional<c10::intrusive_ptr<Expansion>> expansion,
+                               const c10::intrusive_ptr<Logits>& logits,
+                               const std::string& latent_dtype, int64_t group_size)
+    : keys_(std::move(keys)),
+      spans_(std::move(spans)),
+      rotation_(std::move(rotation)),
+      expansion_(std::move(expansion)),
+      kernels_(checked_isa(isa)) {
+  set_keys(*keys_);
+  set_spans(*spans_);
+  layer_.max_position = std::numeric_limits<int32_t>::max();
+  if (rotation_) set_rotation(**rotation_);
+  if (expansion_) set_expansion(**expansion_);
+  layer_.scale = static_cast<float>(logits->scale);
+  layer_.soft_cap = static_cast<float>(logits->soft_cap);
+  layer_.window = logits->window;
+  layer_.latent_format = latent_format_of(latent_dtype, group_size);
+}
+
+const ElementKernels& AttentionLayer::kernels(at::ScalarType dtype) const {
+  const ElementKernels& found = kernels_.of[element_type_of(dtype, "q")];
+  TORCH_CHECK_VALUE(found.attend, "q: the layer's instruction set has no kernels for ", dtype);
+  return found;
+}
+
+void AttentionLayer::set_keys(const Keys& keys) {
+  check_dims(keys.factors, "factors", 3);
+  const int64_t heads = keys.factors.size(0), head_dim = keys.factors.size(1),
+                width = keys.factors.size(2);
+  TORCH_CHECK_VALUE(heads > 0 && head_dim > 0 && head_dim % 16 == 0 && width > 0 && width % 16 == 0,
+                    "factors: expected KV heads, and head size and width in multiples of 16, found "
+                    "shape ",
+                    keys.factors.sizes());
+  check(keys.factors, "factors", dtype_of(kernels_.factors), {heads, head_dim, width});
+  if (keys.bias) check(*keys.bias, "bias", at::kFloat, {heads, head_dim});
+  if (keys.norm_weight) check(*keys.norm_weight, "norm_weight", at::kFloat, {head_dim});
+  layer_.num_kv_heads = static_cast<int>(heads);
+  layer_.head_dim = static_cast<int>(head_dim);
+  layer_.k_width = static_cast<int>(width);
+  layer_.k_factors = static_cast<const Unit*>(keys.factors.const_data_ptr());
+  layer_.k_bias = data_or_null(keys.bias);
+  layer_.k_norm_weight = data_or_null(keys.norm_weight);
+  layer_.k_norm_eps = static_cast<float>(keys.norm_eps);
+}
+
+void AttentionLayer::set_spans(const Spans& spans) {
+  const auto divides = [&](size_t groups) {
+    return groups > 0 && layer_.num_kv_heads % groups == 0;
+  };
+  TORCH_CHECK_VALUE(divides(spans.k_starts.size()) && divides(spans.v_starts.size()),
+                    "k_starts, v_starts: expected numbers of groups that divide ",
+                    layer_.num_kv_heads, " KV heads, found ", spans.k_starts.size(), " and ",
+                    spans.v_starts.size());
+  TORCH_CHECK_VALUE(spans.v_width > 0 && spans.v_width % 16 == 0,
+                    "v_width: expected a multiple of 16, found ", spans.v_width);
+  layer_.k_groups = static_cast<int>(spans.k_starts.size());
+  layer_.group_heads = layer_.num_kv_heads / layer_.k_groups;
+  layer_.v_groups = static_cast<int>(spans.v_starts.size());
+  layer_.v_width = static_cast<int>(spans.v_width);
+  layer_.k_starts = spans.k_starts.data();
+  layer_.v_starts = spans.v_starts.data();
+}
+
+void AttentionLayer::set_rotation(const Rotation& rotation) {
+  check_dims(rotation.tiles, "tiles", 4);
+  const int64_t tiles = rotation.tiles.size(0), pairs = rotation.tiles.size(2);
+  check(rotation.tiles, "tiles", at::kFloat, {tiles, 2, pairs, kTile});
+  TORCH_CHECK_VALUE(2 * pairs <= layer_.head_dim, "tiles: expected at most ", layer_.head_dim / 2,
+                    " pairs, found ", pairs);
+  TORCH_CHECK_VALUE(rotation.max_position <= tiles * kTile, "max_position: expected at most ",
+                    tiles * kTile, " (the positions of tiles), found ", rotation.max_position);
+  layer_.rope = rotation.tiles.const_data_ptr<float>();
+  layer_.rot_pairs = static_cast<int>(pairs);
+  layer_.is_neox = rotation.is_neox;
+  layer_.max_position = rotation.max_position;
+}
+
+void AttentionLayer::set_expansion(const Expansion& expansion) {
+  check_dims(expansion.pair_factors, "pair_factors", 4);
+  check_dims(expansion.coefficients, "coefficients", 4);
+  const int64_t pairs = expansion.pair_factors.size(1);
+  const int64_t stretches = expansion.coefficients.size(0);
+  check(expansion.basis, "basis", at::kFloat, {kTerms, kStretch});
+  check(expansion.coefficients, "coefficients", at::kFloat,
+        {stretches, kTerms, 2, (pairs + 15) / 16 * 16});
+  check(expansion.pair_factors, "pair_factors", at::kBFloat16,
+        {layer_.num_kv_heads, pairs, layer_.k_width, 2});
+  TORCH_CHECK_VALUE(kernels_.factors == kBFloat16 && !layer_.k_norm_weight,
+                    "expansion: expected bfloat16 factors and no key norm");
+  TORCH_CHECK_VALUE(2 * pairs <= layer_.head_dim, "pair_factors: expected at most ",
+                    layer_.head_dim / 2, " pairs, found ", pairs);
+  TORCH_CHECK_VALUE(layer_.max_position <= stretches * kStretch,
+                    "coefficients: expected stretches "
+                    "for ",
+                    layer_.max_position, " positions, found ", stretches);
+  layer_.basis = expansion.basis.const_data_ptr<float>();
+  layer_.coefficients = expansion.coefficients.const_data_ptr<float>();
+  layer_.pair_factors = static_cast<const Unit*>(expansion.pair_factors.const_data_ptr());
+  layer_.expanded_pairs = static_cast<int>(pairs);
+  layer_.exact_pairs = layer_.head_dim / 2 - layer_.expanded_pairs;
+}
+
+}  // namespace recalkv

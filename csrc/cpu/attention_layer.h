@@ -1,0 +1,102 @@
+// A layer's constants as Python hands them over: checked and packed once, when the layer is bound.
+// Calls only read them, from any number of threads.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/custom_class.h>
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace recalkv {
+
+// How keys come from latents. Rows of a head are in pair order, see Layer::k_factors.
+struct Keys : torch::CustomClassHolder {
+  const at::Tensor factors;                     // [num_kv_heads, head_dim, k_width]
+  const std::optional<at::Tensor> bias;         // [num_kv_heads, head_dim] float32
+  const std::optional<at::Tensor> norm_weight;  // [head_dim] float32
+  const double norm_eps;
+
+  Keys(at::Tensor factors, std::optional<at::Tensor> bias, std::optional<at::Tensor> norm_weight,
+       double norm_eps)
+      : factors(std::move(factors)),
+        bias(std::move(bias)),
+        norm_weight(std::move(norm_weight)),
+        norm_eps(norm_eps) {}
+};
+
+// Where the spans of the K groups and of the V groups start in a latent.
+struct Spans : torch::CustomClassHolder {
+  const std::vector<int64_t> k_starts;
+  const std::vector<int64_t> v_starts;
+  const int64_t v_width;
+
+  Spans(std::vector<int64_t> k_starts, std::vector<int64_t> v_starts, int64_t v_width)
+      : k_starts(std::move(k_starts)), v_starts(std::move(v_starts)), v_width(v_width) {}
+};
+
+struct Rotation : torch::CustomClassHolder {
+  const at::Tensor tiles;  // [tiles, 2 (cos, sin), rot_pairs, kTile] float32
+  const int64_t max_position;
+  const bool is_neox;
+
+  Rotation(at::Tensor tiles, int64_t max_position, bool is_neox)
+      : tiles(std::move(tiles)), max_position(max_position), is_neox(is_neox) {}
+};
+
+// Low-frequency pairs, see expansion.h.
+struct Expansion : torch::CustomClassHolder {
+  const at::Tensor basis;         // [kTerms, kStretch] float32
+  const at::Tensor coefficients;  // [stretches, kTerms, 2 (cos, sin), pairs up to 16s] float32
+  const at::Tensor pair_factors;  // [num_kv_heads, pairs, k_width, 2] in the type of Keys::factors
+
+  Expansion(at::Tensor basis, at::Tensor coefficients, at::Tensor pair_factors)
+      : basis(std::move(basis)),
+        coefficients(std::move(coefficients)),
+        pair_factors(std::move(pair_factors)) {}
+};
+
+struct Logits : torch::CustomClassHolder {
+  const double scale;
+  const double soft_cap;  // 0 is none
+  const int64_t window;   // newest keys that a query sees, itself included; 0 is all
+
+  Logits(double scale, double soft_cap, int64_t window)
+      : scale(scale), soft_cap(soft_cap), window(window) {}
+};
+
+class AttentionLayer : public torch::CustomClassHolder {
+ public:
+  // Throws a ValueError for parts that fit neither each other nor the instruction set.
+  AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> keys,
+                 c10::intrusive_ptr<Spans> spans,
+                 std::optional<c10::intrusive_ptr<Rotation>> rotation,
+                 std::optional<c10::intrusive_ptr<Expansion>> expansion,
+                 const c10::intrusive_ptr<Logits>& logits, const std::string& latent_dtype,
+                 int64_t group_size);
+
+  const Layer& layer() const { return layer_; }
+  int64_t v_width() const { return layer_.v_width; }
+  // Kernels for a cache and queries of `dtype`; throws a ValueError where there are none.
+  const ElementKernels& kernels(at::ScalarType dtype) const;
+
+ private:
+  void set_keys(const Keys& keys);
+  void set_spans(const Spans& spans);
+  void set_rotation(const Rotation& rotation);
+  void set_expansion(const Expansion& expansion);
+
+  // What layer_ points into.
+  const c10::intrusive_ptr<Keys> keys_;
+  const c10::intrusive_ptr<Spans> spans_;
+  const std::optional<c10::intrusive_ptr<Rotation>> rotation_;
+  const std::optional<c10::intrusive_ptr<Expansion>> expansion_;
+  const Kernels& kernels_;
+  Layer layer_{};
+};
+
+}  // namespace recalkv

@@ -1,0 +1,42 @@
+// One layer's constants as the kernels see them. Plain data only, as in all headers that are
+// compiled once per instruction set: nothing in them may be merged across sets by the linker.
+#pragma once
+
+#include "latent_format.h"
+#include "sizes.h"
+
+namespace recalkv {
+
+// Pointers belong to the tensors of an AttentionLayer.
+struct Layer {
+  int num_kv_heads;
+  int head_dim;
+  int k_groups;
+  int group_heads;
+  int k_width;
+  int v_groups;
+  int v_width;
+  const int64_t* k_starts;
+  const int64_t* v_starts;
+  // [num_kv_heads][head_dim][k_width] in the compute format; rows of a head in pair order (the two
+  // members of a rotation pair are neighbors), so that RoPE styles need no case of their own.
+  const Unit* k_factors;
+  const float* k_bias;         // [num_kv_heads][head_dim] in pair order, or null
+  const float* k_norm_weight;  // [head_dim] in pair order, or null
+  float k_norm_eps;
+  const float* rope;  // [tiles][2 (cos, sin)][rot_pairs][kTile], or null
+  int rot_pairs;
+  bool is_neox;
+  int64_t max_position;  // positions that rope has
+  // The expansion, or nulls: pairs from exact_pairs on are expanded, expanded_pairs of them.
+  int exact_pairs, expanded_pairs;
+  const float* basis;         // [kTerms][kStretch]
+  const float* coefficients;  // [stretches][kTerms][2 (cos, sin)][expanded_pairs up to 16s]
+  const Unit* pair_factors;   // [num_kv_heads][expanded_pairs][k_width], both rows of a pair
+  float scale;
+  float soft_cap;  // 0 is none
+  int64_t window;  // 0 is none
+  LatentFormat latent_format;
+};
+
+}  // namespace recalkv

@@ -1,0 +1,24 @@
+"""Launch parameters by architecture and shape: every tuning choice of the kernels is here.
+
+The choices follow from two budgets, registers and shared memory. Both are held against what the
+compiler reports by ``python -m recalkv_vllm.benchmarks.compile_report``.
+"""
+
+from recalkv_vllm.kernels.heuristics.choice import attention_config
+from recalkv_vllm.kernels.heuristics.shapes import AttentionConfig, AttentionShape, shared_memory
+from recalkv_vllm.kernels.heuristics.splits import most_programs, split_count
+from recalkv_vllm.kernels.heuristics.targets import Target, target_of
+from recalkv_vllm.kernels.heuristics.value_up import ValueUpConfig, value_up_config
+
+__all__ = [
+    "AttentionConfig",
+    "AttentionShape",
+    "Target",
+    "ValueUpConfig",
+    "attention_config",
+    "most_programs",
+    "shared_memory",
+    "split_count",
+    "target_of",
+    "value_up_config",
+]

@@ -1,0 +1,103 @@
+"""Choice of launch parameters: the least work among the rules that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from itertools import product
+
+from recalkv_vllm.kernels.columns import next_power_of_2
+from recalkv_vllm.kernels.heuristics.rules import RULES, Rule, ragged, spill_free
+from recalkv_vllm.kernels.heuristics.shapes import (
+    AttentionConfig,
+    AttentionShape,
+    head_counts,
+    shared_memory,
+    tile_columns,
+    value_block,
+)
+from recalkv_vllm.kernels.heuristics.targets import INTERPRETER, Target
+
+#: Query rows of one program in prefill: each reconstructed key serves them all.
+PREFILL_ROWS = 64
+
+
+@cache
+def attention_config(shape: AttentionShape, target: Target, queries: int) -> AttentionConfig:
+    """Launch parameters for blocks of up to ``queries`` queries per sequence.
+
+    Prefers little work, then many heads per program (latents are read less often), then the order
+    of :data:`.rules.RULES`; prefetches deeper while two programs still fit on a multiprocessor.
+
+    Raises:
+        ValueError: no rule fits.
+    """
+    if target is INTERPRETER:
+        heads, v_block = next(head_counts(shape)), value_block(shape.v_width, 256)
+        return _config(shape, RULES[0], heads, v_block, queries, PREFILL_ROWS)
+    candidates = sorted(_candidates(shape, target, queries), key=lambda each: work(shape, each[0]))
+    for config, rule in candidates:
+        fits = shared_memory(shape, config, target) <= target.shared_bytes
+        if fits and spill_free(shape, config, rule):
+            return _prefetching(shape, config, target)
+    raise ValueError(f"no launch parameters for sm_{target.arch} fit {shape}")
+
+
+def work(shape: AttentionShape, config: AttentionConfig) -> float:
+    """FLOP / 2 per token and query row: every block of value columns needs the keys and scores.
+
+    A streamed factor is read from L2 once per tile, which at 32 tokens is 32 FLOP per byte: it
+    counts as four times the work.
+    """
+    rows = config.query_block * shape.queries_per_kv
+    reconstruction = shape.k_width * shape.dim / rows * (4 if config.stream else 1)
+    return shape.v_width / config.v_block * (reconstruction + shape.dim) + shape.v_width
+
+
+def _candidates(
+    shape: AttentionShape, target: Target, queries: int
+) -> Iterator[tuple[AttentionConfig, Rule]]:
+    rules = [
+        rule
+        for rule in RULES
+        if target.family in rule.families and (shape.local_rope or not rule.local_rope)
+    ]
+    v_blocks = dict.fromkeys(value_block(shape.v_width, n) for n in (512, 256, 128, 64, 32, 16))
+    most_rows = (PREFILL_ROWS, 32, 16)
+    for rows, v_block, heads, rule in product(most_rows, v_blocks, head_counts(shape), rules):
+        yield _config(shape, rule, heads, v_block, queries, rows), rule
+
+
+def _config(
+    shape: AttentionShape, rule: Rule, heads: int, v_block: int, queries: int, most_rows: int
+) -> AttentionConfig:
+    per_query = heads * shape.queries_per_kv
+    query_block = max(1, min(queries, most_rows // per_query))
+    return AttentionConfig(
+        heads=heads,
+        v_block=v_block,
+        query_block=query_block,
+        rows=max(16, next_power_of_2(query_block * per_query)),
+        tile=rule.tile,
+        local_rope=rule.local_rope and shape.local_rope,
+        stream=min(64, shape.k_width & -shape.k_width) if rule.stream else 0,
+        # Twice the registers, for codes, scales and elements of a tile while it is dequantized.
+        warps=rule.warps if shape.code_bits is None else 8,
+        stages=3,
+    )
+
+
+def _prefetching(shape: AttentionShape, config: AttentionConfig, target: Target) -> AttentionConfig:
+    """The same with more stages, if there is shared memory and there are registers for them."""
+    deeper = replace(config, stages=5)
+    roomy = 2 * shared_memory(shape, deeper, target) <= target.shared_bytes
+    # With more rows, heads or chunks the addresses of several tiles would spill.
+    light = (
+        config.rows == 16
+        and config.heads == 1
+        and tile_columns(shape, config) <= 256
+        and shape.code_bits is None
+        and (config.warps == 8 or not ragged(config.v_block))
+    )
+    return deeper if roomy and light else config

@@ -1,0 +1,55 @@
+"""A bound layer whose arguments are checked before any kernel starts.
+
+``TypeError`` for a dtype, ``ValueError`` for everything else.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from recalkv_vllm.ops import validation
+from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer
+from recalkv_vllm.ops.dispatch import implementation
+
+
+class CheckedLayer(BoundLayer):
+    """A layer bound by the implementation chosen for it; see :class:`BoundLayer`.
+
+    Raises:
+        TypeError: the dtype of one of the layer's tensors.
+        ValueError: anything else about the layer; the message names expected and found.
+        KernelUnavailableError: no implementation can serve it.
+    """
+
+    def __init__(self, layer: LatentLayer):
+        self._signature = validation.check_layer(layer)
+        chosen = implementation(layer.k_up.device, layer.k_up.dtype, layer.head_dim)
+        self._bound = chosen.bind(layer)
+
+    def update_cache(
+        self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        validation.check_update(self._signature, z, kv_cache, slot_mapping)
+        self._bound.update_cache(z, kv_cache, slot_mapping)
+
+    def attend(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        validation.check_attend(self._signature, q, kv_cache, batch)
+        return self._bound.attend(q, kv_cache, batch)
+
+    def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        validation.check_value_up(self._signature, o_lat, out_dtype)
+        return self._bound.value_up(o_lat, out_dtype)
+
+    def reserve(self, limits: BatchLimits) -> None:
+        self._bound.reserve(limits)
+
+
+def bind(layer: LatentLayer) -> CheckedLayer:
+    """Check a layer's constants and pack them for the implementation that serves it.
+
+    Packing costs more than a call: bind once, when weights are loaded. Raises as
+    :class:`CheckedLayer` does.
+    """
+    return CheckedLayer(layer)

@@ -1,0 +1,51 @@
+"""The ops in C++ (``csrc/cpu``), bound for torch tensors on the CPU.
+
+``RECALKV_CPU_ISA=avx2|avx512|avx512_bf16`` forces an instruction set below the best one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from recalkv_vllm.ops.contract import LatentLayer
+from recalkv_vllm.ops.cpu import extension
+from recalkv_vllm.ops.cpu.attention import CpuLayer
+from recalkv_vllm.ops.cpu.plan import instruction_set
+
+__all__ = ["CpuLayer", "bind", "describe", "unsupported_reason"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_HEAD_DIM = 256
+
+
+def unsupported_reason(
+    device: torch.device, dtype: torch.dtype, head_dim: int | None
+) -> str | None:
+    """Why these kernels cannot run, or None."""
+    if extension.load_error is not None:
+        return (
+            f"the C++ extension cannot be loaded ({extension.load_error}); build it with "
+            "'pip install --no-build-isolation -e .', or set RECALKV_KERNEL=reference"
+        )
+    if device.type != "cpu":
+        return f"expected a tensor on the CPU, found {device}"
+    if dtype not in DTYPES:
+        return f"expected float32, bfloat16 or float16, found {dtype}"
+    isa = instruction_set(dtype)
+    if not isa:
+        return "expected a processor with AVX2, FMA and F16C"
+    if not torch.ops.recalkv_cpu.isa_supported(isa):
+        return f"RECALKV_CPU_ISA: expected an instruction set of this processor, found {isa!r}"
+    if head_dim is not None and (head_dim % 16 or not 0 < head_dim <= LARGEST_HEAD_DIM):
+        return f"expected a head size in multiples of 16 up to {LARGEST_HEAD_DIM}, found {head_dim}"
+    return None
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """Instruction set and threads, for the log."""
+    return f"C++ {instruction_set(dtype)}, {torch.get_num_threads()} threads"
+
+
+def bind(layer: LatentLayer) -> CpuLayer:
+    """Pack a layer's constants for the best instruction set."""
+    return CpuLayer(layer)

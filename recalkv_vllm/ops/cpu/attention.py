@@ -1,0 +1,49 @@
+"""One layer's ops in C++: from the contract's arguments to calls of ``torch.ops.recalkv_cpu``."""
+
+from __future__ import annotations
+
+import torch
+
+from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer
+from recalkv_vllm.ops.cpu.layout import pack_layer
+from recalkv_vllm.ops.cpu.plan import instruction_set
+
+
+class CpuLayer(BoundLayer):
+    """A layer's constants packed; see :class:`BoundLayer`."""
+
+    def __init__(self, layer: LatentLayer):
+        self._isa = instruction_set(layer.k_up.dtype)
+        self._packed = pack_layer(layer, self._isa)
+        self._v_up = layer.v_up.contiguous()
+        self._v_bias = None if layer.v_bias is None else layer.v_bias.float().contiguous()
+        self._format = layer.latent_format
+
+    def update_cache(
+        self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        dtype, group_size = "", 0
+        if self._format is not None:
+            dtype, group_size = self._format.dtype, self._format.group_size
+        torch.ops.recalkv_cpu.latent_cache_update.default(
+            z, kv_cache, slot_mapping, dtype, group_size
+        )
+
+    def attend(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.recalkv_cpu.paged_latent_attention.default(
+            self._packed, q, kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc
+        )
+
+    def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.ops.recalkv_cpu.latent_value_up.default(
+            o_lat.float().contiguous(),
+            self._v_up,
+            self._v_bias,
+            out_dtype or self._v_up.dtype,
+            self._isa,
+        )
+
+    def reserve(self, limits: BatchLimits) -> None:
+        """Nothing to reserve: threads keep their scratch memory."""

@@ -1,0 +1,67 @@
+"""A layer's constants as the C++ attention takes them: one object, checked when it is made."""
+
+from __future__ import annotations
+
+import torch
+
+from recalkv_vllm.ops.contract import LatentLayer
+from recalkv_vllm.ops.cpu import tables
+from recalkv_vllm.ops.rotary import pair_order
+
+
+def pack_layer(layer: LatentLayer, isa: str) -> torch.ScriptObject:
+    """Pack for one instruction set: an ``AttentionLayer`` (``csrc/cpu/attention_layer.h``).
+
+    Columns of a head are in pair order.
+    """
+    bf16_products = isa == "avx512_bf16"
+    classes = torch.classes.recalkv_cpu
+    order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)
+    k_factors = layer.k_up.reshape(-1, layer.head_dim, layer.k_width)[:, order]
+    k_factors = k_factors.to(torch.bfloat16 if bf16_products else torch.float32).contiguous()
+    rope, norm, bias = layer.cos_sin_cache, layer.k_norm_weight, layer.k_bias
+    rotation = expansion = None
+    if rope is not None:
+        rotation = classes.Rotation(
+            tiles=tables.rope_tiles(rope), max_position=rope.shape[0], is_neox=layer.is_neox
+        )
+        # A key norm needs the whole key.
+        if bf16_products and norm is None:
+            expansion = _expansion(k_factors, rope)
+    latent_format = layer.latent_format
+    return classes.AttentionLayer(
+        isa=isa,
+        keys=classes.Keys(
+            factors=k_factors,
+            bias=None if bias is None else bias[:, order].float().contiguous(),
+            norm_weight=None if norm is None else norm[order].float().contiguous(),
+            norm_eps=layer.k_norm_eps,
+        ),
+        spans=classes.Spans(
+            k_starts=[span.start for span in layer.k_spans],
+            v_starts=[span.start for span in layer.v_spans],
+            v_width=layer.v_width,
+        ),
+        rotation=rotation,
+        expansion=expansion,
+        logits=classes.Logits(
+            scale=layer.scale,
+            soft_cap=layer.soft_cap or 0.0,
+            window=layer.sliding_window or 0,
+        ),
+        latent_dtype="" if latent_format is None else latent_format.dtype,
+        group_size=0 if latent_format is None else latent_format.group_size,
+    )
+
+
+def _expansion(k_factors: torch.Tensor, rope: torch.Tensor) -> torch.ScriptObject | None:
+    """Low-frequency pairs of ``k_factors: [h_kv, d, k_width]``, packed; None if there are none."""
+    found = tables.expansion(rope, k_factors.shape[1])
+    if found is None:
+        return None
+    slow = k_factors[:, 2 * found.exact_pairs :]
+    return torch.classes.recalkv_cpu.Expansion(
+        basis=found.basis,
+        coefficients=found.coefficients,
+        pair_factors=slow.unflatten(1, (-1, 2)).transpose(2, 3).contiguous(),
+    )

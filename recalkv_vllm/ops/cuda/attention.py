@@ -1,0 +1,163 @@
+"""One layer's ops on an NVIDIA GPU with CUDA C++ for decode: from the contract to launches."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from recalkv_vllm.ops.contract import Batch, BatchLimits, KernelUnavailableError, LatentLayer
+from recalkv_vllm.ops.cuda.layout import pack_layer, tile_columns
+from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, plan, split_count
+from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
+from recalkv_vllm.ops.triton.attention import CacheAndValues, TritonAttention
+from recalkv_vllm.ops.triton.plan import Part
+from recalkv_vllm.ops.workspace import partial_bytes, partial_results, reserve_workspace
+
+
+@cache
+def device_limits(device: torch.device) -> Limits:
+    """Read off what plans depend on."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return Limits(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_multiprocessor,
+    )
+
+
+class DecodeAttention:
+    """Decode attention of one layer in CUDA C++.
+
+    Raises:
+        KernelUnavailableError: the kernel cannot serve this layer; says why.
+    """
+
+    def __init__(self, layer: LatentLayer):
+        if layer.latent_format is not None:
+            raise KernelUnavailableError(
+                f"latent_format: expected None, found {layer.latent_format.dtype}"
+            )
+        self.device = device = layer.k_up.device
+        shape = LayerShape.of(layer)
+        self.limits = device_limits(device)
+        self.num_kv_heads, self.v_width = layer.num_kv_heads, layer.v_width
+        plans = {tiles: plan(shape, self.limits, tiles) for tiles in (1, 2)}
+        if plans[1] is None:
+            raise KernelUnavailableError(
+                f"k_spans, v_spans: expected widths that fit {self.limits.shared_bytes} bytes of "
+                f"shared memory, found {layer.k_width} and {layer.v_width}"
+            )
+        self.packed = pack_layer(layer)
+        self.plans = {
+            tiles: (p, tile_columns(shape, p).to(device)) for tiles, p in plans.items() if p
+        }
+
+    def run(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        o_lat: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Attend all of a batch, whatever its query lengths; writes ``o_lat`` and ``lse``."""
+        if kv_cache.data_ptr() % 16 or kv_cache.stride(0) % 8 or kv_cache.stride(1) % 8:
+            raise ValueError(
+                "kv_cache: expected 16-byte aligned rows, found "
+                f"address {kv_cache.data_ptr():#x} and strides {kv_cache.stride()}"
+            )
+        tokens, num_heads, _ = q.shape
+        longest = batch.longest(kv_cache.shape[1])
+        chosen, columns, splits = self._plan(tokens, batch.num_seqs, num_heads, longest)
+        out, out_lse = o_lat, lse
+        if splits > 1:
+            out, out_lse = partial_results(splits, tokens, num_heads, self.v_width, q.device)
+        packed = self.packed
+        torch.ops.recalkv_cuda.decode(
+            q,
+            kv_cache,
+            batch.block_table,
+            batch.seq_lens,
+            batch.query_start_loc,
+            packed.k_factor,
+            packed.k_bias,
+            packed.k_norm_weight,
+            packed.base_rotation,
+            packed.local_rotation,
+            columns,
+            out,
+            out_lse,
+            packed.sizes,
+            chosen.kernel_shape(splits),
+            packed.scale,
+            packed.soft_cap,
+            packed.norm_eps,
+            packed.norm_factor,
+        )
+        if splits > 1:
+            torch.ops.recalkv_cuda.merge(out, out_lse, o_lat, lse, splits)
+
+    def _plan(
+        self, tokens: int, num_seqs: int, num_heads: int, max_seq_len: int
+    ) -> tuple[Plan, torch.Tensor, int]:
+        """Plan, its tile columns, and splits for a batch."""
+        rows = tokens * (num_heads // self.num_kv_heads)
+        tiles = 2 if rows > 8 * num_seqs and 2 in self.plans else 1
+        chosen, columns = self.plans[tiles]
+        row_blocks = max(num_seqs, -(-rows // chosen.columns))
+        return chosen, columns, split_count(chosen, self.limits, row_blocks, max_seq_len)
+
+    def workspace_bytes(self, limits: BatchLimits) -> int:
+        """Largest workspace that decode batches within ``limits`` need."""
+        most = 0
+        for seqs in range(1, limits.num_seqs + 1):
+            for queries in range(1, limits.decode_query_len + 1):
+                tokens = seqs * queries
+                splits = self._plan(tokens, seqs, limits.num_heads, limits.seq_len)[2]
+                most = max(most, partial_bytes(splits, tokens * limits.num_heads, self.v_width))
+        return most
+
+
+class CudaLayer(CacheAndValues):
+    """The ops of one layer: decode in CUDA C++, prefill by ``prefill``, the rest in Triton.
+
+    Without ``prefill``, CUDA C++ attends all: right for any batch, slow for long queries.
+    """
+
+    def __init__(
+        self, layer: LatentLayer, decode: DecodeAttention, prefill: TritonAttention | None
+    ):
+        super().__init__(layer)
+        self.decode, self.prefill = decode, prefill
+
+    def reserve(self, limits: BatchLimits) -> None:
+        reserve_workspace(self.decode.device, self.decode.workspace_bytes(limits))
+        if self.prefill is not None:
+            self.prefill.reserve(limits)
+
+    def attend(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, num_heads, _ = q.shape
+        num_seqs = batch.num_seqs
+        o_lat = q.new_empty(tokens, num_heads, self.decode.v_width, dtype=torch.float32)
+        lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
+        if tokens == 0 or num_seqs == 0:
+            return o_lat, lse
+        num_decodes, num_decode_tokens = batch.num_decodes, batch.num_decode_tokens
+        if self.prefill is None or (num_decodes == 0 and tokens <= MAX_QUERIES * num_seqs):
+            num_decodes, num_decode_tokens = num_seqs, tokens
+        if num_decodes and num_decode_tokens:
+            self.decode.run(
+                q[:num_decode_tokens],
+                kv_cache,
+                batch.first(num_decodes),
+                o_lat[:num_decode_tokens],
+                lse[:num_decode_tokens],
+            )
+        if self.prefill is not None:
+            rest = Part.rest(num_decodes, num_seqs, range(num_decode_tokens, tokens))
+            self.prefill.run(rest, q, kv_cache, batch, o_lat, lse)
+        return o_lat, lse

@@ -1,0 +1,163 @@
+"""One layer's ops in Triton: from the contract's arguments to kernel launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.attention import latent_attention
+from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
+from recalkv_vllm.ops.triton.cache_and_values import CacheAndValues
+from recalkv_vllm.ops.triton.launch import Launch
+from recalkv_vllm.ops.triton.layout import kernel_constants, local_rotation
+from recalkv_vllm.ops.triton.merge import merge_launch
+from recalkv_vllm.ops.triton.plan import AttentionPlanner, Part
+from recalkv_vllm.ops.workspace import partial_results, reserve_workspace
+
+
+class TritonAttention:
+    """Attention of one layer.
+
+    Args:
+        target: device to choose launch parameters for, that of the factors if not given.
+    """
+
+    def __init__(self, layer: LatentLayer, target: heuristics.Target | None = None):
+        self.device = layer.k_up.device
+        self.latent_format = layer.latent_format
+        self.group_size = layer.k_group_size
+        self.constants = kernel_constants(layer)
+        rope = layer.cos_sin_cache
+        self.local_rotation = (
+            None if rope is None else local_rotation(rope, self.constants["DIM"], layer.k_up.dtype)
+        )
+        self.planner = AttentionPlanner(
+            layer,
+            target or heuristics.target_of(self.device),
+            local_rope=self.local_rotation is not None,
+        )
+
+    def attend(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`BoundLayer.attend`."""
+        tokens, num_heads, _ = q.shape
+        o_lat = q.new_empty(tokens, num_heads, self.planner.v_width, dtype=torch.float32)
+        lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
+        others = range(batch.num_decode_tokens, tokens)
+        self.run(Part.decodes(batch), q, kv_cache, batch, o_lat, lse)
+        rest = Part.rest(batch.num_decodes, batch.num_seqs, others)
+        self.run(rest, q, kv_cache, batch, o_lat, lse)
+        return o_lat, lse
+
+    def run(
+        self,
+        part: Part,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        o_lat: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Attend ``part`` of a batch; writes its rows of ``o_lat`` and ``lse``."""
+        if part.count and part.tokens:
+            for launch in self.launches(part, q, kv_cache, batch, o_lat, lse):
+                launch.run()
+
+    def reserve(self, limits: BatchLimits) -> None:
+        """See :meth:`BoundLayer.reserve`."""
+        reserve_workspace(self.device, self.planner.workspace_bytes(limits))
+
+    def launches(
+        self,
+        part: Part,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        o_lat: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> Iterator[Launch]:
+        """The launches that compute ``part`` of a call into ``o_lat`` and ``lse``."""
+        planner, latent_format = self.planner, self.latent_format
+        num_heads, block_size = q.shape[1], kv_cache.shape[1]
+        plan = planner.plan(part, num_heads, batch.longest(block_size))
+        config, splits = plan.config, plan.splits
+        out, out_lse = o_lat, lse
+        if splits > 1:
+            out, out_lse = partial_results(
+                splits, len(part.tokens), num_heads, planner.v_width, q.device
+            )
+        codes, scales = kv_cache, None
+        if latent_format is not None:
+            codes, scales = latent_format.split_cache(kv_cache)
+        head_blocks = planner.num_kv_heads // config.heads
+        v_blocks = planner.v_width // config.v_block
+        yield Launch(
+            latent_attention,
+            (plan.blocks * head_blocks * v_blocks, splits),
+            {
+                **self.constants,
+                "q": q,
+                "kv_cache": codes,
+                "scales": scales,
+                "block_table": batch.block_table[part.first :],
+                "seq_lens": batch.seq_lens[part.first :],
+                "query_start_loc": batch.query_start_loc[part.first :],
+                "local_rotation": self.local_rotation if config.local_rope else None,
+                "out": out,
+                "lse": out_lse,
+                "num_seqs": part.count,
+                "num_splits": splits,
+                "first_token": part.tokens.start if splits > 1 else 0,
+                "stride_q_token": q.stride(0),
+                "stride_q_head": q.stride(1),
+                "stride_block": codes.stride(0),
+                "stride_slot": codes.stride(1),
+                "stride_scale_block": 0 if scales is None else scales.stride(0),
+                "stride_scale_slot": 0 if scales is None else scales.stride(1),
+                "stride_table": batch.block_table.stride(0),
+                "stride_out_split": out.stride(0) if splits > 1 else 0,
+                "stride_lse_split": out_lse.stride(0) if splits > 1 else 0,
+                "NUM_HEADS": num_heads,
+                "QUERIES_PER_KV": num_heads // planner.num_kv_heads,
+                "HEADS": config.heads,
+                "GROUP": min(config.heads, self.group_size),
+                "V_BLOCK": config.v_block,
+                "K_CHUNKS": plan.columns.k,
+                "V_CHUNKS": plan.columns.v,
+                "QUERY_BLOCK": config.query_block,
+                "ROWS": config.rows,
+                "TILE": config.tile,
+                "BLOCK_SIZE": block_size,
+                "CODEC": None if latent_format is None else latent_format.dtype,
+                "RANK": 0 if latent_format is None else latent_format.rank_of(kv_cache.shape[2]),
+                "SCALE_SHIFT": 0 if latent_format is None else latent_format.scale_shift,
+                "LOCAL_ROPE": config.local_rope,
+                "SEARCH": plan.search,
+                "STREAM": config.stream,
+                "STAGES": config.stages,
+            },
+            config.warps,
+            config.stages,
+        )
+        if splits > 1:
+            owned = slice(part.tokens.start, part.tokens.stop)
+            yield merge_launch(out, out_lse, o_lat[owned], lse[owned])
+
+
+class TritonLayer(CacheAndValues):
+    """A layer's constants packed; see :class:`BoundLayer`."""
+
+    def __init__(self, layer: LatentLayer):
+        super().__init__(layer)
+        self.attention = TritonAttention(layer)
+
+    def attend(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.attention.attend(q, kv_cache, batch)
+
+    def reserve(self, limits: BatchLimits) -> None:
+        self.attention.reserve(limits)

@@ -1,0 +1,94 @@
+"""A layer's constants as the Triton kernels take them; runs once, when weights are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from recalkv_vllm.kernels.columns import next_power_of_2
+from recalkv_vllm.ops.contract import LatentLayer
+from recalkv_vllm.ops.rotary import pair_order
+
+#: Rows of the tile-local rotation table: no tile is larger.
+LARGEST_TILE = 128
+
+
+def kernel_constants(layer: LatentLayer) -> dict[str, Any]:
+    """Arguments of ``latent_attention`` that a layer fixes, by name."""
+    device = layer.k_up.device
+    dim = padded_head_dim(layer)
+    columns = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)
+    padded = torch.zeros(dim, dtype=torch.int32)
+    padded[: layer.head_dim] = columns
+    spans = zip(layer.head_k_spans, layer.head_v_spans, strict=True)
+    starts = torch.tensor([(k.start, v.start) for k, v in spans], dtype=torch.int32) // 16
+    factors = layer.k_up.reshape(layer.num_kv_heads, layer.head_dim, layer.k_width)
+    rope, norm = layer.cos_sin_cache, layer.k_norm_weight
+
+    def packed(vectors: torch.Tensor | None) -> torch.Tensor | None:
+        return None if vectors is None else pack_heads(vectors, columns, dim)
+
+    return {
+        "k_up": packed(factors),
+        "k_bias": packed(layer.k_bias),
+        "k_norm_weight": packed(None if norm is None else norm[None]),
+        "first_columns": starts.to(device),
+        "head_columns": padded.to(device),
+        "rope_table": None if rope is None else rope.contiguous(),
+        "stride_rope": layer.rot_dim,
+        "scale": layer.scale,
+        "soft_cap": layer.soft_cap,
+        "norm_eps": layer.k_norm_eps,
+        "HEAD_DIM": layer.head_dim,
+        "DIM": dim,
+        "ROT_HALF": layer.rot_dim // 2,
+        "K_WIDTH": layer.k_width,
+        "V_WIDTH": layer.v_width,
+        "WINDOW": layer.sliding_window or 0,
+    }
+
+
+def padded_head_dim(layer: LatentLayer) -> int:
+    """``d`` as the kernel pads it: a power of two, and as large as matrix products need."""
+    return max(16, next_power_of_2(layer.head_dim))
+
+
+def pack_heads(x: torch.Tensor, columns: torch.Tensor, dim: int) -> torch.Tensor:
+    """``[heads, d, *]`` as ``[heads, dim, *]``, in the order of ``columns`` and padded with zeros.
+
+    ``dim`` is ``d`` padded to a power of two; zeros drop out of every product.
+    """
+    packed = x.new_zeros(x.shape[0], dim, *x.shape[2:])
+    packed[:, : columns.shape[0]] = x[:, columns.to(x.device)]
+    return packed
+
+
+def local_rotation(
+    cos_sin_cache: torch.Tensor, dim: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """``[LARGEST_TILE, 2, dim / 2]``: cosines and sines of a token's offset in its tile.
+
+    The rotation at position ``p + j`` must be the one at ``p`` times that at offset ``j`` (up to a
+    constant magnitude, as YaRN has); this is checked on rows all over the table, to the rounding of
+    ``dtype``. Returns None if it does not hold or the table is shorter than a tile.
+    """
+    positions, rot_dim = cos_sin_cache.shape
+    if positions < LARGEST_TILE:
+        return None
+    table = torch.complex(*cos_sin_cache.float().split(rot_dim // 2, dim=1)).to(torch.complex128)
+    offsets = table[:LARGEST_TILE] / table[0].real
+    bases = torch.arange(0, positions - LARGEST_TILE + 1, LARGEST_TILE, device=table.device)
+    picked = bases[
+        torch.linspace(0, len(bases) - 1, 64, dtype=torch.float64, device=table.device).long()
+    ]
+    rows = picked[:, None] + torch.arange(LARGEST_TILE, device=table.device)
+    error = (table[picked][:, None] * offsets - table[rows]).abs().max()
+    rounding = torch.finfo(dtype).eps
+    if not error <= 2 * rounding * table[0].real.abs().max():
+        return None
+    packed = torch.zeros(LARGEST_TILE, 2, dim // 2, dtype=torch.float32, device=table.device)
+    packed[:, 0] = 1
+    packed[:, 0, : rot_dim // 2] = offsets.real
+    packed[:, 1, : rot_dim // 2] = offsets.imag
+    return packed.to(dtype)

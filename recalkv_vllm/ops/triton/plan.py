@@ -1,0 +1,137 @@
+"""How one layer's attention is cut into launches; tuning choices are those of ``heuristics``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.columns import Columns, next_power_of_2, plan_columns
+from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
+from recalkv_vllm.ops.triton.layout import padded_head_dim
+from recalkv_vllm.ops.workspace import partial_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Sequences of one call that share a launch: from ``first`` on, ``count`` of them.
+
+    ``tokens`` is the range of rows of ``q`` that they own; no sequence has more than ``queries``
+    of them if ``bounded``, else ``queries`` is only what is usual.
+    """
+
+    first: int
+    count: int
+    tokens: range
+    queries: int
+    bounded: bool
+
+    @classmethod
+    def decodes(cls, batch: Batch) -> Part:
+        """The decodes that hints tell of."""
+        tokens = range(batch.num_decode_tokens)
+        return cls(0, batch.num_decodes, tokens, batch.max_decode_query_len, bounded=True)
+
+    @classmethod
+    def rest(cls, first: int, num_seqs: int, tokens: range) -> Part:
+        """All sequences from ``first`` on, of any lengths."""
+        count = num_seqs - first
+        usual = next_power_of_2(max(1, len(tokens) // max(1, count)))
+        return cls(first, count, tokens, usual, bounded=False)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """Parameters of a part's launch.
+
+    Args:
+        columns: chunks of the spans.
+        blocks: query blocks.
+        search: programs find the sequence of their query block.
+    """
+
+    config: heuristics.AttentionConfig
+    columns: Columns
+    blocks: int
+    splits: int
+    search: bool
+
+
+class AttentionPlanner:
+    """Launch parameters of one layer's attention on one device.
+
+    Args:
+        local_rope: the rotation by an offset in a tile is known, see ``layout.local_rotation``.
+    """
+
+    def __init__(self, layer: LatentLayer, target: heuristics.Target, local_rope: bool):
+        self.layer, self.target, self.local_rope = layer, target, local_rope
+        self.num_kv_heads, self.v_width = layer.num_kv_heads, layer.v_width
+        self._spans = (layer.head_k_spans, layer.head_v_spans)
+        self._shapes: dict[int, heuristics.AttentionShape] = {}
+        self._columns: dict[int, Columns] = {}
+
+    def plan(self, part: Part, num_heads: int, longest: int) -> LaunchPlan:
+        """Parameters for a part whose sequences have up to ``longest`` tokens."""
+        config = heuristics.attention_config(self.shape(num_heads), self.target, part.queries)
+        search = not part.bounded or config.query_block < part.queries
+        blocks = part.count
+        if search:
+            block = config.query_block
+            blocks += part.tokens.stop // block - part.tokens.start // block
+        splits = self._splits(config, blocks, longest)
+        return LaunchPlan(config, self.columns(config.v_block), blocks, splits, search)
+
+    def shape(self, num_heads: int) -> heuristics.AttentionShape:
+        """What launch parameters depend on."""
+        if num_heads not in self._shapes:
+            self._shapes[num_heads] = self._shape(num_heads)
+        return self._shapes[num_heads]
+
+    def columns(self, v_block: int) -> Columns:
+        """Chunks of the spans for programs that own ``v_block`` value columns."""
+        if v_block not in self._columns:
+            self._columns[v_block] = plan_columns(*self._spans, v_block)
+        return self._columns[v_block]
+
+    def workspace_bytes(self, limits: BatchLimits) -> int:
+        """Largest workspace that any call needs, with decodes within ``limits``."""
+        shape = self.shape(limits.num_heads)
+        config = heuristics.attention_config(shape, self.target, limits.decode_query_len)
+        decode = max(
+            partial_bytes(
+                self._splits(config, count, limits.seq_len),
+                count * limits.decode_query_len * limits.num_heads,
+                self.v_width,
+            )
+            for count in range(1, limits.num_seqs + 1)
+        )
+        programs = heuristics.most_programs(self.target)
+        prefill = max(
+            4 * programs * config.rows * (config.v_block + 1)
+            for config in (heuristics.attention_config(shape, self.target, 2**i) for i in range(8))
+        )
+        return max(decode, prefill)
+
+    def _shape(self, num_heads: int) -> heuristics.AttentionShape:
+        layer = self.layer
+        columns = self.columns(self.v_width)
+        return heuristics.AttentionShape(
+            queries_per_kv=num_heads // self.num_kv_heads,
+            num_kv_heads=self.num_kv_heads,
+            k_group_size=layer.k_group_size,
+            heads_per_v=layer.heads_per_v,
+            dim=padded_head_dim(layer),
+            k_width=layer.k_width,
+            v_width=self.v_width,
+            itemsize=layer.k_up.element_size(),
+            shared_columns=sum(size for _, size, shared in columns.k if shared >= 0),
+            local_rope=self.local_rope,
+            rope=layer.rot_dim > 0,
+            key_bias=layer.k_bias is not None,
+            key_norm=layer.k_norm_weight is not None,
+            code_bits=None if layer.latent_format is None else layer.latent_format.bits,
+        )
+
+    def _splits(self, config: heuristics.AttentionConfig, blocks: int, longest: int) -> int:
+        programs = blocks * self.num_kv_heads // config.heads * self.v_width // config.v_block
+        return heuristics.split_count(programs, -(-longest // config.tile), self.target)

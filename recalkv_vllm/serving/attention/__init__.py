@@ -1,0 +1,1 @@
+"""Attention over latents as vLLM sees it: backend, metadata, implementation, layer."""

@@ -1,0 +1,74 @@
+"""Cache update and attention of one layer: between vLLM's opaque ops and our kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer
+
+from recalkv_vllm.ops import BatchLimits, LatentLayer, bind
+from recalkv_vllm.serving.attention.metadata import LatentMetadata
+
+
+class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
+    """What vLLM's opaque attention ops call for one layer.
+
+    Args:
+        num_heads: query heads.
+        head_size: of a query.
+        scale: of logits.
+        limits: of the batches that it will be called with.
+    """
+
+    def __init__(self, num_heads: int, head_size: int, scale: float, limits: BatchLimits):
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.num_kv_heads = 1
+        self.kv_cache_dtype = "auto"
+        self.bound = False
+        self._limits = limits
+
+    def bind(self, layer: LatentLayer) -> None:
+        """Give the kernels this rank's constants, whenever weights were loaded."""
+        self._v_width = layer.v_width
+        self._ops = bind(layer)
+        self._ops.reserve(self._limits)
+        self.bound = True
+
+    def do_kv_cache_update(
+        self,
+        layer: nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write latents ``key: [tokens, rank]`` into the cache; ``value`` is the same tensor."""
+        latents, paged = key[: slot_mapping.shape[0]], kv_cache.squeeze(1)
+        self._ops.update_cache(latents, paged, slot_mapping)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: LatentMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend rotated queries ``[tokens, h_q, d]`` to the cache; writes ``output`` alike."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("recalkv: fused output quantization is not supported")
+        if attn_metadata is None:
+            # Memory profiling: take what a real step takes, so that it is counted.
+            o_lat = query.new_zeros(*query.shape[:2], self._v_width, dtype=torch.float32)
+            output.copy_(self._ops.value_up(o_lat))
+            return output
+        tokens = attn_metadata.num_actual_tokens
+        o_lat, _ = self._ops.attend(query[:tokens], kv_cache.squeeze(1), attn_metadata.batch)
+        output[:tokens].copy_(self._ops.value_up(o_lat))
+        return output

@@ -1,0 +1,105 @@
+"""The attention layer that owns a paged cache of latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.attention.backend import AttentionType, max_decode_query_len
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+
+from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.ops import BatchLimits
+from recalkv_vllm.serving.attention.backend import RecalkvBackend
+from recalkv_vllm.serving.attention.implementation import LatentAttentionImpl
+
+
+class LatentAttention(nn.Module, AttentionLayerBase):
+    """Paged attention over latents, in the manner of vLLM's MLA layer.
+
+    It reuses vLLM's own opaque ops for cache update and attention, so that compilation, CUDA graph
+    splitting and KV transfer treat it like any attention layer.
+    """
+
+    impl: LatentAttentionImpl
+    process_weights_after_loading: Callable[[torch.dtype], None]
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        scale: float,
+        rank: int,
+        sliding_window: int | None,
+        latent_format: LatentFormat | None,
+        prefix: str,
+    ):
+        super().__init__()
+        vllm_config = get_current_vllm_config()
+        self.layer_name = prefix
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.rank = rank
+        self.sliding_window = sliding_window
+        self.latent_format = latent_format
+        self.attn_type = AttentionType.DECODER
+        self.attn_backend = RecalkvBackend
+        self.dtype = vllm_config.model_config.dtype
+        limits = BatchLimits(
+            num_heads=num_heads,
+            num_seqs=vllm_config.scheduler_config.max_num_seqs,
+            decode_query_len=max_decode_query_len(vllm_config),
+            seq_len=vllm_config.model_config.max_model_len,
+        )
+        self.impl = LatentAttentionImpl(num_heads, head_dim, scale, limits)
+        #: ``[num_blocks, 1, block_size, width]``, the standard layout that KV connectors expect.
+        self.kv_cache = torch.tensor([])
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    def forward(self, query: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """Cache ``latent: [tokens, rank]`` and attend ``query: [tokens, h_q·d]``, rotated.
+
+        Returns:
+            ``[tokens, h_q·d]``.
+        """
+        output = torch.empty_like(query)
+        heads = (-1, self.num_heads, self.head_dim)
+        name = _encode_layer_name(self.layer_name)
+        written = torch.ops.vllm.unified_kv_cache_update(latent, latent, name)
+        torch.ops.vllm.unified_attention_with_output(
+            query.view(heads),
+            latent,
+            latent,
+            output.view(heads),
+            name,
+            kv_cache_dummy_dep=written,
+        )
+        return output
+
+    def get_attn_backend(self) -> type[RecalkvBackend]:
+        return self.attn_backend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        # vLLM counts head_size + head_size_v elements per head; ours is one head of `rank`
+        # elements, or of the bytes of its codes and scales.
+        width, dtype = self.rank, self.dtype
+        if self.latent_format is not None:
+            width, dtype = self.latent_format.slot_bytes(width), torch.uint8
+        half = width // 2
+        sizes: dict[str, Any] = {
+            "block_size": vllm_config.cache_config.block_size,
+            "num_kv_heads": 1,
+            "head_size": width - half,
+            "head_size_v": half,
+            "dtype": dtype,
+            "max_tp_shards": 1,
+        }
+        if self.sliding_window is not None:
+            # vLLM frees the blocks that a window has left behind.
+            return SlidingWindowSpec(**sizes, sliding_window=self.sliding_window)
+        return FullAttentionSpec(**sizes)

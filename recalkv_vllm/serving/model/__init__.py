@@ -1,0 +1,1 @@
+"""The served model: its classes, self-attention, and how weights reach it."""

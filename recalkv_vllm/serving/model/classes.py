@@ -1,0 +1,147 @@
+"""vLLM's model classes with latent attention; everything else in them stays vLLM's.
+
+The classes themselves are made when asked for, from the table of architectures: importing all of
+vLLM's models to serve one would cost seconds in every process.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+
+from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
+from recalkv_vllm.serving.factor_files import SEPARATE_FACTORS, locate_factors
+from recalkv_vllm.serving.latent_dtype import model_dtype, served_format
+from recalkv_vllm.serving.model.reload import (
+    check_graphs,
+    config_beside,
+    old_weights_kept,
+    reloading,
+)
+from recalkv_vllm.serving.model.self_attention import LatentSelfAttention
+from recalkv_vllm.serving.model.weights import (
+    base_weights,
+    come_from_files,
+    file_factors,
+    in_factors_order,
+    sent_weights,
+    without_kv_projections,
+)
+from recalkv_vllm.serving.names import ARCHITECTURES
+
+
+@contextmanager
+def _stock_attention_backend(vllm_config: VllmConfig) -> Iterator[None]:
+    """Let the attention layers that we replace be built with whatever vLLM prefers.
+
+    Our backend rightly refuses to run a stock layer, and stock backends may refuse a cache dtype
+    that latents can have; these never run.
+    """
+    attention_config, cache_config = vllm_config.attention_config, vllm_config.cache_config
+    backend, cache_dtype = attention_config.backend, cache_config.cache_dtype
+    attention_config.backend, cache_config.cache_dtype = None, "auto"
+    try:
+        yield
+    finally:
+        attention_config.backend, cache_config.cache_dtype = backend, cache_dtype
+
+
+if TYPE_CHECKING:  # any of vLLM's causal language models
+    from vllm.model_executor.models.llama import LlamaForCausalLM as _Stock
+else:
+    _Stock = object
+
+
+class LatentAttentionMixin(_Stock):
+    """Put before one of vLLM's causal language models to give it latent attention."""
+
+    model: Any
+
+    def __init_subclass__(cls) -> None:
+        cls.hf_to_vllm_mapper = without_kv_projections(cls.hf_to_vllm_mapper)
+        cls.packed_modules_mapping = {
+            fused: parts for fused, parts in cls.packed_modules_mapping.items()
+            if fused != "qkv_proj"
+        }  # fmt: skip
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        with _stock_attention_backend(vllm_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        hf_config = vllm_config.model_config.hf_config.to_dict()
+        self.recalkv_config = RecalkvConfig.from_hf_config(hf_config)
+        self.recalkv_geometry = AttentionGeometry.from_hf_config(hf_config)
+        self.recalkv_vllm_config = vllm_config
+        if mapper := getattr(self.model, "hf_to_vllm_mapper", None):
+            self.model.hf_to_vllm_mapper = without_kv_projections(mapper)
+        latent_format = served_format(
+            self.recalkv_config.latent_quantization,
+            vllm_config.cache_config.cache_dtype,
+            model_dtype(vllm_config.model_config),
+        )
+        for i in self._served_layers():
+            layer = self.model.layers[i]
+            layer.self_attn = LatentSelfAttention(
+                layer.self_attn,
+                self.recalkv_config.layers[i],
+                self.recalkv_geometry,
+                vllm_config,
+                latent_format,
+            )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint, or weights that are sent to a running engine.
+
+        Raises:
+            CheckpointError: they are not for the model that was built.
+        """
+        model_config = self.recalkv_vllm_config.model_config
+        layers = [self.model.layers[i].self_attn for i in self._served_layers()]
+        running = any(layer.attn.impl.bound for layer in layers)
+        with old_weights_kept(self, model_config):
+            if running:
+                check_graphs(self.recalkv_vllm_config)
+            factors: Iterable = ()
+            if not running or come_from_files(weights):
+                # Before the first weight is loaded: what is wrong with them shows here.
+                reader = self._open_factors()
+                factors = file_factors(reader, self._served_layers(), model_dtype(model_config))
+            else:
+                weights = sent_weights(weights, self.recalkv_config, self.recalkv_geometry)
+            weights = base_weights(
+                weights, self.recalkv_geometry, biased=layers[0].k_bias is not None
+            )
+            if hasattr(model_config.hf_config, SEPARATE_FACTORS):
+                weights = in_factors_order(weights, self.recalkv_config)
+            loaded = super().load_weights(chain(weights, factors))
+        if running and not reloading(self):
+            # A patch of weights in place, of which vLLM tells nobody.
+            for layer in layers:
+                layer.bind_factors(model_dtype(model_config))
+        return loaded
+
+    def _served_layers(self) -> range:
+        return range(self.model.start_layer, self.model.end_layer)
+
+    def _open_factors(self) -> FactorReader:
+        """Reader of the checkpoint that the engine's configuration names by now."""
+        model_config = self.recalkv_vllm_config.model_config
+        path = locate_factors(model_config)
+        self.recalkv_config = config_beside(path, self.recalkv_config, model_config)
+        return FactorReader(path, self.recalkv_config, self.recalkv_geometry)
+
+
+def __getattr__(name: str) -> type:
+    """The served class ``name``: latent attention in the class of vLLM that the table names."""
+    if name not in ARCHITECTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, stock = ARCHITECTURES[name].split(":")
+    base = getattr(importlib.import_module(module), stock)
+    cls = type(name, (LatentAttentionMixin, base), {"__module__": __name__})
+    globals()[name] = cls
+    return cls

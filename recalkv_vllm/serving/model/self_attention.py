@@ -1,0 +1,123 @@
+"""A decoder layer's self-attention with low-rank keys and values, in place of vLLM's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
+from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.ops import LatentLayer
+from recalkv_vllm.serving.attention.layer import LatentAttention
+from recalkv_vllm.serving.attention.rotary import position_table, rotate_queries
+from recalkv_vllm.serving.model.factor_layers import LatentDown, PerHead
+from recalkv_vllm.serving.sharding import shard_latent
+
+
+class LatentSelfAttention(nn.Module):
+    """Replaces a stock self-attention module: same call, same output projection and RoPE.
+
+    Queries come from ``q_proj`` as ever; keys and values come from one latent ``down · x``, cached
+    before RoPE. It takes the stock module's parts and drops its fused ``qkv_proj``.
+    """
+
+    def __init__(
+        self,
+        stock: Any,
+        layout: LatentLayout,
+        geometry: AttentionGeometry,
+        vllm_config: VllmConfig,
+        latent_format: LatentFormat | None,
+    ):
+        super().__init__()
+        name = stock.attn.layer_name
+        prefix = name.removesuffix(".attn")
+        shard = shard_latent(
+            layout,
+            geometry,
+            get_tensor_model_parallel_rank(),
+            get_tensor_model_parallel_world_size(),
+        )
+        head_dim, hidden_size = geometry.head_dim, geometry.hidden_size
+        qkv_bias = stock.qkv_proj.bias is not None
+        self.shard = shard
+        self.head_dim = head_dim
+        self.rotary_emb = stock.rotary_emb
+        self.o_proj = stock.o_proj
+        self.q_proj = ColumnParallelLinear(
+            hidden_size,
+            geometry.num_heads * head_dim,
+            bias=qkv_bias,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.q_proj",
+        )
+        self.down = LatentDown(hidden_size, shard.columns, f"{prefix}.down")
+        heads, num_heads = shard.kv_heads, geometry.num_kv_heads
+        self.k_up = PerHead(heads, num_heads, head_dim, layout.k_width)
+        self.v_up = PerHead(heads, num_heads, head_dim, layout.v_width)
+        self.k_bias = PerHead(heads, num_heads, head_dim) if qkv_bias else None
+        self.v_bias = PerHead(heads, num_heads, head_dim) if qkv_bias else None
+        # Norms of single heads, where the model has them: queries' runs here, keys' in attention.
+        self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+        del vllm_config.compilation_config.static_forward_context[name]
+        self.scale = stock.scaling
+        self.soft_cap = vllm_config.model_config.hf_config.to_dict().get("attn_logit_softcapping")
+        self.attn = LatentAttention(
+            stock.num_heads,
+            head_dim,
+            stock.scaling,
+            shard.rank,
+            stock.attn.sliding_window,
+            latent_format,
+            prefix=name,
+        )
+        self.attn.process_weights_after_loading = self.bind_factors
+
+    def bind_factors(self, act_dtype: torch.dtype) -> None:
+        """Hand factors and biases to the kernels; vLLM calls it whenever weights were loaded."""
+        cos_sin_cache, is_neox = position_table(self.rotary_emb)
+        k_groups = len(self.shard.k_spans)
+        layer = LatentLayer(
+            k_up=self.k_up.weight.data.unflatten(0, (k_groups, -1)).flatten(1, 2),
+            v_up=self.v_up.weight.data,
+            k_spans=self.shard.k_spans,
+            v_spans=self.shard.v_spans,
+            head_dim=self.head_dim,
+            scale=self.scale,
+            cos_sin_cache=cos_sin_cache,
+            is_neox=is_neox,
+            k_bias=None if self.k_bias is None else self.k_bias.weight.data,
+            v_bias=None if self.v_bias is None else self.v_bias.weight.data,
+            sliding_window=self.attn.sliding_window,
+            soft_cap=self.soft_cap,
+            latent_format=self.attn.latent_format,
+            **self._key_norm(),
+        )
+        self.attn.impl.bind(layer)
+
+    def _key_norm(self) -> dict[str, Any]:
+        if self.k_norm is None:
+            return {}
+        weight = self.k_norm.weight.data
+        # Gemma's norms scale by one plus their weight, added in float32.
+        if isinstance(self.k_norm, GemmaRMSNorm):
+            weight = weight.float() + 1
+        return {"k_norm_weight": weight, "k_norm_eps": self.k_norm.variance_epsilon}
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        q, _ = self.q_proj(hidden_states)
+        latent, _ = self.down(hidden_states)
+        if self.q_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        q = rotate_queries(self.rotary_emb, positions, q, self.head_dim)
+        output, _ = self.o_proj(self.attn(q, latent))
+        return output

@@ -1,0 +1,1 @@
+"""Before an engine starts: what is checked, refused and announced."""

@@ -1,0 +1,53 @@
+"""Options of vLLM that do not go with a compressed checkpoint."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from recalkv_vllm.serving.attention.backend import SUPPORTED_DTYPES
+from recalkv_vllm.serving.names import BACKEND_NAME
+from recalkv_vllm.serving.startup.connectors import unsupported_connector
+
+#: Ways of speculation that give the stock model's tokens in our tests.
+TESTED_SPECULATION = ("ngram", "draft_model")
+
+
+def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
+    """The first option that does not go with a compressed checkpoint, and why; None if all do.
+
+    Args:
+        config: of the engine.
+        requested: name of the attention backend that was asked for.
+    """
+    parallel, model = config.parallel_config, config.model_config
+    speculative, transfer = config.speculative_config, config.kv_transfer_config
+    connector = transfer and unsupported_connector(
+        transfer.kv_connector, transfer.kv_connector_extra_config, not current_platform.is_cpu()
+    )
+    refusals = {
+        f"--attention-backend: expected recalkv for a compressed checkpoint, found {requested}": (
+            requested not in (None, BACKEND_NAME)
+        ),
+        f"--dtype: expected one of {SUPPORTED_DTYPES}, found {model.dtype}": (
+            model.dtype not in SUPPORTED_DTYPES
+        ),
+        "--decode-context-parallel-size: expected 1, found "
+        f"{parallel.decode_context_parallel_size}": parallel.decode_context_parallel_size > 1,
+        "--prefill-context-parallel-size: expected 1, found "
+        f"{parallel.prefill_context_parallel_size}": parallel.prefill_context_parallel_size > 1,
+        f"--kv-transfer-config: {connector}": connector is not None,
+        "--enable-sleep-mode: not supported: a wake-up from level 2 would not restore the factors "
+        "that kernels hold packed": bool(getattr(model, "enable_sleep_mode", False)),
+        f"--speculative-config: expected method {' or '.join(TESTED_SPECULATION)}, found "
+        f"{speculative and speculative.method}": (
+            speculative is not None and speculative.method not in TESTED_SPECULATION
+        ),
+        # The stock proposer takes the first group's blocks for the draft's, whichever they are.
+        "--speculative-config: draft_model does not go with sliding-window layers": (
+            speculative is not None
+            and speculative.method == "draft_model"
+            and bool(getattr(model.hf_config, "sliding_window", None))
+        ),
+    }
+    return next((message for message, refused in refusals.items() if refused), None)
