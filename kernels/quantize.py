@@ -22,7 +22,7 @@ def largest_magnitudes(x):
 
 @triton.jit
 def fp8_codes(scaled):
-    """e4m3 of numbers up to 448, rounded to nearest even; integer arithmetic, for sm_80 has none.
+    """e4m3 of elements up to 448, rounded to nearest even; integer arithmetic, for sm_80 has none.
 
     Below 2**-6 codes count multiples of 2**-9: so does the mantissa of the number plus 2**14.
     """

@@ -152,17 +152,17 @@ class LatentFormat:
         if self.bits == 8:
             return codes
         if self.bits == 4:
-            return _pack(codes, 4)
-        return torch.cat((_pack(codes & 3, 2), _pack(codes >> 2, 1)), dim=-1)
+            return pack_bits(codes, 4)
+        return torch.cat((pack_bits(codes & 3, 2), pack_bits(codes >> 2, 1)), dim=-1)
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """Inverse of :meth:`pack`."""
         if self.bits == 8:
             return packed
         if self.bits == 4:
-            return _unpack(packed, 4)
+            return unpack_bits(packed, 4)
         low = packed.shape[-1] * 2 // 3
-        return _unpack(packed[..., :low], 2) | _unpack(packed[..., low:], 1) << 2
+        return unpack_bits(packed[..., :low], 2) | unpack_bits(packed[..., low:], 1) << 2
 
     def _grouped(self, z: torch.Tensor) -> torch.Tensor:
         rank = z.shape[-1]
@@ -187,12 +187,14 @@ def _rank_of(latent_format: LatentFormat, slot_bytes: int) -> int:
     raise ValueError(f"expected the slot bytes of a rank in {latent_format}, found {slot_bytes}")
 
 
-def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of 1, 2, 4 or 8 bits as bytes, earlier ones in lower bits."""
     per_byte = 8 // bits
     shifts = bits * torch.arange(per_byte, dtype=torch.uint8, device=codes.device)
     return (codes.unflatten(-1, (-1, per_byte)) << shifts).sum(dim=-1, dtype=torch.uint8)
 
 
-def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of :func:`pack_bits`."""
     shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=packed.device)
     return (packed.unsqueeze(-1) >> shifts & ((1 << bits) - 1)).flatten(-2)

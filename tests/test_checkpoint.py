@@ -88,7 +88,7 @@ def test_sizes():
     assert compression_reached(quantized, GEOMETRY) == pytest.approx(1 - 64 / 512)
 
 
-def test_quantised_config_is_read_back():
+def test_quantized_config_is_read_back():
     config = replace(CONFIG, latent_quantization=LatentFormat("int3", 0))
     assert RecalkvConfig.from_hf_config(json.loads(json.dumps(hf_config(config)))) == config
 

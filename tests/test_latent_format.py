@@ -1,4 +1,4 @@
-"""The format of quantised latents: sizes, packing, error bounds."""
+"""The format of quantized latents: sizes, packing, error bounds."""
 
 from __future__ import annotations
 

@@ -86,9 +86,8 @@ void AttentionLayer::set_spans(const Spans& spans) {
     return groups > 0 && layer_.num_kv_heads % groups == 0;
   };
   TORCH_CHECK_VALUE(divides(spans.k_starts.size()) && divides(spans.v_starts.size()),
-                    "k_starts, v_starts: expected numbers of groups that divide ",
-                    layer_.num_kv_heads, " KV heads, found ", spans.k_starts.size(), " and ",
-                    spans.v_starts.size());
+                    "k_starts, v_starts: expected group counts that divide ", layer_.num_kv_heads,
+                    " KV heads, found ", spans.k_starts.size(), " and ", spans.v_starts.size());
   TORCH_CHECK_VALUE(spans.v_width > 0 && spans.v_width % 16 == 0,
                     "v_width: expected a multiple of 16, found ", spans.v_width);
   layer_.k_groups = static_cast<int>(spans.k_starts.size());

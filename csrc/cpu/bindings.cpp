@@ -1,4 +1,5 @@
 // torch.ops.recalkv_cpu, and the Python module that loads it.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <Python.h>
 #include <torch/library.h>
 
@@ -22,6 +23,18 @@ bool isa_supported(std::string_view name) { return find_isa(name) != nullptr; }
 
 // Sizes that tables are packed for: tile; terms and stretch of the expansion.
 std::vector<int64_t> table_sizes() { return {kTile, kTerms, kStretch}; }
+
+// The op as a method of its layer, for calls from Python: taking the layer out of an op's arguments
+// there costs as much as a small call. It goes through the dispatcher like any call of the op.
+std::tuple<at::Tensor, at::Tensor> attend(const c10::intrusive_ptr<AttentionLayer>& layer,
+                                          const at::Tensor& q, const at::Tensor& kv_cache,
+                                          const at::Tensor& block_table, const at::Tensor& seq_lens,
+                                          const at::Tensor& query_start_loc) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("recalkv_cpu::paged_latent_attention", "")
+                             .typed<decltype(paged_latent_attention)>();
+  return op.call(layer, q, kv_cache, block_table, seq_lens, query_start_loc);
+}
 
 }  // namespace
 }  // namespace recalkv
@@ -52,6 +65,7 @@ TORCH_LIBRARY(recalkv_cpu, m) {
            "",
            {arg("isa"), arg("keys"), arg("spans"), arg("rotation"), arg("expansion"), arg("logits"),
             arg("latent_dtype"), arg("group_size")})
+      .def("attend", &recalkv::attend)
       .def("v_width", &AttentionLayer::v_width)
       // Torch's tracing compares its arguments, and asks them for their length.
       .def("__eq__", [](const intrusive_ptr<AttentionLayer>& self,

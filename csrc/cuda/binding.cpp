@@ -1,6 +1,6 @@
 // The kernels as torch ops, on LibTorch's stable ABI: one build serves torch 2.10 and later.
 //
-// Arguments have been checked in Python (ops/validation.py, ops/cuda.py).
+// Arguments have been checked in Python (recalkv_vllm/ops/validation, ops/cuda).
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -55,15 +55,21 @@ void check(const char* error, const char* what) {
   STD_TORCH_CHECK(error == nullptr, "recalkv: ", what, ": ", error ? error : "");
 }
 
+// Gives the elements of an int[] argument, in order, to the fields that they are named after.
+template <typename... Fields>
+void assign(const std::vector<int64_t>& elements, const char* argument, Fields&... fields) {
+  STD_TORCH_CHECK(elements.size() == sizeof...(fields), argument, ": expected ", sizeof...(fields),
+                  " integers, found ", elements.size());
+  auto next = elements.begin();
+  ((fields = static_cast<Fields>(*next++)), ...);
+}
+
 void decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
             const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& k_factor,
             const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
             const Tensor& base_rotation, const Tensor& local_rotation, const Tensor& tile_columns,
             Tensor out, Tensor lse, std::vector<int64_t> sizes, std::vector<int64_t> kernel,
             double scale, double soft_cap, double norm_eps, double norm_factor) {
-  STD_TORCH_CHECK(sizes.size() == 5 && kernel.size() == 9,
-                  "sizes, kernel: expected 5 and 9 numbers, found ", sizes.size(), " and ",
-                  kernel.size());
   const Stream stream(q);
   DecodeParams p{};
   p.q = data<const uint16_t>(q);
@@ -88,24 +94,16 @@ void decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
   p.num_heads = static_cast<int32_t>(q.size(1));
   p.num_kv_heads = static_cast<int32_t>(k_factor.size(0));
   p.block_size = static_cast<int32_t>(kv_cache.size(1));
-  p.k_width = static_cast<int32_t>(sizes[0]);
-  p.v_width = static_cast<int32_t>(sizes[1]);
-  p.rotated_half = static_cast<int32_t>(sizes[2]);
-  p.window = static_cast<int32_t>(sizes[3]);
-  p.base_rotation_stride = sizes[4];
+  // LayerSizes of recalkv_vllm/ops/cuda/layout.py.
+  assign(sizes, "sizes", p.k_width, p.v_width, p.rotated_half, p.window, p.base_rotation_stride);
   p.scale = static_cast<float>(scale);
   p.soft_cap = static_cast<float>(soft_cap);
   p.norm_eps = static_cast<float>(norm_eps);
   p.norm_factor = static_cast<float>(norm_factor);
-  p.kernel.column_tiles = static_cast<int32_t>(kernel[0]);
-  p.kernel.v_tiles = static_cast<int32_t>(kernel[1]);
-  p.kernel.heads = static_cast<int32_t>(kernel[2]);
-  p.kernel.teams = static_cast<int32_t>(kernel[3]);
-  p.kernel.stages = static_cast<int32_t>(kernel[4]);
-  p.kernel.tile_width = static_cast<int32_t>(kernel[5]);
-  p.kernel.splits = static_cast<int32_t>(kernel[6]);
-  p.kernel.resident = static_cast<int32_t>(kernel[7]);
-  p.kernel.shared_bytes = static_cast<int32_t>(kernel[8]);
+  // KernelShape of recalkv_vllm/ops/cuda/shapes.py.
+  auto& shape = p.kernel;
+  assign(kernel, "kernel", shape.column_tiles, shape.v_tiles, shape.heads, shape.teams,
+         shape.stages, shape.tile_width, shape.splits, shape.resident, shape.shared_bytes);
   const auto type = q.scalar_type() == torch::headeronly::ScalarType::BFloat16
                         ? ElementType::kBFloat16
                         : ElementType::kFloat16;

@@ -114,15 +114,15 @@ template <typename S, bool kResident>
 RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const DecodeParams p) {
   const int head_blocks = p.num_kv_heads / p.kernel.heads;
   const int v_blocks = (p.v_width + 16 * S::kVTiles - 1) / (16 * S::kVTiles);
-  // Blocks that read the same latents are neighbours, so that all but one hit L2.
+  // Blocks that read the same latents are neighbors, so that all but one hit L2.
   const int head_block = block_x() % head_blocks;
   const int v_block = block_x() / head_blocks % v_blocks;
   const Rows rows = find_rows(p, block_x() / head_blocks / v_blocks, S::kColumns);
   if (rows.seq < 0) return;
-  const Span span = split_span(p, rows, block_y(), S::kTokens);
+  const TokenRange range = split_range(p, rows, block_y(), S::kTokens);
   const int first_head = head_block * p.kernel.heads;
   const int thread = thread_index();
-  if (p.kernel.splits > 1 && span.tile_from >= span.tile_to) {
+  if (p.kernel.splits > 1 && range.tile_from >= range.tile_to) {
     // The merge does not read the output of a split that has seen nothing.
     for (int i = thread; v_block == 0 && i < p.kernel.heads * S::kColumns; i += thread_count()) {
       if (rows.begin + i % S::kColumns >= rows.end) continue;
@@ -154,15 +154,15 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const 
   const int stages = p.kernel.stages;
   const int32_t* sources = reinterpret_cast<const int32_t*>(memory + shared.columns);
   unsigned char* ring = memory + shared.ring + team * stages * shared.stage_bytes;
-  int next_tile = span.tile_from + team;
+  int next_tile = range.tile_from + team;
   int next_stage = 0;
-  int page = fetch_page<S>(p, rows.seq, span, next_tile, lane);
+  int page = fetch_page<S>(p, rows.seq, range, next_tile, lane);
   auto load_next = [&]() {
-    if (next_tile < span.tile_to) {
+    if (next_tile < range.tile_to) {
       load_tile<S>(p, shared, ring + next_stage * shared.stage_bytes, sources, columns.chunks(),
                    next_tile, page, head, lane);
       next_tile += p.kernel.teams;
-      page = fetch_page<S>(p, rows.seq, span, next_tile, lane);
+      page = fetch_page<S>(p, rows.seq, range, next_tile, lane);
       next_stage = next_stage + 1 == stages ? 0 : next_stage + 1;
     }
     copy_commit();
@@ -198,7 +198,7 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const 
   RunningSoftmax<S> state;
   state.clear();
   int stage = 0;
-  for (int tile = span.tile_from + team; tile < span.tile_to; tile += p.kernel.teams) {
+  for (int tile = range.tile_from + team; tile < range.tile_to; tile += p.kernel.teams) {
     wait_copies(stages - 2);
     // The tile is here for the whole team, and all of it is done with the tile that is overwritten.
     team_sync(1 + team, 32 * p.kernel.heads);

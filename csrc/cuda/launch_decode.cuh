@@ -20,24 +20,42 @@ const char* launch_shape(const DecodeParams& p, void* stream) {
                 stream, p);
 }
 
-// The table of instantiations: cuda_plan.py picks from the same one.
+// A compiled kernel: what tells it apart, and how to launch it.
+struct Instantiation {
+  int column_tiles;
+  int v_tiles;
+  bool resident;
+  const char* (*launch)(const DecodeParams&, void* stream);
+};
+
+template <typename Element, int kHeadDim, int kColumnTiles, int kVTiles, bool kResident>
+constexpr Instantiation instantiation() {
+  return {kColumnTiles, kVTiles, kResident,
+          launch_shape<Shape<Element, kHeadDim, kColumnTiles, kVTiles>, kResident>};
+}
+
+// INSTANTIATIONS and STREAMING of recalkv_vllm/ops/cuda/plan.py, which picks from them.
+template <typename Element, int kHeadDim>
+constexpr Instantiation kInstantiations[] = {
+    instantiation<Element, kHeadDim, 1, 4, true>(),
+    instantiation<Element, kHeadDim, 1, 8, true>(),
+    instantiation<Element, kHeadDim, 1, 16, true>(),
+    instantiation<Element, kHeadDim, 1, 32, true>(),
+    instantiation<Element, kHeadDim, 2, 4, true>(),
+    instantiation<Element, kHeadDim, 2, 8, true>(),
+    instantiation<Element, kHeadDim, 2, 16, true>(),
+    instantiation<Element, kHeadDim, 1, 32, false>(),
+};
+
 template <typename Element, int kHeadDim>
 const char* launch_element(const DecodeParams& p, void* stream) {
-  const int kind = p.kernel.column_tiles * 100 + p.kernel.v_tiles;
-  if (!p.kernel.resident) {
-    if (kind == 132) return launch_shape<Shape<Element, kHeadDim, 1, 32>, false>(p, stream);
-    return "kernel: a factor that is not resident needs 1 column tile and 32 V tiles";
+  for (const Instantiation& each : kInstantiations<Element, kHeadDim>) {
+    if (each.column_tiles == p.kernel.column_tiles && each.v_tiles == p.kernel.v_tiles &&
+        each.resident == static_cast<bool>(p.kernel.resident)) {
+      return each.launch(p, stream);
+    }
   }
-  switch (kind) {
-    case 104: return launch_shape<Shape<Element, kHeadDim, 1, 4>, true>(p, stream);
-    case 108: return launch_shape<Shape<Element, kHeadDim, 1, 8>, true>(p, stream);
-    case 116: return launch_shape<Shape<Element, kHeadDim, 1, 16>, true>(p, stream);
-    case 132: return launch_shape<Shape<Element, kHeadDim, 1, 32>, true>(p, stream);
-    case 204: return launch_shape<Shape<Element, kHeadDim, 2, 4>, true>(p, stream);
-    case 208: return launch_shape<Shape<Element, kHeadDim, 2, 8>, true>(p, stream);
-    case 216: return launch_shape<Shape<Element, kHeadDim, 2, 16>, true>(p, stream);
-    default: return "kernel: no such column_tiles and v_tiles";
-  }
+  return "kernel: no such column_tiles, v_tiles and resident";
 }
 
 template <int kHeadDim>

@@ -5,14 +5,15 @@
 
 namespace recalkv {
 
-// One decode call. Strides are in elements. `kernel` has how the work is cut up, see cuda_plan.py.
+// One decode call. Strides are in elements. `kernel` has how the work is cut up, see
+// recalkv_vllm/ops/cuda/plan.py.
 struct DecodeParams {
   const uint16_t* q;           // [tokens, h_q, d]
   const uint16_t* kv_cache;    // [num_blocks, block_size, rank]
   const int32_t* block_table;  // [num_seqs, max_blocks]
   const int32_t* seq_lens;
   const int32_t* query_start_loc;
-  const void* k_factor;         // [h_kv, d/16, k_width/16, lane, 8], see ops/cuda.py
+  const void* k_factor;         // [h_kv, d/16, k_width/16, lane, 8], see ops/cuda/layout.py
   const float* k_bias;          // [h_kv, d] in pair order, or null
   const float* k_norm_weight;   // [d] in pair order, or null
   const float* base_rotation;   // [max_position/16, d/2, 2]: (cos, sin) of every 16th position

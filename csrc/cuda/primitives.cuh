@@ -66,7 +66,7 @@ RECALKV_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit numbers; lane i gives the address of row i % 8 of matrix i / 8.
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 RECALKV_DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -82,7 +82,7 @@ RECALKV_DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void* row)
                : "memory");
 }
 
-// Transpose of an 8x8 matrix of 16-bit numbers held by the warp, two per lane.
+// Transpose of an 8x8 matrix of 16-bit elements held by the warp, two per lane.
 RECALKV_DEVICE uint32_t transpose_matrix(uint32_t value) {
   uint32_t result;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(value));
@@ -113,7 +113,7 @@ RECALKV_DEVICE void multiply_add<Float16>(float (&sum)[4], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two numbers rounded to 16 bits each, `low` in the lower half.
+// Two floats rounded to 16 bits each, `low` in the lower half.
 template <typename Element>
 RECALKV_DEVICE uint32_t pack(float low, float high);
 

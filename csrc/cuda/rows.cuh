@@ -34,25 +34,26 @@ RECALKV_DEVICE Rows find_rows(const DecodeParams& p, int row_block, int columns)
 }
 
 // Tokens [first, end) are visible to some row; tiles [tile_from, tile_to) are this split's.
-struct Span {
+struct TokenRange {
   int first, end, tile_from, tile_to;
 };
 
-RECALKV_DEVICE Span split_span(const DecodeParams& p, const Rows& rows, int split, int tile) {
+RECALKV_DEVICE TokenRange split_range(const DecodeParams& p, const Rows& rows, int split,
+                                      int tile) {
   const int per_kv = p.num_heads / p.num_kv_heads;
   const int context = rows.length - rows.num_queries;
   const int oldest = context + rows.begin / per_kv - p.window + 1;
   const int newest = context + (rows.end - 1) / per_kv;
-  Span span;
-  span.first = oldest > 0 ? oldest : 0;
-  span.end = rows.length == 0 ? 0 : newest + 1;
-  const int first_tile = span.first / tile;
-  const int tiles = (span.end + tile - 1) / tile - first_tile;
+  TokenRange range;
+  range.first = oldest > 0 ? oldest : 0;
+  range.end = rows.length == 0 ? 0 : newest + 1;
+  const int first_tile = range.first / tile;
+  const int tiles = (range.end + tile - 1) / tile - first_tile;
   const int share = (tiles + p.kernel.splits - 1) / p.kernel.splits;
-  span.tile_from = first_tile + split * share;
-  const int to = span.tile_from + share;
-  span.tile_to = to < first_tile + tiles ? to : first_tile + tiles;
-  return span;
+  range.tile_from = first_tile + split * share;
+  const int to = range.tile_from + share;
+  range.tile_to = to < first_tile + tiles ? to : first_tile + tiles;
+  return range;
 }
 
 }  // namespace recalkv

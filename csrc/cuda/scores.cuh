@@ -1,8 +1,8 @@
 // One warp's keys of a tile, and their scores against its query rows.
 //
 // Fragments are those of mma.m16n8k16: lane i has, of a 16x8 result, rows i/4 and i/4 + 8 and
-// columns 2(i%4), 2(i%4) + 1. Two neighbouring columns of a key are one rotation pair, so rotation
-// happens inside a lane, and two neighbouring results of 8 columns are the left operand of the next
+// columns 2(i%4), 2(i%4) + 1. Two neighboring columns of a key are one rotation pair, so rotation
+// happens inside a lane, and two neighboring results of 8 columns are the left operand of the next
 // product without any exchange.
 #pragma once
 

@@ -25,10 +25,10 @@ RECALKV_DEVICE TileColumns tile_columns(const DecodeParams& p, int v_block, int 
 // Page of the token that this lane stands for in a tile: asked for one tile ahead of its use, so
 // that copies never wait for the block table.
 template <typename S>
-RECALKV_DEVICE int fetch_page(const DecodeParams& p, int seq, const Span& span, int tile,
+RECALKV_DEVICE int fetch_page(const DecodeParams& p, int seq, const TokenRange& range, int tile,
                               int lane) {
   const int position = tile * S::kTokens + lane;
-  const bool live = lane < S::kTokens && position >= span.first && position < span.end;
+  const bool live = lane < S::kTokens && position >= range.first && position < range.end;
   return live ? p.block_table[seq * p.table_stride + position / p.block_size] : -1;
 }
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.span import Span
 
 
@@ -58,7 +58,7 @@ class LatentLayer:
     k_norm_eps: float = 1e-6
     sliding_window: int | None = None
     soft_cap: float | None = None
-    latent_format: LatentFormat | None = None
+    latent_format: CacheFormat | None = None
 
     def __post_init__(self) -> None:
         for name in ("k_spans", "v_spans"):
@@ -177,7 +177,8 @@ class BoundLayer(Protocol):
             z: ``[tokens, rank]`` latents; rows past the slots are padding.
             kv_cache: ``[num_blocks, block_size, rank]``, any strides; written in place. With a
                 ``latent_format``, uint8 ``[num_blocks, block_size, slot_bytes]``, each block
-                contiguous and laid out as :mod:`recalkv_vllm.latent_format` says.
+                contiguous and laid out as :mod:`recalkv_vllm.latent_format` or
+                :mod:`recalkv_vllm.band_format` says.
             slot_mapping: ``[slots]`` integers, ``block · block_size + offset``; negative is
                 padding.
         """

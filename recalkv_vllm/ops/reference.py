@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer
 
 
@@ -18,7 +18,7 @@ def latent_cache_update(
     z: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    latent_format: LatentFormat | None = None,
+    latent_format: CacheFormat | None = None,
 ) -> None:
     """See :meth:`BoundLayer.update_cache`."""
     real = slot_mapping >= 0
@@ -38,7 +38,7 @@ def cached_latents(
     kv_cache: torch.Tensor,
     blocks: torch.Tensor,
     length: int,
-    latent_format: LatentFormat | None,
+    latent_format: CacheFormat | None,
 ) -> torch.Tensor:
     """Latents ``[length, rank]`` of one sequence, ``blocks: [max_blocks]`` its row of the table."""
     positions = torch.arange(length, device=kv_cache.device)

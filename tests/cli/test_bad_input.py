@@ -143,23 +143,23 @@ AWQ, GPTQ = {"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits":
         ({**GPTQ, "checkpoint_format": "marlin"}, "expected gptq or gptq_v2, found 'marlin'"),
     ],
 )
-def test_quantised_weights_that_are_not_read(compress_fails, copy, settings, message):
+def test_quantized_weights_that_are_not_read(compress_fails, copy, settings, message):
     assert message in compress_fails(copy(quantization_config=settings), "--compression", 0.5)
 
 
-def test_quantised_weights_that_are_fused(compress_fails, copy):
+def test_quantized_weights_that_are_fused(compress_fails, copy):
     directory = copy(model_type="phi3", quantization_config=GPTQ)
     assert "found quantized ones fused" in compress_fails(directory, "--compression", 0.5)
 
 
 @pytest.mark.parametrize("option", [["--output-refit"], ["--dtype", "float32"]])
-def test_options_that_would_change_quantised_weights(compress_fails, copy, option):
+def test_options_that_would_change_quantized_weights(compress_fails, copy, option):
     error = compress_fails(copy(quantization_config=AWQ), "--compression", 0.5, *option)
     assert " ".join(option) in error
     assert "the model's weights are quantized and stay as they are" in error
 
 
-def test_quantised_weights_that_are_not_there(compress_fails, copy):
+def test_quantized_weights_that_are_not_there(compress_fails, copy):
     """Plain weights under a configuration of quantized ones are taken as they are: no scales."""
     directory = copy(quantization_config=GPTQ)
     tensors = load_file(directory / "model.safetensors")

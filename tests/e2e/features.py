@@ -127,8 +127,8 @@ TABLE = (
     ),
     refused(
         "Other weight formats; weight formats with a quantized KV cache or fused projections",
-        "cli/test_bad_input.py::test_quantised_weights_that_are_not_read",
-        "cli/test_bad_input.py::test_quantised_weights_that_are_fused",
+        "cli/test_bad_input.py::test_quantized_weights_that_are_not_read",
+        "cli/test_bad_input.py::test_quantized_weights_that_are_fused",
     ),
     works(
         "`reload_weights` from a checkpoint, or of tensors under the factors' names",

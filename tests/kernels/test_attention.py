@@ -238,7 +238,7 @@ def test_unsupported_reason(
 
 
 def test_mixed_matches_itself_row_by_row() -> None:
-    """A sequence's result does not depend on its neighbours in the batch."""
+    """A sequence's result does not depend on its neighbors in the batch."""
     inputs = inputs_of(BY_NAME["mixed"], torch.float32)
     layer, batch = bind(inputs), inputs.batch
     whole, _ = layer.attend(*inputs.call)

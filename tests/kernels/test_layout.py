@@ -60,7 +60,7 @@ def test_columns_cover_both_spans_and_share_only_what_coincides(
 
 @pytest.mark.parametrize("is_neox", [True, False])
 @pytest.mark.parametrize(("head_dim", "rot_dim"), [(64, 64), (80, 20), (96, 0), (112, 112)])
-def test_pair_order_turns_rope_into_rotations_of_neighbours(
+def test_pair_order_turns_rope_into_rotations_of_neighbors(
     head_dim: int, rot_dim: int, is_neox: bool
 ) -> None:
     order = pair_order(head_dim, rot_dim, is_neox)
@@ -68,8 +68,8 @@ def test_pair_order_turns_rope_into_rotations_of_neighbours(
     x, table = torch.randn(5, 1, head_dim), rope_table(rot_dim, torch.float32)
     positions = torch.arange(5)
     neox = apply_rope(x, positions, table, is_neox)[..., order]
-    neighbours = apply_rope(x[..., order], positions, table, is_neox=False)
-    torch.testing.assert_close(neox, neighbours)
+    neighbors = apply_rope(x[..., order], positions, table, is_neox=False)
+    torch.testing.assert_close(neox, neighbors)
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1.3])

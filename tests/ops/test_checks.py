@@ -100,7 +100,7 @@ def test_one_element_of_the_result_is_enough(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_same_bound_holds_for_every_draw(seed: int) -> None:
-    """A single cached token: three numbers, whose errors in one draw say nothing of the next."""
+    """A single cached token: three elements, whose errors in one draw say nothing of the next."""
     case = spanned("one-token", (3, 3, 96), 1, 16, 1, 112, batch=((1, 1),), key_bias=True)
     inputs = build(case, torch.bfloat16, seed=seed)
     check_one(inputs, torch.bfloat16)

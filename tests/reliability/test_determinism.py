@@ -83,19 +83,18 @@ def test_attention_of_a_sequence_does_not_depend_on_the_batch(
     """To the bit, on one thread: with more, how a sequence is split depends on what else there
     is to do."""
     inputs = build(case, dtype)
-    attend = ops.bind_paged_latent_attention(inputs.layer)
-    starts = inputs.query_start_loc.tolist()
+    bound, batch = ops.bind(inputs.layer), inputs.batch
+    starts = batch.query_start_loc.tolist()
     with threads(1):
-        together = attend(**inputs.call)
+        together = bound.attend(*inputs.call)
         for i, (queries, _) in enumerate(case.batch):
             rows = slice(starts[i], starts[i + 1])
-            alone = attend(
-                inputs.q[rows],
-                inputs.kv_cache,
-                inputs.block_table[i : i + 1],
-                inputs.seq_lens[i : i + 1],
-                torch.tensor([0, queries], dtype=torch.int32),
+            one = ops.Batch(
+                block_table=batch.block_table[i : i + 1],
+                seq_lens=batch.seq_lens[i : i + 1],
+                query_start_loc=torch.tensor([0, queries], dtype=torch.int32),
             )
+            alone = bound.attend(inputs.q[rows], inputs.kv_cache, one)
             for a, b in zip(alone, together, strict=True):
                 assert torch.equal(a, b[rows])
     count("batches tried")

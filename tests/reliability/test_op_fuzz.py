@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from recalkv_vllm import ops
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import reference
-from tests.ops.cases import AttentionCase, build, paged_cache
+from tests.ops.cases import (
+    AttentionCase,
+    attend,
+    build,
+    caching_layer,
+    paged_cache,
+    value_layer,
+)
 from tests.ops.checks import assert_matches_oracle, assert_within
 from tests.ops.cpu_versions import DTYPES, VERSIONS, poison_free_memory, threads
 from tests.ops.rounding import allowed_value_up_error
@@ -39,7 +46,7 @@ def test_attention(case: AttentionCase, version: tuple[str, torch.dtype], worker
     inputs = build(case, dtype)
     with threads(workers), mock.patch.dict(os.environ, RECALKV_CPU_ISA=isa):
         poison_free_memory(case)
-        assert_matches_oracle(ops.paged_latent_attention(**inputs.arguments), case, dtype)
+        assert_matches_oracle(attend(inputs), case, dtype)
     count("batches tried")
 
 
@@ -80,7 +87,7 @@ def test_cache_update(
     expected = cache.clone()
     reference.latent_cache_update(z, expected, slots, latent_format)
     with threads(workers):
-        ops.latent_cache_update(z, cache, slots, latent_format)
+        ops.bind(caching_layer(latent_format)).update_cache(z, cache, slots)
     torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
     count("batches tried")
 
@@ -111,7 +118,7 @@ def test_value_up(
         torch.full(
             (tokens * kv_heads * per_kv * head_dim,), torch.nan
         )  # freed, and handed out next
-        result = ops.latent_value_up(o_lat, v_up, v_bias, out_dtype=out_dtype)
+        result = ops.bind(value_layer(v_up, v_bias)).value_up(o_lat, out_dtype)
     wide = torch.float64
     oracle = reference.latent_value_up(o_lat, v_up, v_bias, out_dtype=wide, compute_dtype=wide)
     count("batches tried")

@@ -14,7 +14,7 @@ class CpuLayer(BoundLayer):
 
     def __init__(self, layer: LatentLayer):
         self._isa = instruction_set(layer.k_up.dtype)
-        self._packed = pack_layer(layer, self._isa)
+        self._attend = pack_layer(layer, self._isa).attend
         self._v_up = layer.v_up.contiguous()
         self._v_bias = None if layer.v_bias is None else layer.v_bias.float().contiguous()
         self._format = layer.latent_format
@@ -32,9 +32,7 @@ class CpuLayer(BoundLayer):
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.recalkv_cpu.paged_latent_attention.default(
-            self._packed, q, kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc
-        )
+        return self._attend(q, kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.ops.recalkv_cpu.latent_value_up.default(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 
@@ -21,8 +22,8 @@ load_error = _load()
 if load_error is None:
 
     @torch.library.register_fake("recalkv_cpu::latent_cache_update")
-    def _(z, kv_cache, slot_mapping, latent_dtype, group_size) -> None:
-        return None
+    def _(*_: object) -> None:
+        """It writes into the cache that it is given and returns nothing."""
 
     @torch.library.register_fake("recalkv_cpu::latent_value_up")
     def _(
@@ -35,10 +36,8 @@ if load_error is None:
         return v_up.new_empty((*o_lat.shape[:2], v_up.shape[1]), dtype=out_dtype)
 
     @torch.library.register_fake("recalkv_cpu::paged_latent_attention")
-    def _(
-        layer: torch.ScriptObject, q: torch.Tensor, *_: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, heads, _ = q.shape
+    def _(layer: Any, q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, heads = q.shape[:2]
         return (
             q.new_empty((tokens, heads, layer.v_width()), dtype=torch.float32),
             q.new_empty((tokens, heads), dtype=torch.float32),

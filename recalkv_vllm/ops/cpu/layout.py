@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from recalkv_vllm.ops.contract import LatentLayer
@@ -9,8 +11,23 @@ from recalkv_vllm.ops.cpu import tables
 from recalkv_vllm.ops.rotary import pair_order
 
 
-def pack_layer(layer: LatentLayer, isa: str) -> torch.ScriptObject:
-    """Pack for one instruction set: an ``AttentionLayer`` (``csrc/cpu/attention_layer.h``).
+class AttentionLayer(Protocol):
+    """A layer packed for one instruction set (``csrc/cpu/attention_layer.h``)."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        /,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``recalkv_cpu::paged_latent_attention`` of this layer."""
+
+
+def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
+    """Pack a layer's constants for one instruction set.
 
     Columns of a head are in pair order.
     """

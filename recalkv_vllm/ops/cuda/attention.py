@@ -81,20 +81,13 @@ class DecodeAttention:
             batch.block_table,
             batch.seq_lens,
             batch.query_start_loc,
-            packed.k_factor,
-            packed.k_bias,
-            packed.k_norm_weight,
-            packed.base_rotation,
-            packed.local_rotation,
+            *packed.tensors,
             columns,
             out,
             out_lse,
             packed.sizes,
             chosen.kernel_shape(splits),
-            packed.scale,
-            packed.soft_cap,
-            packed.norm_eps,
-            packed.norm_factor,
+            *packed.scalars,
         )
         if splits > 1:
             torch.ops.recalkv_cuda.merge(out, out_lse, o_lat, lse, splits)

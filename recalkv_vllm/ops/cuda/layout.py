@@ -23,6 +23,24 @@ LARGEST_TILE = 32
 ROTATION_ERROR = 2.0**-6
 
 
+class LayerTensors(NamedTuple):
+    """The op's tensors from ``k_factor`` on; columns of a head are in pair order.
+
+    Args:
+        k_factor: see :func:`pack_factor`.
+        k_bias: ``[h_kv, d]`` float32.
+        k_norm_weight: ``[d]`` float32, divided by ``norm_factor``.
+        base_rotation: see :func:`rotation_tables`, as for the next.
+        local_rotation: alike.
+    """
+
+    k_factor: torch.Tensor
+    k_bias: torch.Tensor | None
+    k_norm_weight: torch.Tensor | None
+    base_rotation: torch.Tensor
+    local_rotation: torch.Tensor
+
+
 class LayerSizes(NamedTuple):
     """The op's argument ``sizes``; names as in ``csrc/cuda/params.h``."""
 
@@ -33,29 +51,22 @@ class LayerSizes(NamedTuple):
     base_rotation_stride: int
 
 
-@dataclass(frozen=True, slots=True)
-class PackedLayer:
-    """Arguments of the torch op ``decode``; columns of a head are in pair order.
+class LayerScalars(NamedTuple):
+    """The op's last arguments; a ``soft_cap`` of 0 is none."""
 
-    Args:
-        k_factor: see :func:`pack_factor`.
-        k_bias: ``[h_kv, d]`` float32.
-        k_norm_weight: ``[d]`` float32, divided by ``norm_factor``.
-        base_rotation: see :func:`rotation_tables`, as for the next.
-        local_rotation: alike.
-        soft_cap: 0 is none.
-    """
-
-    k_factor: torch.Tensor
-    k_bias: torch.Tensor | None
-    k_norm_weight: torch.Tensor | None
-    base_rotation: torch.Tensor
-    local_rotation: torch.Tensor
-    sizes: LayerSizes
     scale: float
     soft_cap: float
     norm_eps: float
     norm_factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """What the torch op ``decode`` is told of a layer; each part in the op's order."""
+
+    tensors: LayerTensors
+    sizes: LayerSizes
+    scalars: LayerScalars
 
 
 def pack_layer(layer: LatentLayer) -> PackedLayer:
@@ -78,11 +89,13 @@ def pack_layer(layer: LatentLayer) -> PackedLayer:
         norm_factor = 2 * float(layer.k_norm_weight.abs().max()) or 1.0
         norm = (layer.k_norm_weight.float() / norm_factor)[order].contiguous()
     return PackedLayer(
-        k_factor=pack_factor(layer.k_up, layer.head_dim, order),
-        k_bias=None if layer.k_bias is None else layer.k_bias.float()[:, order].contiguous(),
-        k_norm_weight=norm,
-        base_rotation=rotations[0],
-        local_rotation=rotations[1],
+        tensors=LayerTensors(
+            k_factor=pack_factor(layer.k_up, layer.head_dim, order),
+            k_bias=None if layer.k_bias is None else layer.k_bias.float()[:, order].contiguous(),
+            k_norm_weight=norm,
+            base_rotation=rotations[0],
+            local_rotation=rotations[1],
+        ),
         sizes=LayerSizes(
             k_width=layer.k_width,
             v_width=layer.v_width,
@@ -90,10 +103,12 @@ def pack_layer(layer: LatentLayer) -> PackedLayer:
             window=layer.sliding_window or NO_WINDOW,
             base_rotation_stride=0 if layer.cos_sin_cache is None else layer.head_dim,
         ),
-        scale=layer.scale,
-        soft_cap=layer.soft_cap or 0.0,
-        norm_eps=layer.k_norm_eps,
-        norm_factor=norm_factor,
+        scalars=LayerScalars(
+            scale=layer.scale,
+            soft_cap=layer.soft_cap or 0.0,
+            norm_eps=layer.k_norm_eps,
+            norm_factor=norm_factor,
+        ),
     )
 
 

@@ -5,11 +5,9 @@ Conditions come before the helpers that name them: a call of a helper would cost
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.ops.contract import Batch
 from recalkv_vllm.ops.validation.layer import LayerSignature
 from recalkv_vllm.ops.validation.require import (
@@ -20,11 +18,6 @@ from recalkv_vllm.ops.validation.require import (
     require_dtype,
     require_shape,
 )
-
-
-def debug_enabled() -> bool:
-    """Whether ``RECALKV_DEBUG=1`` asks for checks of values."""
-    return os.environ.get("RECALKV_DEBUG") == "1"
 
 
 def check_update(
@@ -48,7 +41,7 @@ def check_update(
     for name, tensor in (("z", z), ("kv_cache", kv_cache), ("slot_mapping", slot_mapping)):
         if tensor.device != layer.device:
             require_device(tensor, name, layer.device)
-    if debug_enabled() and slot_mapping.numel():
+    if layer.check_values and slot_mapping.numel():
         slots = kv_cache.shape[0] * kv_cache.shape[1]
         highest = int(slot_mapping.max())
         require(highest < slots, "slot_mapping", f"slots below {slots}", highest)
@@ -74,7 +67,7 @@ def check_attend(
     if q.device != layer.device or kv_cache.device != layer.device:
         require_device(q, "q", layer.device)
         require_device(kv_cache, "kv_cache", layer.device)
-    if debug_enabled():
+    if layer.check_values:
         _check_values(batch, q.shape[0], kv_cache, layer.max_position)
 
 
@@ -92,7 +85,7 @@ def check_value_up(
         raise TypeError(f"out_dtype: expected one of {DTYPES}, found {out_dtype}")
 
 
-def _check_cache(kv_cache: torch.Tensor, latent_format: LatentFormat | None) -> int:
+def _check_cache(kv_cache: torch.Tensor, latent_format: CacheFormat | None) -> int:
     """Check shape, dtype and strides of a paged cache of latents; returns their rank."""
     last = "rank" if latent_format is None else "slot_bytes"
     require_shape(kv_cache, "kv_cache", "num_blocks", "block_size", last)

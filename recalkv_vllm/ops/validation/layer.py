@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.band_format import BandFormat, CacheFormat
 from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.validation.require import (
     DTYPES,
@@ -26,6 +27,7 @@ class LayerSignature:
     Args:
         rank: columns of the latent that spans need.
         max_position: rows of ``cos_sin_cache``.
+        check_values: ``RECALKV_DEBUG=1`` asked for checks of values when the layer was bound.
     """
 
     num_kv_heads: int
@@ -35,7 +37,8 @@ class LayerSignature:
     dtype: torch.dtype
     device: torch.device
     max_position: int | None
-    latent_format: LatentFormat | None
+    latent_format: CacheFormat | None
+    check_values: bool
 
 
 def check_layer(layer: LatentLayer) -> LayerSignature:
@@ -48,6 +51,8 @@ def check_layer(layer: LatentLayer) -> LayerSignature:
     _check_factors(layer)
     _check_optional_tensors(layer)
     _check_numbers(layer)
+    if isinstance(layer.latent_format, BandFormat):
+        _check_bands(layer, layer.latent_format)
     return LayerSignature(
         num_kv_heads=layer.num_kv_heads,
         head_dim=layer.head_dim,
@@ -57,6 +62,7 @@ def check_layer(layer: LatentLayer) -> LayerSignature:
         device=layer.k_up.device,
         max_position=None if layer.cos_sin_cache is None else layer.cos_sin_cache.shape[0],
         latent_format=layer.latent_format,
+        check_values=os.environ.get("RECALKV_DEBUG") == "1",
     )
 
 
@@ -84,6 +90,16 @@ def _check_factors(layer: LatentLayer) -> None:
     require_shape(layer.v_up, "v_up", num_kv_heads, head_dim, layer.v_width)
     require_dtype(layer.v_up, "v_up", k_up.dtype)
     require_device(layer.v_up, "v_up", k_up.device)
+
+
+def _check_bands(layer: LatentLayer, latent_format: BandFormat) -> None:
+    """Kernels are compiled for the bands of a span: all groups' must be alike."""
+    for name, spans in (("k_spans", layer.k_spans), ("v_spans", layer.v_spans)):
+        try:
+            bands = {latent_format.within(span) for span in spans}
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        require(len(bands) == 1, "latent_format", f"the same bands in all of {name}", len(bands))
 
 
 def _check_optional_tensors(layer: LatentLayer) -> None:

@@ -29,12 +29,15 @@ def require_dtype(tensor: torch.Tensor, name: str, *dtypes: torch.dtype) -> None
 
 def require_shape(tensor: torch.Tensor, name: str, *shape: int | str) -> None:
     """``shape`` has sizes, or names of sizes that are free."""
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        expected = ", ".join(map(str, shape))
-        raise ValueError(f"{name}: expected shape [{expected}], found {list(tensor.shape)}")
+    found = tensor.shape
+    if len(found) == len(shape):
+        # Not any() or all(): their generator would cost more than the comparisons.
+        for want, got in zip(shape, found, strict=True):
+            if want != got and not isinstance(want, str):
+                break
+        else:
+            return
+    raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], found {list(found)}")
 
 
 def require_device(tensor: torch.Tensor, name: str, device: torch.device) -> None:

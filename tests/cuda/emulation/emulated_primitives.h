@@ -191,7 +191,7 @@ struct Machine {
 
   void wait(Barrier& barrier, int threads) {
     if (barrier.arrived == 0) barrier.threads = threads;
-    if (barrier.threads != threads) fail("a barrier with two numbers of threads");
+    if (barrier.threads != threads) fail("a barrier with two counts of threads");
     if (++barrier.arrived == threads) {
       barrier.arrived = 0;
       ++barrier.generation;

@@ -1,0 +1,90 @@
+"""The C++ object that holds a layer's constants: what it refuses, and who may use it when."""
+
+from __future__ import annotations
+
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from recalkv_vllm.ops.cpu.attention import CpuLayer
+from recalkv_vllm.ops.cpu.plan import instruction_set
+from tests.ops.cases import build, spanned
+
+HEADS, HEAD_DIM, K_WIDTH = 2, 64, 32
+
+
+def make(**changes: object) -> torch.ScriptObject:
+    """A layer in float32, but for ``changes``, by the names of the parts' arguments."""
+    given: dict[str, object] = {
+        "isa": instruction_set(torch.float32),
+        "factors": torch.zeros(HEADS, HEAD_DIM, K_WIDTH),
+        "bias": None,
+        "norm_weight": None,
+        "k_starts": [0, 32],
+        "tiles": torch.zeros(2, 2, HEAD_DIM // 2, 64),
+        "max_position": 100,
+        "latent_dtype": "",
+    }
+    assert changes.keys() <= given.keys()
+    given |= changes
+    classes = torch.classes.recalkv_cpu
+    return classes.AttentionLayer(
+        isa=given["isa"],
+        keys=classes.Keys(
+            factors=given["factors"],
+            bias=given["bias"],
+            norm_weight=given["norm_weight"],
+            norm_eps=1e-6,
+        ),
+        spans=classes.Spans(k_starts=given["k_starts"], v_starts=[64], v_width=48),
+        rotation=classes.Rotation(
+            tiles=given["tiles"], max_position=given["max_position"], is_neox=True
+        ),
+        expansion=None,
+        logits=classes.Logits(scale=1.0, soft_cap=0.0, window=0),
+        latent_dtype=given["latent_dtype"],
+        group_size=0,
+    )
+
+
+def test_parts_that_fit() -> None:
+    assert make().v_width() == 48
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"isa": "mmx"}, "isa: expected one that this processor supports, found mmx"),
+        ({"factors": torch.zeros(2, 64)}, "factors: expected 3 dimensions"),
+        ({"factors": torch.zeros(2, 60, 32)}, "factors: .* multiples of 16"),
+        ({"factors": torch.zeros(2, 64, 32).half()}, "factors: expected contiguous Float"),
+        ({"factors": torch.zeros(2, 32, 64).mT}, "factors: expected contiguous Float"),
+        ({"bias": torch.zeros(2, 32)}, r"bias: .* \[2, 64\].*\[2, 32\]"),
+        ({"norm_weight": torch.zeros(32)}, r"norm_weight: .* \[64\]"),
+        ({"k_starts": [0, 32, 64]}, "k_starts, v_starts: .* divide 2 KV heads, found 3 and 1"),
+        ({"tiles": torch.zeros(2, 2, 48, 64)}, "tiles: expected at most 32 pairs, found 48"),
+        ({"tiles": torch.zeros(2, 2, 32, 32)}, "tiles: expected contiguous Float"),
+        ({"max_position": 129}, "max_position: expected at most 128"),
+        ({"latent_dtype": "int5"}, "latent_dtype: expected int8"),
+    ],
+)
+def test_parts_that_do_not_fit(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_it_keeps_what_it_points_to_and_serves_any_thread() -> None:
+    case = spanned("shared", (4, 2, 64), 1, 32, 2, 32, batch=((1, 300), (3, 90)), key_bias=True)
+    inputs = build(case, torch.bfloat16)
+    expected = CpuLayer(inputs.layer).attend(*inputs.call)
+    layer, call = CpuLayer(inputs.layer), inputs.call
+    del inputs
+    gc.collect()
+    [torch.full((1 << 12,), torch.nan) for _ in range(50)]
+    with ThreadPoolExecutor(4) as pool:
+        results = [pool.submit(layer.attend, *call) for _ in range(40)]
+        for result in results:
+            for found, wanted in zip(result.result(), expected, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
