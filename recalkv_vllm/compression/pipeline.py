@@ -14,6 +14,7 @@ import transformers
 from recalkv_vllm.checkpoint import RecalkvConfig
 from recalkv_vllm.compression.base_model.devices import calibration_dtype, single_device
 from recalkv_vllm.compression.calibration.calibrate import Calibration, calibrate
+from recalkv_vllm.compression.calibration.draw import draw_text
 from recalkv_vllm.compression.check import Job, check
 from recalkv_vllm.compression.factoring.factor_layers import ModelLayers, factor_layers
 from recalkv_vllm.compression.factoring.output_refit import OutputRefit
@@ -39,14 +40,15 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     """
     began = time.monotonic()
     job = check(options)
-    calibration = calibrate(job.model, job.observers, options, job.device)
+    text = draw_text(job)
+    calibration = calibrate(job, text.factoring)
     layers = load_layers(job, calibration)
     plan = plan_layers(job, layers)
     factors, errors = factor(job, calibration, layers, plan)
     healing = None
     if job.options.heal:
-        used = calibration.samples if calibration else None
-        factors, healing = heal(job, layers.model, factors, plan.latent_format, used)
+        formats = [plan.latent_format] * len(factors)
+        factors, healing = heal(job, layers.model, factors, formats, text)
     recalkv = describe(job, calibration, plan, errors, healing)
     summary = summarize(recalkv, job.model.geometry, job.dtype.itemsize)
     write(job, recalkv, factors, summary)

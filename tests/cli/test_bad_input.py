@@ -152,7 +152,7 @@ def test_quantized_weights_that_are_fused(compress_fails, copy):
     assert "found quantized ones fused" in compress_fails(directory, "--compression", 0.5)
 
 
-@pytest.mark.parametrize("option", [["--output-refit"], ["--dtype", "float32"]])
+@pytest.mark.parametrize("option", [["--output-refit"], ["--dtype", "float32"], ["--heal"]])
 def test_options_that_would_change_quantized_weights(compress_fails, copy, option):
     error = compress_fails(copy(quantization_config=AWQ), "--compression", 0.5, *option)
     assert " ".join(option) in error

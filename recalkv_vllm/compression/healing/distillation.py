@@ -12,8 +12,9 @@ from recalkv_vllm.compression.calibration.calibration_pass import LOGIT_CHUNK, o
 def divergence(
     model: CausalLM, teacher: torch.Tensor, student: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
-    """Mean Kullback-Leibler divergence of the student's predictions from the teacher's, in nats.
+    """Kullback-Leibler divergence of the student's predictions from the teacher's, in nats.
 
+    Summed over tokens, so that small gradients of long samples do not vanish in half precision.
     Logits exist for :data:`.LOGIT_CHUNK` tokens at a time.
 
     Args:
@@ -32,7 +33,7 @@ def divergence(
             with torch.no_grad():
                 target = F.log_softmax(output_logits(model, teacher[part]), dim=-1)
             predicted = F.log_softmax(output_logits(model, student[part]), dim=-1)
-            loss = F.kl_div(predicted, target, reduction="sum", log_target=True) / len(teacher)
+            loss = F.kl_div(predicted, target, reduction="sum", log_target=True)
             loss.backward()
             total += float(loss.detach())
     assert student.grad is not None

@@ -24,21 +24,25 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(slots=True)
 class HealingState:
-    """Steps made, and the parameters that did best on the held-out text, on the CPU."""
+    """Steps made, and the parameters that did best on the held-out text, on the CPU.
+
+    Losses are of the held-out text, in nats.
+    """
 
     step: int
     first_loss: float
+    best_step: int
     best_loss: float
     best: list[torch.Tensor]
 
     @classmethod
     def start(cls, parameters: Sequence[nn.Parameter], loss: float) -> HealingState:
-        return cls(0, loss, loss, _copies(parameters))
+        return cls(0, loss, 0, loss, _copies(parameters))
 
     def keep(self, parameters: Sequence[nn.Parameter], loss: float) -> None:
         """Keep the parameters if they do better than what was kept."""
         if math.isfinite(loss) and loss < self.best_loss:
-            self.best_loss, self.best = loss, _copies(parameters)
+            self.best_step, self.best_loss, self.best = self.step, loss, _copies(parameters)
 
     def restore_best(self, parameters: Sequence[nn.Parameter]) -> None:
         for parameter, best in zip(parameters, self.best, strict=True):
@@ -94,7 +98,8 @@ class StateFile:
         for i, parameter in enumerate(parameters):
             tensors |= {f"best.{i}": state.best[i], f"now.{i}": parameter.detach().cpu()}
             tensors |= {f"{n}.{i}": optimizer.state[parameter][n].cpu() for n in MOMENTS}
-        told = {"step": state.step, "first_loss": state.first_loss, "best_loss": state.best_loss}
+        names = ("step", "first_loss", "best_step", "best_loss")
+        told = {name: getattr(state, name) for name in names}
         partial = self._path.with_suffix(".partial")
         with output_errors(f"state of healing {self._path}"):
             self._path.parent.mkdir(parents=True, exist_ok=True)

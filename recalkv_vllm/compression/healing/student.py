@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.compression.base_model.attention import Attention, CausalLM, attention_modules
 from recalkv_vllm.compression.layer import LayerFactors, natural_order
-from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.span import Span
 
 
@@ -50,7 +50,7 @@ class TrainedFactors(nn.Module):
     """
 
     def __init__(
-        self, factors: LayerFactors, latent_format: LatentFormat | None, device: torch.device
+        self, factors: LayerFactors, latent_format: CacheFormat | None, device: torch.device
     ):
         super().__init__()
         self.layout, self.latent_format = factors.layout, latent_format
@@ -152,7 +152,7 @@ class Student:
         model: the dense model, on the devices where it runs.
         base: the same model in memory, ``o_proj`` refitted if it was: where weights start from.
         factors: of all layers.
-        latent_format: how latents are stored.
+        latent_formats: how each layer's latents are stored; None for plain elements.
         train_weights: whether ``q_proj`` and ``o_proj`` learn too.
     """
 
@@ -161,15 +161,14 @@ class Student:
         model: CausalLM,
         base: CausalLM,
         factors: Sequence[LayerFactors],
-        latent_format: LatentFormat | None,
+        latent_formats: Sequence[CacheFormat | None],
         train_weights: bool,
     ):
         self.model = model
+        modules = attention_modules(model), attention_modules(base)
         self.layers = [
-            _student_layer(*parts, latent_format, train_weights)
-            for parts in zip(
-                attention_modules(model), attention_modules(base), factors, strict=True
-            )
+            _student_layer(*parts, train_weights)
+            for parts in zip(*modules, factors, latent_formats, strict=True)
         ]
 
     @contextmanager
@@ -215,7 +214,7 @@ def _student_layer(
     attention: Attention,
     base: Attention,
     factors: LayerFactors,
-    latent_format: LatentFormat | None,
+    latent_format: CacheFormat | None,
     train_weights: bool,
 ) -> StudentLayer:
     device = execution_device(attention.o_proj)
