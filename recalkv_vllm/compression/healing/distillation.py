@@ -1,6 +1,8 @@
-"""How far a student's predictions are from its teacher's."""
+"""What student and teacher predict, and how far that is apart."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -38,3 +40,19 @@ def divergence(
             total += float(loss.detach())
     assert student.grad is not None
     return total, student.grad
+
+
+def hidden_states(model: CausalLM, sample: torch.Tensor, gradient: bool) -> torch.Tensor:
+    """Last hidden states ``[tokens, H]`` of ``sample: [tokens]``, in the model's dtype."""
+    embedding = model.get_input_embeddings()
+    ids = sample.unsqueeze(0).to(embedding.weight.device)
+    with torch.set_grad_enabled(gradient), _mixed_precision(model, ids.device):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return hidden.to(model.dtype)
+
+
+def _mixed_precision(model: CausalLM, device: torch.device) -> AbstractContextManager:
+    """Products in the model's dtype of parameters that learn in float32."""
+    if model.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=model.dtype)

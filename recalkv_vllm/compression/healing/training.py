@@ -6,14 +6,12 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from recalkv_vllm.compression.base_model.attention import CausalLM
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.compression.healing.distillation import divergence
+from recalkv_vllm.compression.healing.distillation import divergence, hidden_states
 from recalkv_vllm.compression.healing.state import HealingState, StateFile
 from recalkv_vllm.compression.healing.student import Student
 from recalkv_vllm.compression.progress import track
@@ -144,10 +142,10 @@ def _step(
 ) -> float:
     optimizer.zero_grad(set_to_none=True)
     model = student.model
-    teacher = _hidden_states(model, sample, gradient=False)
+    teacher = hidden_states(model, sample, gradient=False)
     # The model stays compressed in the backward pass, which may compute activations again.
     with student.compressed():
-        hidden = _hidden_states(model, sample, gradient=True)
+        hidden = hidden_states(model, sample, gradient=True)
         loss, gradient = divergence(model, teacher, hidden)
         hidden.backward(gradient)
     torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT * len(sample))
@@ -160,24 +158,8 @@ def held_out_loss(student: Student, held_out: torch.Tensor) -> float:
     """Mean divergence per token of the compressed model from the dense one, in nats."""
     total = 0.0
     for sample in held_out:
-        teacher = _hidden_states(student.model, sample, gradient=False)
+        teacher = hidden_states(student.model, sample, gradient=False)
         with student.compressed():
-            hidden = _hidden_states(student.model, sample, gradient=False)
+            hidden = hidden_states(student.model, sample, gradient=False)
         total += divergence(student.model, teacher, hidden)[0]
     return total / held_out.numel()
-
-
-def _hidden_states(model: CausalLM, sample: torch.Tensor, gradient: bool) -> torch.Tensor:
-    """Last hidden states ``[tokens, H]`` of ``sample: [tokens]``, in the model's dtype."""
-    embedding = model.get_input_embeddings()
-    ids = sample.unsqueeze(0).to(embedding.weight.device)
-    with torch.set_grad_enabled(gradient), _mixed_precision(model, ids.device):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        return hidden.to(model.dtype)
-
-
-def _mixed_precision(model: CausalLM, device: torch.device) -> AbstractContextManager:
-    """Products in the model's dtype of parameters that learn in float32."""
-    if model.dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=model.dtype)
