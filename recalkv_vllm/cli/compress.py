@@ -113,6 +113,17 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         action="store_true",
         help="write only the factors, to be served on top of the unmodified base model",
     )
+    add(
+        "--heal",
+        metavar="STEPS",
+        type=int,
+        nargs="?",
+        const=200,
+        default=0,
+        help="train factors, and q_proj and o_proj where weights may change, to predict as the "
+        "dense model does; one sample a step (default: not at all; 200 steps if no number is "
+        "given)",
+    )
     return parser
 
 

@@ -50,15 +50,18 @@ class Job:
         return self.method.observers(self.options.compression)
 
     @property
+    def weights_may_change(self) -> bool:
+        """Quantized weights stay as they are, and so do those that factors alone are served on."""
+        return self.model.weight_format is None and not self.options.factors_only
+
+    @property
     def refits_output(self) -> bool:
         """Whether ``o_proj`` follows the factors, which takes calibration samples."""
         return (
             self.method.refits_output
             and bool(self.observers)
             and self.options.output_refit is not False
-            # Quantized weights stay as they are, and so do those that factors alone are served on.
-            and self.model.weight_format is None
-            and not self.options.factors_only
+            and self.weights_may_change
         )
 
 
@@ -78,6 +81,10 @@ def check(options: CompressOptions) -> Job:
         if getattr(options, name) < least:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {getattr(options, name)}: expected at least {least}")
+    if options.heal < 0:
+        raise InputError(f"--heal {options.heal}: expected a number of steps")
+    if options.heal and options.compression == 0:
+        raise InputError("--heal: full rank is exact; expected a --compression above 0")
     check_absent(options.out)
     model = BaseModel.find(options.model)
     model.architecture  # noqa: B018 (refuses what is not supported)
@@ -96,6 +103,11 @@ def check_weights_stay(options: CompressOptions) -> None:
         raise InputError(
             "--output-refit: the model's weights are quantized and stay as they are; expected "
             "--no-output-refit, or the model before it was quantized"
+        )
+    if options.heal and not options.factors_only:
+        raise InputError(
+            "--heal: the model's weights are quantized and stay as they are; expected "
+            "--factors-only, since factors alone can heal"
         )
     if options.dtype != "auto" and not options.factors_only:
         raise InputError(

@@ -29,3 +29,4 @@ class CompressOptions:
     device: str = "auto"
     dtype: str = "auto"
     factors_only: bool = False
+    heal: int = 0

@@ -1,4 +1,4 @@
-"""``compress``: from a model directory to a compressed checkpoint, in six stages."""
+"""``compress``: from a model directory to a compressed checkpoint, in six stages, or seven."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import transformers
 from recalkv_vllm.checkpoint import RecalkvConfig
 from recalkv_vllm.compression.base_model.devices import calibration_dtype, single_device
 from recalkv_vllm.compression.calibration.calibrate import Calibration, calibrate
+from recalkv_vllm.compression.calibration.draw import draw_text
 from recalkv_vllm.compression.check import Job, check
 from recalkv_vllm.compression.factoring.factor_layers import ModelLayers, factor_layers
 from recalkv_vllm.compression.factoring.output_refit import OutputRefit
+from recalkv_vllm.compression.healing.heal import heal
 from recalkv_vllm.compression.layer import LayerFactors
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.output.atomic_directory import atomic_directory
@@ -35,11 +37,16 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     """
     began = time.monotonic()
     job = check(options)
-    calibration = calibrate(job.model, job.observers, options, job.device)
+    text = draw_text(job)
+    calibration = calibrate(job, text.factoring)
     layers = load_layers(job, calibration)
     plan = plan_layers(job, layers)
     factors, errors = factor(job, calibration, layers, plan)
-    recalkv = describe(job, calibration, plan, errors)
+    healing = None
+    if job.options.heal:
+        formats = [plan.latent_format] * len(factors)
+        factors, healing = heal(job, layers.model, factors, formats, text)
+    recalkv = describe(job, calibration, plan, errors, healing)
     summary = summarize(recalkv, job.model.geometry, job.dtype.itemsize)
     write(job, recalkv, factors, summary)
     target = recalkv.settings.get("target")
@@ -72,7 +79,11 @@ def factor(
 
 
 def describe(
-    job: Job, calibration: Calibration | None, plan: ModelPlan, errors: dict[str, Any]
+    job: Job,
+    calibration: Calibration | None,
+    plan: ModelPlan,
+    errors: dict[str, Any],
+    healing: dict[str, Any] | None,
 ) -> RecalkvConfig:
     """What to record of a compression.
 
@@ -80,7 +91,8 @@ def describe(
         job: as checked.
         calibration: None where none was needed.
         plan: that was carried out.
-        errors: relative errors of the factors.
+        errors: relative errors of the factors, before healing.
+        healing: what came of it, if it was asked for.
     """
     return RecalkvConfig(
         method=job.method.name,
@@ -93,6 +105,7 @@ def describe(
             "output_refit": job.refits_output,
             "rank_allocation": job.method.rank_allocation if job.options.compression else "full",
             "relative_error": errors,
+            **({} if healing is None else {"healing": healing}),
         },
         calibration=calibration.provenance if calibration else {},
         latent_quantization=plan.uniform_format,

@@ -152,7 +152,7 @@ def test_quantized_weights_that_are_fused(compress_fails, copy):
     assert "found quantized ones fused" in compress_fails(directory, "--compression", 0.5)
 
 
-@pytest.mark.parametrize("option", [["--output-refit"], ["--dtype", "float32"]])
+@pytest.mark.parametrize("option", [["--output-refit"], ["--dtype", "float32"], ["--heal"]])
 def test_options_that_would_change_quantized_weights(compress_fails, copy, option):
     error = compress_fails(copy(quantization_config=AWQ), "--compression", 0.5, *option)
     assert " ".join(option) in error
@@ -365,3 +365,21 @@ def test_plot_that_cannot_be_written(fails, checkpoint, capsys):
 )
 def test_evaluations_that_cannot_be(fails, tiny, arguments, message):
     assert message in fails("eval", tiny, *arguments)
+
+
+def test_heal_at_full_rank(tiny, compress_fails):
+    error = compress_fails(tiny, "--compression", 0, "--heal")
+    assert "--heal: full rank is exact; expected a --compression above 0" in error
+
+
+@pytest.mark.parametrize("steps", ["-5", "many", "1.5"])
+def test_heal_for_no_number_of_steps(tiny, compress_fails, steps):
+    assert "--heal" in compress_fails(tiny, "--compression", 0.5, f"--heal={steps}")
+
+
+def test_heal_without_text_to_hold_out(tiny, compress_fails, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("One two three. " * 8)
+    arguments = ["--compression", 0.5, "--method", "svd", "--dataset", text, "--seq-len", 60]
+    error = compress_fails(tiny, *arguments, "--heal")
+    assert "--heal: calibration text: expected 2 samples or more" in error

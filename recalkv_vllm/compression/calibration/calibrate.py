@@ -1,4 +1,4 @@
-"""The second stage of compression: calibration text, and statistics of a pass over it."""
+"""The second stage of compression: statistics of a pass over the calibration text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any
 import torch
 
 from recalkv_vllm.compression.base_model.devices import calibration_dtype
-from recalkv_vllm.compression.base_model.model import BaseModel
-from recalkv_vllm.compression.calibration.samples import draw_samples
-from recalkv_vllm.compression.calibration.self_text import SELF, sample_self
 from recalkv_vllm.compression.calibration.statistics import Statistics, collect, samples_digest
-from recalkv_vllm.compression.calibration.text import describe, documents
-from recalkv_vllm.compression.options import CompressOptions
+from recalkv_vllm.compression.calibration.text import describe
+from recalkv_vllm.compression.check import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +23,24 @@ class Calibration:
     provenance: dict[str, Any]
 
 
-def calibrate(
-    model: BaseModel, observers: set[str], options: CompressOptions, device: str
-) -> Calibration | None:
-    """Draw the calibration text and collect the named statistics of it; None if none are named.
+def calibrate(job: Job, samples: torch.Tensor) -> Calibration | None:
+    """Collect the statistics that the method needs; None if it needs none.
+
+    Args:
+        job: as checked.
+        samples: ``[samples, seq_len]`` token ids.
 
     Raises:
-        InputError: no text, no tokenizer, or a model that overflows.
+        InputError: a model that overflows.
     """
-    if not observers:
+    if not job.observers:
         return None
+    model, options, device = job.model, job.options, job.device
     dtype = calibration_dtype(model.dtype, device)
-    samples = _draw(model, options, dtype, device)
     digest = samples_digest(samples)
     identity = f"{model.digest()} {digest} {dtype} {device.split(':')[0]}"
     statistics = collect(
-        observers,
+        job.observers,
         samples,
         model.geometry,
         key=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
@@ -56,13 +55,3 @@ def calibrate(
         "dtype": str(dtype).removeprefix("torch."),
     }
     return Calibration(samples, statistics, provenance)
-
-
-def _draw(
-    model: BaseModel, options: CompressOptions, dtype: torch.dtype, device: str
-) -> torch.Tensor:
-    tokenizer = model.tokenizer()
-    size = (options.num_samples, options.seq_len, options.seed)
-    if options.dataset == SELF:
-        return sample_self(model.load(dtype, device), tokenizer, *size)
-    return draw_samples(documents(options.dataset, options.text_column), tokenizer, *size)

@@ -69,15 +69,26 @@ model's accuracy (without the smaller cache).
 | V groups | {settings["v_groups"]} |
 | rank allocation | {settings["rank_allocation"]} |
 | calibration text | {text} |
+| healing | {_healing(settings.get("healing"))} |
 | reconstruction | {summary["reconstruct_flop_per_token"]} FLOP per cached token |
 | made with | {versions} |
 
 ## Layers
 
 Rank is the count of cached elements per token; widths are those of one K or V group. Errors are
-relative, of the {summary["error_of"]} of the key and value projections.
+relative, of the {summary["error_of"]} of the key and value projections, before any healing.
 
 | layer | rank | K width | V width | K error | V error |
 | --- | --- | --- | --- | --- | --- |
 {rows}
 """
+
+
+def _healing(record: dict[str, Any] | None) -> str:
+    """What came of healing, in words."""
+    if record is None:
+        return "none"
+    return (
+        f"{record['steps']} steps; divergence from the base model on held-out text "
+        f"{record['loss_after']:.4f} nats per token, {record['loss_before']:.4f} before"
+    )

@@ -1,0 +1,70 @@
+"""Who gets to see which part of the calibration text."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from recalkv_vllm.compression.calibration import draw
+from recalkv_vllm.compression.calibration.draw import HELD_OUT, draw_text
+from recalkv_vllm.compression.check import check
+from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.options import CompressOptions
+
+
+@pytest.fixture
+def job(tiny, tmp_path):
+    return check(CompressOptions(str(tiny), tmp_path / "out", 0.5, heal=20, num_samples=8))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """``drawn(found)``: the text has so many samples, which are numbered; the numbers asked for."""
+
+    def make(found):
+        asked = []
+
+        def draw_numbers(job, num_samples, warn):
+            asked.append((num_samples, warn))
+            return torch.arange(min(found, num_samples))[:, None]
+
+        monkeypatch.setattr(draw, "_draw", draw_numbers)
+        return asked
+
+    return make
+
+
+@pytest.mark.parametrize(("found", "held_out"), [(9, 1), (10, 2), (16, 4), (60, 4)], ids=str)
+def test_held_out_samples_are_fresh(job, drawn, found, held_out):
+    """And so are those to train on, as far as there are any."""
+    asked = drawn(found)
+    text = draw_text(job)
+    assert asked == [(8, True), (8 + 20 + HELD_OUT, False)]
+    assert text.factoring.flatten().tolist() == list(range(8))
+    assert text.held_out.flatten().tolist() == list(range(8, 8 + held_out))
+    expected = [*range(8 + held_out, min(found, 32)), *range(8)][:20]
+    assert text.training.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize(("found", "held_out"), [(2, 1), (7, 1), (8, 2), (60, 4)], ids=str)
+def test_factoring_without_text(job, drawn, found, held_out):
+    asked = drawn(found)
+    svd = replace(job.options, method="svd", out=job.options.out)
+    text = draw_text(check(svd))
+    assert asked == [(20 + HELD_OUT, False)]
+    assert len(text.factoring) == 0
+    assert text.held_out.flatten().tolist() == list(range(held_out))
+    assert text.training.flatten().tolist() == list(range(held_out, min(found, 24)))
+
+
+def test_nothing_is_held_out_for_nothing(job, drawn):
+    asked = drawn(60)
+    text = draw_text(check(replace(job.options, heal=0)))
+    assert asked == [(8, True)]
+    assert len(text.training) == len(text.held_out) == 0
+
+
+def test_all_text_is_factored_on(job, drawn):
+    drawn(8)
+    with pytest.raises(InputError, match="found 8 and 0 of that kind; give more text"):
+        draw_text(job)
