@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from recalkv_vllm.band_format import token_bytes
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.latent_format import LatentFormat
 

@@ -44,7 +44,7 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     factors, errors = factor(job, calibration, layers, plan)
     healing = None
     if job.options.heal:
-        formats = [plan.latent_format] * len(factors)
+        formats = [plan.latent_format(i) for i in range(len(factors))]
         factors, healing = heal(job, layers.model, factors, formats, text)
     recalkv = describe(job, calibration, plan, errors, healing)
     summary = summarize(recalkv, job.model.geometry, job.dtype.itemsize)
