@@ -1,4 +1,4 @@
-"""A layer's constants as the C++ attention takes them: one object, checked when it is made."""
+"""A layer's constants as the C++ ops take them: objects, checked when they are made."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from recalkv_vllm.band_format import BandFormat, CacheFormat
 from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.cpu import tables
 from recalkv_vllm.ops.rotary import pair_order
@@ -26,7 +27,29 @@ class AttentionLayer(Protocol):
         """``recalkv_cpu::paged_latent_attention`` of this layer."""
 
 
-def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
+class StoredFormat(Protocol):
+    """How latents are stored (``LatentFormat`` of ``csrc/cpu/quantization.h``)."""
+
+    def update(
+        self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor, /
+    ) -> None:
+        """``recalkv_cpu::latent_cache_update`` in this format."""
+
+
+def pack_format(latent_format: CacheFormat | None) -> StoredFormat:
+    """Hand a format over; None stores latents as they are."""
+    made = torch.classes.recalkv_cpu.LatentFormat
+    if latent_format is None:
+        return made(dtype="", group_size=0, bands=[])
+    bands = latent_format.bands if isinstance(latent_format, BandFormat) else ()
+    return made(
+        dtype=latent_format.dtype,
+        group_size=latent_format.group_size,
+        bands=[number for band in bands for number in band],
+    )
+
+
+def pack_layer(layer: LatentLayer, latent_format: StoredFormat, isa: str) -> AttentionLayer:
     """Pack a layer's constants for one instruction set.
 
     Columns of a head are in pair order.
@@ -45,7 +68,6 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
         # A key norm needs the whole key.
         if bf16_products and norm is None:
             expansion = _expansion(k_factors, rope)
-    latent_format = layer.latent_format
     return classes.AttentionLayer(
         isa=isa,
         keys=classes.Keys(
@@ -66,8 +88,7 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
             soft_cap=layer.soft_cap or 0.0,
             window=layer.sliding_window or 0,
         ),
-        latent_dtype="" if latent_format is None else latent_format.dtype,
-        group_size=0 if latent_format is None else latent_format.group_size,
+        latent_format=latent_format,
     )
 
 
