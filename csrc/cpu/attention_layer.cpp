@@ -37,13 +37,14 @@ AttentionLayer::AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> 
                                std::optional<c10::intrusive_ptr<Rotation>> rotation,
                                std::optional<c10::intrusive_ptr<Expansion>> expansion,
                                const c10::intrusive_ptr<Logits>& logits,
-                               c10::intrusive_ptr<LatentFormat> latent_format)
+                               const std::string& latent_dtype, int64_t group_size,
+                               const std::optional<at::Tensor>& bands)
     : keys_(std::move(keys)),
       spans_(std::move(spans)),
       rotation_(std::move(rotation)),
       expansion_(std::move(expansion)),
-      latent_format_(std::move(latent_format)),
-      kernels_(checked_isa(isa)) {
+      kernels_(checked_isa(isa)),
+      latent_format_(latent_dtype, group_size, bands) {
   set_keys(*keys_);
   set_spans(*spans_);
   layer_.max_position = std::numeric_limits<int32_t>::max();

@@ -9,7 +9,6 @@
 #include "dtypes.h"
 #include "isa.h"
 #include "ops.h"
-#include "quantization.h"
 
 namespace recalkv {
 namespace {
@@ -25,8 +24,8 @@ bool isa_supported(std::string_view name) { return find_isa(name) != nullptr; }
 // Sizes that tables are packed for: tile; terms and stretch of the expansion.
 std::vector<int64_t> table_sizes() { return {kTile, kTerms, kStretch}; }
 
-// Ops as methods of their object, for calls from Python: taking the object out of an op's arguments
-// there costs as much as a small call. They go through the dispatcher like any call of the op.
+// The op as a method of its layer, for calls from Python: taking the layer out of an op's arguments
+// there costs as much as a small call. It goes through the dispatcher like any call of the op.
 std::tuple<at::Tensor, at::Tensor> attend(const c10::intrusive_ptr<AttentionLayer>& layer,
                                           const at::Tensor& q, const at::Tensor& kv_cache,
                                           const at::Tensor& block_table, const at::Tensor& seq_lens,
@@ -37,32 +36,13 @@ std::tuple<at::Tensor, at::Tensor> attend(const c10::intrusive_ptr<AttentionLaye
   return op.call(layer, q, kv_cache, block_table, seq_lens, query_start_loc);
 }
 
-void update(const c10::intrusive_ptr<LatentFormat>& format, const at::Tensor& z,
-            at::Tensor kv_cache, const at::Tensor& slot_mapping) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("recalkv_cpu::latent_cache_update", "")
-                             .typed<decltype(latent_cache_update)>();
-  op.call(format, z, kv_cache, slot_mapping);
-}
-
-// What torch's tracing asks of objects among an op's arguments: it compares them and asks for their
-// length. Fake tensors meet the object itself: it is never changed, and a fake one would be a copy.
-template <class T>
-torch::class_<T> traceable(torch::class_<T> of) {
-  using Self = c10::intrusive_ptr<T>;
-  return of.def("__eq__", [](const Self& self, const Self& other) { return self == other; })
-      .def("__len__", [](const Self&) -> int64_t {
-    return 0;
-  }).def("tracing_mode", [](const Self&) -> std::string { return "real"; });
-}
-
 }  // namespace
 }  // namespace recalkv
 
 TORCH_LIBRARY(recalkv_cpu, m) {
   using c10::intrusive_ptr, torch::arg;
-  using recalkv::AttentionLayer, recalkv::Expansion, recalkv::Keys, recalkv::LatentFormat,
-      recalkv::Logits, recalkv::Rotation, recalkv::Spans;
+  using recalkv::AttentionLayer, recalkv::Expansion, recalkv::Keys, recalkv::Logits,
+      recalkv::Rotation, recalkv::Spans;
 
   m.class_<Keys>("Keys").def(
       torch::init<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, double>(), "",
@@ -77,27 +57,30 @@ TORCH_LIBRARY(recalkv_cpu, m) {
            {arg("basis"), arg("coefficients"), arg("pair_factors")});
   m.class_<Logits>("Logits").def(torch::init<double, double, int64_t>(), "",
                                  {arg("scale"), arg("soft_cap"), arg("window")});
-  recalkv::traceable(m.class_<LatentFormat>("LatentFormat"))
-      .def(torch::init<std::string, int64_t, std::vector<int64_t>>(), "",
-           {arg("dtype"), arg("group_size"), arg("bands")})
-      .def("update", &recalkv::update);
-  recalkv::traceable(m.class_<AttentionLayer>("AttentionLayer"))
+  m.class_<AttentionLayer>("AttentionLayer")
       .def(torch::init<std::string, intrusive_ptr<Keys>, intrusive_ptr<Spans>,
                        std::optional<intrusive_ptr<Rotation>>,
-                       std::optional<intrusive_ptr<Expansion>>, intrusive_ptr<Logits>,
-                       intrusive_ptr<LatentFormat>>(),
+                       std::optional<intrusive_ptr<Expansion>>, intrusive_ptr<Logits>, std::string,
+                       int64_t, std::optional<at::Tensor>>(),
            "",
            {arg("isa"), arg("keys"), arg("spans"), arg("rotation"), arg("expansion"), arg("logits"),
-            arg("latent_format")})
+            arg("latent_dtype"), arg("group_size"), arg("bands")})
       .def("attend", &recalkv::attend)
-      .def("v_width", &AttentionLayer::v_width);
+      .def("v_width", &AttentionLayer::v_width)
+      // Torch's tracing compares its arguments, and asks them for their length.
+      .def("__eq__", [](const intrusive_ptr<AttentionLayer>& self,
+                        const intrusive_ptr<AttentionLayer>& other) { return self == other; })
+      .def("__len__", [](const intrusive_ptr<AttentionLayer>&) -> int64_t { return 0; })
+      // Fake tensors meet the layer itself: it is never changed, and a fake one would be a copy.
+      .def("tracing_mode",
+           [](const intrusive_ptr<AttentionLayer>&) -> std::string { return "real"; });
 
   m.def("best_isa(ScalarType dtype) -> str", &recalkv::best_isa_of);
   m.def("isa_supported(str name) -> bool", &recalkv::isa_supported);
   m.def("table_sizes() -> int[]", &recalkv::table_sizes);
   m.def(
-      "latent_cache_update(__torch__.torch.classes.recalkv_cpu.LatentFormat format, Tensor z, "
-      "Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
+      "latent_cache_update(Tensor z, Tensor(a!) kv_cache, Tensor slot_mapping, "
+      "str latent_dtype, int group_size, Tensor? bands) -> ()");
   m.def(
       "latent_value_up(Tensor o_lat, Tensor v_up, Tensor? v_bias, ScalarType out_dtype, str isa) "
       "-> Tensor");

@@ -75,9 +75,11 @@ void quantize_all(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& s
 
 }  // namespace
 
-void latent_cache_update(const c10::intrusive_ptr<LatentFormat>& format, const at::Tensor& z,
-                         at::Tensor& kv_cache, const at::Tensor& slot_mapping) {
-  const OwnedLayout owned = format->layout_of_slots(kv_cache.size(2));
+void latent_cache_update(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_mapping,
+                         std::string_view latent_dtype, int64_t group_size,
+                         const std::optional<at::Tensor>& bands) {
+  const OwnedLayout owned =
+      LatentFormat(latent_dtype, group_size, bands).layout_of_slots(kv_cache.size(2));
   AT_DISPATCH_INDEX_TYPES(slot_mapping.scalar_type(), "latent_cache_update", [&] {
     if (!owned.layout.num_bands) return copy<index_t>(z, kv_cache, slot_mapping);
     AT_DISPATCH_FLOATING_TYPES_AND2(

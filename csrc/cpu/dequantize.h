@@ -44,17 +44,17 @@ constexpr float center(Codec codec) {
   return 0.5f - static_cast<float>(1 << (planes_of(codec).bits() - 1));
 }
 
-RECALKV_INLINE float load_scale(const uint8_t* scales, int64_t group, ScaleType type) {
-  if (type == ScaleType::kHalfByte) return _cvtsh_ss(static_cast<uint16_t>(scales[group] << 7));
+template <ScaleType kType>
+RECALKV_INLINE float load_scale(const uint8_t* scales, int64_t group) {
+  if (kType == ScaleType::kHalfByte) return _cvtsh_ss(static_cast<uint16_t>(scales[group] << 7));
   return bits_to_float(uint32_t{load_as<uint16_t>(scales + 2 * group)} << 16);
 }
 
 template <class Format>
-template <Codec kCodec>
+template <ScaleType kType, Codec kCodec>
 void Attention<Format>::dequantize(const Segment& segment, const Tile& tile, int begin, int end) {
   constexpr bool kFp8 = kCodec == Codec::kFp8;
   const int shift = batch.latents.group_shift;
-  const ScaleType type = batch.latents.scale_type;
   for (int t = begin; t < end; ++t) {
     Raw* out = dequantized + t * dequantized_stride;
     const uint8_t* low = tile.codes[t] + segment.low;
@@ -63,7 +63,7 @@ void Attention<Format>::dequantize(const Segment& segment, const Tile& tile, int
       const int64_t group = column >> shift;
       const int64_t next_group = (group + 1) << shift;
       const int64_t until = next_group < segment.end ? next_group : segment.end;
-      const float stored = load_scale(tile.scales[t], group, type);
+      const float stored = load_scale<kType>(tile.scales[t], group);
       const Vec scale = splat(kFp8 ? stored * 256 : stored);
       const Vec offset = splat(stored * center(kCodec));
       for (; column < until; column += kLanes) {
@@ -75,19 +75,30 @@ void Attention<Format>::dequantize(const Segment& segment, const Tile& tile, int
 }
 
 template <class Format>
+template <ScaleType kType>
+void Attention<Format>::dequantize(const Tile& tile, int begin, int end) {
+  for (int i = 0; i < num_segments; ++i) {
+    const Segment& s = segments[i];
+    switch (s.codec) {
+      case Codec::kInt8: dequantize<kType, Codec::kInt8>(s, tile, begin, end); break;
+      case Codec::kFp8: dequantize<kType, Codec::kFp8>(s, tile, begin, end); break;
+      case Codec::kInt6: dequantize<kType, Codec::kInt6>(s, tile, begin, end); break;
+      case Codec::kInt4: dequantize<kType, Codec::kInt4>(s, tile, begin, end); break;
+      case Codec::kInt3: dequantize<kType, Codec::kInt3>(s, tile, begin, end); break;
+      case Codec::kInt2: dequantize<kType, Codec::kInt2>(s, tile, begin, end); break;
+    }
+  }
+}
+
+template <class Format>
 void Attention<Format>::dequantize(const Tile& tile, int valid) {
+  const bool half_bytes = batch.latents.scale_type == ScaleType::kHalfByte;
   for (int begin = 0; begin < valid; begin += kTokenBlock) {
     const int end = begin + kTokenBlock < valid ? begin + kTokenBlock : valid;
-    for (int i = 0; i < num_segments; ++i) {
-      const Segment& segment = segments[i];
-      switch (segment.codec) {
-        case Codec::kInt8: dequantize<Codec::kInt8>(segment, tile, begin, end); break;
-        case Codec::kFp8: dequantize<Codec::kFp8>(segment, tile, begin, end); break;
-        case Codec::kInt6: dequantize<Codec::kInt6>(segment, tile, begin, end); break;
-        case Codec::kInt4: dequantize<Codec::kInt4>(segment, tile, begin, end); break;
-        case Codec::kInt3: dequantize<Codec::kInt3>(segment, tile, begin, end); break;
-        case Codec::kInt2: dequantize<Codec::kInt2>(segment, tile, begin, end); break;
-      }
+    if (half_bytes) {
+      dequantize<ScaleType::kHalfByte>(tile, begin, end);
+    } else {
+      dequantize<ScaleType::kBFloat16>(tile, begin, end);
     }
   }
 }

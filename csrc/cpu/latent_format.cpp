@@ -50,24 +50,32 @@ OwnedLayout::OwnedLayout(std::vector<Band> owned, const LatentLayout& of)
 }
 
 LatentFormat::LatentFormat(std::string_view dtype, int64_t group_size,
-                           const std::vector<int64_t>& bands)
+                           const std::optional<at::Tensor>& bands)
     : group_shift_(shift_of(group_size)) {
-  if (dtype.empty()) return;
-  if (dtype != "bands") {
-    TORCH_CHECK_VALUE(bands.empty(), "bands: expected none with ", dtype, ", found ", bands);
+  TORCH_CHECK_VALUE(bands.has_value() == (dtype == "bands"), "bands: expected ",
+                    bands ? "none" : "some", " with latent_dtype ", dtype);
+  if (bands) {
+    set_bands(*bands);
+  } else if (!dtype.empty()) {
     bands_ = {{codec_of(dtype), 0}};
-    return;
   }
-  TORCH_CHECK_VALUE(!bands.empty() && bands.size() % 2 == 0 && group_shift_ == kBandShift,
-                    "bands: expected pairs of columns and bits, and a group_size of ",
-                    1 << kBandShift, ", found ", bands, " and ", group_size);
+}
+
+void LatentFormat::set_bands(const at::Tensor& bands) {
+  TORCH_CHECK_VALUE(bands.is_cpu() && bands.scalar_type() == at::kLong && bands.dim() == 2 &&
+                        bands.size(0) > 0 && bands.size(1) == 2 && bands.is_contiguous(),
+                    "bands: expected contiguous Long on the CPU, of shape [bands, 2], found ",
+                    bands.scalar_type(), " on ", bands.device(), ", of shape ", bands.sizes());
+  constexpr int kColumns = 1 << kBandShift;
+  TORCH_CHECK_VALUE(group_shift_ == kBandShift, "group_size: expected ", kColumns, " with bands");
   scale_type_ = ScaleType::kHalfByte;
   code_alignment_ = kBandCodeAlignment;
-  for (size_t i = 0; i < bands.size(); i += 2) {
-    TORCH_CHECK_VALUE(bands[i] > 0 && bands[i] % (1 << kBandShift) == 0,
-                      "bands: expected multiples of ", 1 << kBandShift, " columns, found ",
-                      bands[i]);
-    bands_.push_back({codec_of_bits(bands[i + 1]), static_cast<int>(bands[i])});
+  bands_.reserve(bands.size(0));
+  for (const int64_t* band = bands.const_data_ptr<int64_t>();
+       static_cast<int64_t>(bands_.size()) < bands.size(0); band += 2) {
+    TORCH_CHECK_VALUE(band[0] > 0 && band[0] % kColumns == 0, "bands: expected multiples of ",
+                      kColumns, " columns, found ", band[0]);
+    bands_.push_back({codec_of_bits(band[1]), static_cast<int>(band[0])});
   }
 }
 

@@ -9,12 +9,12 @@
 #include <tuple>
 
 #include "attention_layer.h"
-#include "quantization.h"
 
 namespace recalkv {
 
-void latent_cache_update(const c10::intrusive_ptr<LatentFormat>& format, const at::Tensor& z,
-                         at::Tensor& kv_cache, const at::Tensor& slot_mapping);
+void latent_cache_update(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_mapping,
+                         std::string_view latent_dtype, int64_t group_size,
+                         const std::optional<at::Tensor>& bands);
 
 at::Tensor latent_value_up(const at::Tensor& o_lat, const at::Tensor& v_up,
                            const std::optional<at::Tensor>& v_bias, at::ScalarType out_dtype,

@@ -2,9 +2,10 @@
 // and scales.
 #pragma once
 
-#include <torch/custom_class.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -22,12 +23,12 @@ struct OwnedLayout {
   OwnedLayout(OwnedLayout&&) = default;
 };
 
-// A format of recalkv_vllm/latent_format.py or band_format.py, made once for a layer.
-class LatentFormat : public torch::CustomClassHolder {
+// A format of recalkv_vllm/latent_format.py or band_format.py.
+class LatentFormat {
  public:
-  // An empty dtype is no quantization. `bands` are columns and bits in turn, for dtype "bands"
-  // alone. Throws a ValueError for what there is no codec for.
-  LatentFormat(std::string_view dtype, int64_t group_size, const std::vector<int64_t>& bands);
+  // An empty dtype is no quantization. `bands`, [bands, 2] int64 on the CPU, are columns and bits,
+  // for dtype "bands" alone. Throws a ValueError for what there is no codec for.
+  LatentFormat(std::string_view dtype, int64_t group_size, const std::optional<at::Tensor>& bands);
 
   // Of a cache whose slots have this many bytes; without quantization, this many elements.
   OwnedLayout layout_of_slots(int64_t slot_size) const;
@@ -38,6 +39,7 @@ class LatentFormat : public torch::CustomClassHolder {
     int columns;
   };
 
+  void set_bands(const at::Tensor& bands);
   int64_t rank_of_slots(int64_t slot_size) const;
 
   std::vector<Stretch> bands_;  // without columns where the rank tells them

@@ -157,7 +157,9 @@ struct Attention {
   void plan_segments();
   void add_codes(int64_t begin, int64_t end);
   void dequantize(const Tile& tile, int valid);
-  template <Codec kCodec>
+  template <ScaleType kType>
+  void dequantize(const Tile& tile, int begin, int end);
+  template <ScaleType kType, Codec kCodec>
   void dequantize(const Segment& segment, const Tile& tile, int begin, int end);
   RECALKV_INLINE void prefetch_codes(int token) const;
 

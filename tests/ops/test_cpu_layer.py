@@ -25,7 +25,9 @@ def make(**changes: object) -> torch.ScriptObject:
         "k_starts": [0, 32],
         "tiles": torch.zeros(2, 2, HEAD_DIM // 2, 64),
         "max_position": 100,
-        "latent_format": ("", 0, []),
+        "latent_dtype": "",
+        "group_size": 0,
+        "bands": None,
     }
     assert changes.keys() <= given.keys()
     given |= changes
@@ -44,8 +46,15 @@ def make(**changes: object) -> torch.ScriptObject:
         ),
         expansion=None,
         logits=classes.Logits(scale=1.0, soft_cap=0.0, window=0),
-        latent_format=classes.LatentFormat(*given["latent_format"]),
+        latent_dtype=given["latent_dtype"],
+        group_size=given["group_size"],
+        bands=given["bands"],
     )
+
+
+def bands(rows: list[list[float]]) -> dict[str, object]:
+    """Arguments of a layer of latents in bands."""
+    return {"latent_dtype": "bands", "group_size": 32, "bands": torch.tensor(rows)}
 
 
 def test_parts_that_fit() -> None:
@@ -66,13 +75,15 @@ def test_parts_that_fit() -> None:
         ({"tiles": torch.zeros(2, 2, 48, 64)}, "tiles: expected at most 32 pairs, found 48"),
         ({"tiles": torch.zeros(2, 2, 32, 32)}, "tiles: expected contiguous Float"),
         ({"max_position": 129}, "max_position: expected at most 128"),
-        ({"latent_format": ("int5", 0, [])}, "latent_dtype: expected int8"),
-        ({"latent_format": ("int4", 32, [32, 4])}, "bands: expected none with int4"),
-        ({"latent_format": ("bands", 32, [])}, "bands: expected pairs of columns and bits"),
-        ({"latent_format": ("bands", 32, [32, 4, 64])}, "bands: expected pairs of columns"),
-        ({"latent_format": ("bands", 64, [64, 4])}, "bands: .* a group_size of 32, found .* 64"),
-        ({"latent_format": ("bands", 32, [48, 4])}, "bands: expected multiples of 32 .* found 48"),
-        ({"latent_format": ("bands", 32, [32, 5])}, "bands: expected 2, 3, 4, 6 or 8 .* found 5"),
+        ({"latent_dtype": "int5"}, "latent_dtype: expected int8"),
+        ({"latent_dtype": "bands"}, "bands: expected some with latent_dtype bands"),
+        ({"bands": torch.tensor([[32, 4]])}, "bands: expected none"),
+        (bands([[32, 4]]) | {"group_size": 64}, "group_size: expected 32 with bands"),
+        (bands([]), r"bands: expected contiguous Long .* \[bands, 2\]"),
+        (bands([[32, 4, 3]]), r"bands: .* \[bands, 2\], found Long on cpu, of shape \[1, 3\]"),
+        (bands([[32.0, 4]]), "bands: expected contiguous Long .* found Float"),
+        (bands([[32, 4], [48, 4]]), "bands: expected multiples of 32 columns, found 48"),
+        (bands([[32, 4], [32, 5]]), "bands: expected 2, 3, 4, 6 or 8 bits, found 5"),
     ],
 )
 def test_parts_that_do_not_fit(changes: dict[str, object], message: str) -> None:

@@ -14,16 +14,16 @@ class CpuLayer(BoundLayer):
 
     def __init__(self, layer: LatentLayer):
         self._isa = instruction_set(layer.k_up.dtype)
-        latent_format = pack_format(layer.latent_format)
-        self._update = latent_format.update
-        self._attend = pack_layer(layer, latent_format, self._isa).attend
+        self._attend = pack_layer(layer, self._isa).attend
         self._v_up = layer.v_up.contiguous()
         self._v_bias = None if layer.v_bias is None else layer.v_bias.float().contiguous()
+        self._update = torch.ops.recalkv_cpu.latent_cache_update.default
+        self._format = pack_format(layer.latent_format)
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        self._update(z, kv_cache, slot_mapping)
+        self._update(z, kv_cache, slot_mapping, *self._format)
 
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch

@@ -1,8 +1,8 @@
-"""A layer's constants as the C++ ops take them: objects, checked when they are made."""
+"""A layer's constants as the C++ attention takes them: one object, checked when it is made."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -27,29 +27,30 @@ class AttentionLayer(Protocol):
         """``recalkv_cpu::paged_latent_attention`` of this layer."""
 
 
-class StoredFormat(Protocol):
-    """How latents are stored (``LatentFormat`` of ``csrc/cpu/quantization.h``)."""
+class PackedFormat(NamedTuple):
+    """How latents are stored, as arguments of the C++ ops.
 
-    def update(
-        self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor, /
-    ) -> None:
-        """``recalkv_cpu::latent_cache_update`` in this format."""
+    Args:
+        latent_dtype: empty for latents as they are.
+        bands: ``[bands, 2]`` columns and bits; a tensor, since an op's lists take long to read.
+    """
+
+    latent_dtype: str
+    group_size: int
+    bands: torch.Tensor | None
 
 
-def pack_format(latent_format: CacheFormat | None) -> StoredFormat:
-    """Hand a format over; None stores latents as they are."""
-    made = torch.classes.recalkv_cpu.LatentFormat
+def pack_format(latent_format: CacheFormat | None) -> PackedFormat:
+    """A format as the C++ ops take it; None stores latents as they are."""
     if latent_format is None:
-        return made(dtype="", group_size=0, bands=[])
-    bands = latent_format.bands if isinstance(latent_format, BandFormat) else ()
-    return made(
-        dtype=latent_format.dtype,
-        group_size=latent_format.group_size,
-        bands=[number for band in bands for number in band],
-    )
+        return PackedFormat("", 0, None)
+    bands = None
+    if isinstance(latent_format, BandFormat):
+        bands = torch.tensor(latent_format.bands, dtype=torch.int64, device="cpu")
+    return PackedFormat(latent_format.dtype, latent_format.group_size, bands)
 
 
-def pack_layer(layer: LatentLayer, latent_format: StoredFormat, isa: str) -> AttentionLayer:
+def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
     """Pack a layer's constants for one instruction set.
 
     Columns of a head are in pair order.
@@ -88,7 +89,7 @@ def pack_layer(layer: LatentLayer, latent_format: StoredFormat, isa: str) -> Att
             soft_cap=layer.soft_cap or 0.0,
             window=layer.sliding_window or 0,
         ),
-        latent_format=latent_format,
+        **pack_format(layer.latent_format)._asdict(),
     )
 
 
