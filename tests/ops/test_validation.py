@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from recalkv_vllm import ops
-from recalkv_vllm.band_format import BandFormat
 from recalkv_vllm.latent_format import LatentFormat
 from tests.ops.cases import (
     AttentionInputs,
@@ -136,65 +135,6 @@ def test_quantized_cache_update() -> None:
         quantized.update_cache(torch.ones(2, 32), cache.float(), slots)
     with pytest.raises(TypeError, match=r"kv_cache: expected dtype float32 or .*, found uint8"):
         plain.update_cache(torch.ones(2, 32), cache, slots)
-    assert not cache.any()
-
-
-BANDS = BandFormat(((32, 6), (32, 6), (32, 3), (32, 3)))
-
-
-@pytest.mark.parametrize(
-    ("bands", "message"),
-    [
-        (((128, 4),), r"k_spans: bands: expected edges at both ends of the span \[0, 32\), found"),
-        (
-            ((32, 6), (32, 6), (64, 3)),
-            r"v_spans: bands: .* \[64, 96\), found edges at 0, 32, 64, 128",
-        ),
-        (
-            ((32, 6), (32, 6), (32, 3)),
-            r"v_spans: bands: .* \[96, 128\), found edges at 0, 32, 64, 96",
-        ),
-        (((32, 6), (32, 4), (64, 3)), "latent_format: expected the same bands in all of k_spans"),
-        (
-            ((32, 6), (32, 6), (32, 3), (32, 2)),
-            "latent_format: expected the same bands in all of v_spans, found 2",
-        ),
-    ],
-)
-def test_bands_that_do_not_fit_the_spans(bands: Any, message: str) -> None:
-    inputs = build(replace(CASE, latent_format=BANDS), torch.float32)
-    attempt(inputs)
-    with pytest.raises(ValueError, match=message):
-        attempt(inputs, latent_format=BandFormat(bands))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda x: x.to(torch.int8), "kv_cache: expected dtype uint8, found int8"),
-        (lambda x: x[..., :83], "kv_cache: expected contiguous blocks, found strides"),
-        (lambda x: x[..., :83].contiguous(), "kv_cache: expected slots of 84 bytes, found 83"),
-        (
-            lambda x: x.view(-1)[24:-1320].view(-1, 16, 84),
-            "kv_cache: expected blocks at multiples of 16 bytes, found offset 24",
-        ),
-    ],
-)
-def test_cache_of_bands(change: Any, message: str) -> None:
-    inputs = build(replace(CASE, latent_format=BANDS), torch.float32)
-    assert inputs.kv_cache.shape[2] == 84
-    with pytest.raises((TypeError, ValueError), match=message):
-        attempt(inputs, kv_cache=change(inputs.kv_cache))
-
-
-def test_update_of_a_cache_of_bands() -> None:
-    cache = torch.zeros(2, 16, BANDS.slot_bytes(128), dtype=torch.uint8)
-    slots = torch.tensor([0, 1])
-    bound = ops.bind(caching_layer(BANDS))
-    with pytest.raises(ValueError, match=r"z: expected shape \[tokens, 128\], found \[2, 96\]"):
-        bound.update_cache(torch.ones(2, 96), cache, slots)
-    with pytest.raises(ValueError, match="kv_cache: expected slots of 84 bytes, found 80"):
-        bound.update_cache(torch.ones(2, 128), cache[..., :80].contiguous(), slots)
     assert not cache.any()
 
 
