@@ -51,22 +51,26 @@ def reconstruct_keys(keys, latents, factors):
 def reconstruct_keys_streaming(
     keys,
     tokens,
-    first,
+    start,
     k_up,
     DIM: tl.constexpr,
     K_WIDTH: tl.constexpr,
-    STREAM: tl.constexpr,
+    K_STREAMS: tl.constexpr,
     STAGES: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """The same with ``STREAM`` columns at a time of latents and factor, read from L2.
+    """The same with a step's columns at a time of latents and factor, read from L2.
 
-    The span starts at column ``16 * first`` of the latent, ``k_up`` is one head's factor.
+    The span is at ``start``, ``k_up`` is one head's factor. ``K_STREAMS`` are ``(from, to, step,
+    planes)`` of columns that are stored alike.
     """
-    for column in tl.range(0, K_WIDTH, STREAM, num_stages=STAGES):
-        latents = load_latents(tokens, first, column, 0, STREAM, FORMAT)
-        factor = load_factor(k_up + column, 0, STREAM, DIM, K_WIDTH)
-        keys = tl.dot(latents, factor, keys, input_precision="ieee")
+    for s in tl.static_range(len(K_STREAMS)):
+        FROM: tl.constexpr = K_STREAMS[s][0]
+        STEP: tl.constexpr = K_STREAMS[s][2]
+        for more in tl.range(0, K_STREAMS[s][1] - FROM, STEP, num_stages=STAGES):
+            latents = load_latents(tokens, start, more, FROM, STEP, K_STREAMS[s][3], FORMAT)
+            factor = load_factor(k_up + more, FROM, STEP, DIM, K_WIDTH)
+            keys = tl.dot(latents, factor, keys, input_precision="ieee")
     return keys
 
 
