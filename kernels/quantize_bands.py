@@ -86,7 +86,6 @@ def write_latents_in_bands(
             write_chunk(
                 row, code_row, scale_row, CHUNKS[c][0], CHUNKS[c][1], CHUNKS[c][2], BLOCK_COLUMNS
             )
-    if USED_BYTES < CODE_BYTES:
-        if chunk == 0:
-            byte = USED_BYTES + tl.arange(0, 16)
-            tl.store(code_row + byte, tl.zeros([16], tl.uint8), mask=byte < CODE_BYTES)
+    if chunk == 0:
+        byte = USED_BYTES + tl.arange(0, 16)
+        tl.store(code_row + byte, tl.zeros([16], tl.uint8), mask=byte < CODE_BYTES)

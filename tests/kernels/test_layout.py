@@ -99,6 +99,7 @@ def shapes(draw: st.DrawFn) -> heuristics.AttentionShape:
     group = draw(st.sampled_from((1, 2, 3, 4)))
     heads_per_v = draw(st.sampled_from((1, group, 2 * group)))
     k_width, v_width = (draw(st.integers(1, 64)) * 16 for _ in range(2))
+    code_bits = draw(st.sampled_from((None, 3, 4, 8)))
     return heuristics.AttentionShape(
         queries_per_kv=draw(st.sampled_from((1, 3, 4, 7, 8, 16))),
         num_kv_heads=4 * group,
@@ -113,6 +114,8 @@ def shapes(draw: st.DrawFn) -> heuristics.AttentionShape:
         rope=True,
         key_bias=draw(st.booleans()),
         key_norm=draw(st.booleans()),
+        code_bits=code_bits,
+        bands=code_bits is not None and draw(st.booleans()),
     )
 
 

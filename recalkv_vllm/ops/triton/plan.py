@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from recalkv_vllm.band_format import BandFormat, CacheFormat
+from recalkv_vllm.band_format import BandFormat
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.columns import Columns, next_power_of_2, plan_columns
 from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
@@ -55,13 +55,6 @@ class LaunchPlan:
     blocks: int
     splits: int
     search: bool
-
-
-def code_bits(latent_format: CacheFormat | None) -> int | None:
-    """Bits of a code as far as registers go: bands are put together from planes, as int3 is."""
-    if latent_format is None:
-        return None
-    return 3 if isinstance(latent_format, BandFormat) else latent_format.bits
 
 
 class AttentionPlanner:
@@ -132,7 +125,11 @@ class AttentionPlanner:
         return max(decode, prefill)
 
     def _shape(self, num_heads: int) -> heuristics.AttentionShape:
-        layer = self.layer
+        layer, code_bits = self.layer, None
+        if isinstance(layer.latent_format, BandFormat):
+            code_bits = max(band.bits for band in layer.latent_format.bands)
+        elif layer.latent_format is not None:
+            code_bits = layer.latent_format.bits
         ((_, columns),) = self.columns(self.v_width)
         return heuristics.AttentionShape(
             queries_per_kv=num_heads // self.num_kv_heads,
@@ -148,7 +145,8 @@ class AttentionPlanner:
             rope=layer.rot_dim > 0,
             key_bias=layer.k_bias is not None,
             key_norm=layer.k_norm_weight is not None,
-            code_bits=code_bits(layer.latent_format),
+            code_bits=code_bits,
+            bands=isinstance(layer.latent_format, BandFormat),
         )
 
     def _splits(self, config: heuristics.AttentionConfig, blocks: int, longest: int) -> int:
