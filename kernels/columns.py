@@ -1,4 +1,4 @@
-"""How the attention kernel cuts the columns of spans into chunks; plain Python, no Triton."""
+"""How kernels cut the columns of spans into chunks; plain Python, no Triton."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from recalkv_vllm.band_format import PLANES, BandFormat, band_bytes
+from recalkv_vllm.band_format import PLANES, BandFormat
 from recalkv_vllm.span import Span
 
 #: ``(bits, byte)`` of every plane of latents in bands, lowest bits first: where the codes of a
@@ -57,18 +57,18 @@ class Run(NamedTuple):
 
 
 def runs_of(width: int, latent_format: BandFormat | None) -> tuple[Run, ...]:
-    """Runs of a span of ``width`` columns, whose bands those of ``latent_format`` are."""
+    """Runs of ``width`` columns: one, or the bands of ``latent_format``, which are as wide."""
     if latent_format is None:
         return (Run(0, width),)
     runs = []
     column = byte = 0
     for band in latent_format.bands:
-        planes, first = [], byte
+        planes = []
         for bits in PLANES[band.bits]:
-            planes.append((bits, first))
-            first += band.columns * bits // 8
+            planes.append((bits, byte))
+            byte += band.columns * bits // 8
         runs.append(Run(column, column + band.columns, tuple(planes)))
-        column, byte = column + band.columns, byte + band_bytes(band)
+        column += band.columns
     return tuple(runs)
 
 
@@ -85,7 +85,7 @@ class Columns:
         k: ``(offset, size, planes, index of the V chunk with the same columns, or -1)``.
         v: ``(offset, size, planes)``, offsets within one block of ``v_block`` columns.
         v_block: V columns per program.
-        k_runs: those of the K span.
+        k_runs: runs of the K span.
     """
 
     k: tuple[tuple[int, int, Planes, int], ...]
@@ -116,6 +116,7 @@ def plan_columns(
         v_spans: likewise.
         v_block: V columns per program, a divisor of the V spans' width.
         block: which of the blocks; without bands all are cut alike.
+        latent_format: bands of the latent, if it has any.
 
     Columns are shared where the two spans lie alike for every head (equal, nested or overlapping
     spans); otherwise both are loaded, the second time from L1 or L2.

@@ -141,14 +141,13 @@ def load_units(rows, live, column, SIZE: tl.constexpr, CODEC: tl.constexpr, RANK
 
 @triton.jit
 def load_band_units(rows, live, column, SIZE: tl.constexpr, PLANES: tl.constexpr):
-    """The same of latents in bands; ``column`` counts from where ``PLANES`` start."""
-    BITS: tl.constexpr = PLANES[0][0]
-    codes = load_codes(rows + PLANES[0][1], live, column, SIZE, BITS)
-    HALF: tl.constexpr = 1 << (BITS + PLANES[1][0] - 1) if len(PLANES) == 2 else 1 << (BITS - 1)
-    if len(PLANES) == 2:
-        HIGH_BITS: tl.constexpr = PLANES[1][0]
-        codes = codes | (load_codes(rows + PLANES[1][1], live, column, SIZE, HIGH_BITS) << BITS)
-    return codes.to(tl.float32) - (HALF - 0.5)
+    """The same of latents in bands; ``column`` counts from where ``PLANES`` are."""
+    LOW: tl.constexpr = PLANES[0][0]
+    HIGH: tl.constexpr = PLANES[1][0] if len(PLANES) == 2 else 0
+    codes = load_codes(rows + PLANES[0][1], live, column, SIZE, LOW)
+    if HIGH > 0:
+        codes = codes | (load_codes(rows + PLANES[1][1], live, column, SIZE, HIGH) << LOW)
+    return codes.to(tl.float32) - ((1 << (LOW + HIGH - 1)) - 0.5)
 
 
 @triton.jit

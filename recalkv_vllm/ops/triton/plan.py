@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from recalkv_vllm.band_format import BandFormat
+from recalkv_vllm.band_format import BandFormat, CacheFormat
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.columns import Columns, next_power_of_2, plan_columns
 from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
@@ -55,6 +55,15 @@ class LaunchPlan:
     blocks: int
     splits: int
     search: bool
+
+
+def most_code_bits(latent_format: CacheFormat | None) -> int | None:
+    """Bits of the widest codes; None if latents are not quantized."""
+    if latent_format is None:
+        return None
+    if isinstance(latent_format, BandFormat):
+        return max(band.bits for band in latent_format.bands)
+    return latent_format.bits
 
 
 class AttentionPlanner:
@@ -125,11 +134,7 @@ class AttentionPlanner:
         return max(decode, prefill)
 
     def _shape(self, num_heads: int) -> heuristics.AttentionShape:
-        layer, code_bits = self.layer, None
-        if isinstance(layer.latent_format, BandFormat):
-            code_bits = max(band.bits for band in layer.latent_format.bands)
-        elif layer.latent_format is not None:
-            code_bits = layer.latent_format.bits
+        layer = self.layer
         ((_, columns),) = self.columns(self.v_width)
         return heuristics.AttentionShape(
             queries_per_kv=num_heads // self.num_kv_heads,
@@ -145,7 +150,7 @@ class AttentionPlanner:
             rope=layer.rot_dim > 0,
             key_bias=layer.k_bias is not None,
             key_norm=layer.k_norm_weight is not None,
-            code_bits=code_bits,
+            code_bits=most_code_bits(layer.latent_format),
             bands=isinstance(layer.latent_format, BandFormat),
         )
 
