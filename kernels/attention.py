@@ -134,11 +134,11 @@ def latent_attention(
     """Write normalized ``o_lat`` and natural ``lse`` of one split, float32.
 
     ``HEADS`` KV heads per program, in K groups of ``GROUP``; ``DIM`` is ``HEAD_DIM`` padded.
-    ``K_CHUNKS`` holds ``(offset, size, planes, index of the V chunk with the same columns or -1)``,
-    ``V_CHUNKS`` ``(offset, size, planes)``, ``K_STREAMS`` ``(from, to, step, planes)``. The launch
-    has ``V_BLOCKS`` blocks of value columns from ``FIRST_V_BLOCK`` on; chunks are those of any of
-    them. With a ``CODEC``, ``kv_cache`` and ``scales`` are the parts of a quantized cache of
-    latents of ``RANK`` elements; in bands, spans start at multiples of ``CODE_UNIT`` bytes.
+    ``V_CHUNKS`` holds ``(offset, size, *planes)``, ``K_CHUNKS`` the same and the index of the V
+    chunk with the same columns or -1, ``K_STREAMS`` ``(from, step, *planes, to)``; see
+    ``columns.py``. The launch has ``V_BLOCKS`` blocks of value columns from ``FIRST_V_BLOCK`` on,
+    all cut alike. With a ``CODEC``, ``kv_cache`` and ``scales`` are the parts of a quantized cache
+    of latents of ``RANK`` elements; in bands, spans start at multiples of ``CODE_UNIT`` bytes.
     ``SEARCH`` maps programs to query blocks of any batch; without it sequence ``i`` is program
     ``i`` and has at most ``QUERY_BLOCK`` queries. ``out`` and ``lse`` start at row ``first_token``.
     """

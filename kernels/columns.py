@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from recalkv_vllm.band_format import PLANES, BandFormat
+from recalkv_vllm.band_format import PLANES, BandFormat, band_bytes
 from recalkv_vllm.span import Span
 
-#: ``(bits, byte)`` of every plane of latents in bands, lowest bits first: where the codes of a
-#: column start, counted from the first code byte of its span. None if not in bands.
-Planes = tuple[tuple[int, int], ...] | None
-#: ``(offset, size, planes)`` of a power of two of columns.
-Chunk = tuple[int, int, Planes]
+#: ``(low bits, byte, high bits, byte)``: the planes of latents in bands, and where the codes of a
+#: column start in each, counted from the first code byte of its span. No high bits are 0; not in
+#: bands, all is 0.
+Planes = tuple[int, int, int, int]
+#: ``(offset, size, *planes)`` of a power of two of columns. Flat, for Triton 3.6 has no deeper
+#: tuples than a tuple of these.
+Chunk = tuple[int, int, int, int, int, int]
 #: Columns of one load and one matrix product at most; more are several chunks.
 LARGEST_CHUNK = 128
 
@@ -41,19 +43,18 @@ class Run(NamedTuple):
 
     start: int
     end: int
-    planes: Planes = None
+    planes: Planes = (0, 0, 0, 0)
 
     def chunks(self, low: int, high: int) -> tuple[Chunk, ...]:
         """Chunks of those of its columns that are in ``[low, high)``."""
         cuts = power_of_2_chunks(max(low, self.start), min(high, self.end))
-        return tuple((offset, size, self.planes_at(offset)) for offset, size in cuts)
+        return tuple((offset, size, *self.planes_at(offset)) for offset, size in cuts)
 
     def planes_at(self, column: int) -> Planes:
         """Planes from ``column``, a multiple of 16, on."""
-        if self.planes is None:
-            return None
+        low, low_byte, high, high_byte = self.planes
         past = column - self.start
-        return tuple((bits, byte + past * bits // 8) for bits, byte in self.planes)
+        return low, low_byte + past * low // 8, high, high_byte + past * high // 8
 
 
 def runs_of(width: int, latent_format: BandFormat | None) -> tuple[Run, ...]:
@@ -63,12 +64,10 @@ def runs_of(width: int, latent_format: BandFormat | None) -> tuple[Run, ...]:
     runs = []
     column = byte = 0
     for band in latent_format.bands:
-        planes = []
-        for bits in PLANES[band.bits]:
-            planes.append((bits, byte))
-            byte += band.columns * bits // 8
-        runs.append(Run(column, column + band.columns, tuple(planes)))
-        column += band.columns
+        low, high = (*PLANES[band.bits], 0)[:2]
+        planes = (low, byte, high, byte + band.columns * low // 8)
+        runs.append(Run(column, column + band.columns, planes))
+        column, byte = column + band.columns, byte + band_bytes(band)
     return tuple(runs)
 
 
@@ -82,21 +81,21 @@ class Columns:
     """How the kernel cuts a K and a V span; offsets count from the start of the span.
 
     Args:
-        k: ``(offset, size, planes, index of the V chunk with the same columns, or -1)``.
-        v: ``(offset, size, planes)``, offsets within one block of ``v_block`` columns.
+        k: chunks, each with the index of the V chunk with the same columns, or -1.
+        v: chunks, offsets within one block of ``v_block`` columns.
         v_block: V columns per program.
         k_runs: runs of the K span.
     """
 
-    k: tuple[tuple[int, int, Planes, int], ...]
+    k: tuple[tuple[int, int, int, int, int, int, int], ...]
     v: tuple[Chunk, ...]
     v_block: int
     k_runs: tuple[Run, ...]
 
-    def streams(self, columns: int) -> tuple[tuple[int, int, int, Planes], ...]:
-        """``(start, end, step, planes)`` of the K runs, read up to ``columns`` at a time."""
+    def streams(self, columns: int) -> tuple[tuple[int, int, int, int, int, int, int], ...]:
+        """``(start, step, *planes, end)`` of the K runs, read up to ``columns`` at a time."""
         return tuple(
-            (start, end, min(columns, (end - start) & (start - end)), planes)
+            (start, min(columns, (end - start) & (start - end)), *planes, end)
             for start, end, planes in self.k_runs
         )
 
@@ -133,7 +132,7 @@ def plan_columns(
         k = tuple((*chunk, -1) for chunk in cut_runs(k_runs, 0, k_width))
         first = block * v_block
         cuts = cut_runs(v_runs, first, first + v_block)
-        v = tuple((offset - first, size, planes) for offset, size, planes in cuts)
+        v = tuple((chunk[0] - first, *chunk[1:]) for chunk in cuts)
         return Columns(k, v, v_block, k_runs)
     before, both = cut_runs(v_runs, 0, low), cut_runs(k_runs, low - shift, high - shift)
     v = before + cut_runs(v_runs, low, high) + cut_runs(v_runs, high, v_width)

@@ -53,18 +53,18 @@ def stream_columns(
     tokens,
     start,
     k_up,
-    FROM: tl.constexpr,
-    TO: tl.constexpr,
-    STEP: tl.constexpr,
-    PLANES: tl.constexpr,
+    K_STREAMS: tl.constexpr,
+    S: tl.constexpr,
     DIM: tl.constexpr,
     K_WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Add the product of a span's columns ``[FROM, TO)``, ``STEP`` at a time."""
-    for more in tl.range(0, TO - FROM, STEP, num_stages=STAGES):
-        latents = load_latents(tokens, start, more, FROM, STEP, PLANES, FORMAT)
+    """Add the product of stretch ``S``: its first chunk, and the column that it ends at."""
+    FROM: tl.constexpr = K_STREAMS[S][0]
+    STEP: tl.constexpr = K_STREAMS[S][1]
+    for more in tl.range(0, K_STREAMS[S][6] - FROM, STEP, num_stages=STAGES):
+        latents = load_latents(tokens, start, more, K_STREAMS, S, FORMAT)
         factor = load_factor(k_up + more, FROM, STEP, DIM, K_WIDTH)
         keys = tl.dot(latents, factor, keys, input_precision="ieee")
     return keys
@@ -84,24 +84,11 @@ def reconstruct_keys_streaming(
 ):
     """The same with some columns at a time of latents and factor, read from L2.
 
-    The span is at ``start``, ``k_up`` is one head's factor. ``K_STREAMS`` are ``(from, to, step,
-    planes)`` of columns that are stored alike.
+    The span is at ``start``, ``k_up`` is one head's factor; ``K_STREAMS`` are stretches of columns
+    that are stored alike.
     """
     for s in tl.static_range(len(K_STREAMS)):
-        keys = stream_columns(
-            keys,
-            tokens,
-            start,
-            k_up,
-            K_STREAMS[s][0],
-            K_STREAMS[s][1],
-            K_STREAMS[s][2],
-            K_STREAMS[s][3],
-            DIM,
-            K_WIDTH,
-            STAGES,
-            FORMAT,
-        )
+        keys = stream_columns(keys, tokens, start, k_up, K_STREAMS, s, DIM, K_WIDTH, STAGES, FORMAT)
     return keys
 
 

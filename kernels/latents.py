@@ -140,13 +140,14 @@ def load_units(rows, live, column, SIZE: tl.constexpr, CODEC: tl.constexpr, RANK
 
 
 @triton.jit
-def load_band_units(rows, live, column, SIZE: tl.constexpr, PLANES: tl.constexpr):
-    """The same of latents in bands; ``column`` counts from where ``PLANES`` are."""
-    LOW: tl.constexpr = PLANES[0][0]
-    HIGH: tl.constexpr = PLANES[1][0] if len(PLANES) == 2 else 0
-    codes = load_codes(rows + PLANES[0][1], live, column, SIZE, LOW)
+def load_band_units(rows, live, column, CHUNKS: tl.constexpr, C: tl.constexpr):
+    """The same of latents in bands: those of chunk ``C``, ``column`` columns further on."""
+    SIZE: tl.constexpr = CHUNKS[C][1]
+    LOW: tl.constexpr = CHUNKS[C][2]
+    HIGH: tl.constexpr = CHUNKS[C][4]
+    codes = load_codes(rows + CHUNKS[C][3], live, column, SIZE, LOW)
     if HIGH > 0:
-        codes = codes | (load_codes(rows + PLANES[1][1], live, column, SIZE, HIGH) << LOW)
+        codes = codes | (load_codes(rows + CHUNKS[C][5], live, column, SIZE, HIGH) << LOW)
     return codes.to(tl.float32) - ((1 << (LOW + HIGH - 1)) - 0.5)
 
 
@@ -162,29 +163,23 @@ def load_scales(source, live, CODEC: tl.constexpr):
 
 
 @triton.jit
-def load_latents(
-    tokens,
-    start,
-    more,
-    OFFSET: tl.constexpr,
-    SIZE: tl.constexpr,
-    PLANES: tl.constexpr,
-    FORMAT: tl.constexpr,
-):
-    """``[TILE, SIZE]`` latents from column ``OFFSET + more`` of a span on; zero where not live.
+def load_latents(tokens, start, more, CHUNKS: tl.constexpr, C: tl.constexpr, FORMAT: tl.constexpr):
+    """``[TILE, size]`` latents of chunk ``C``, ``more`` columns further on; zero where not live.
 
-    ``PLANES`` are those at ``OFFSET``, None if latents are not in bands. Quantized ones are
-    dequantized: column ``c`` has the scale ``c >> SCALE_SHIFT`` of its token. Scales are loaded
-    once per 16 columns, which share one wherever a span starts.
+    Chunks are ``(offset, size, *planes)`` in the span at ``start``, see ``columns.py``. Quantized
+    latents are dequantized: column ``c`` has the scale ``c >> SCALE_SHIFT`` of its token. Scales
+    are loaded once per 16 columns, which share one wherever a span starts.
     """
+    OFFSET: tl.constexpr = CHUNKS[C][0]
+    SIZE: tl.constexpr = CHUNKS[C][1]
     first = start.column
     if FORMAT.CODEC is None:
         latents = load_columns(tokens.latents + more, tokens.live, first, OFFSET, SIZE)
     else:
         rows, live = tokens.latents, tokens.live
         if FORMAT.CODEC == "bands":
-            rows += start.codes * FORMAT.CODE_UNIT
-            units = load_band_units(rows, live, more, SIZE, PLANES)
+            codes = rows + start.codes * FORMAT.CODE_UNIT
+            units = load_band_units(codes, live, more, CHUNKS, C)
         else:
             column = first * 16 + more + OFFSET
             units = load_units(rows, live, column, SIZE, FORMAT.CODEC, FORMAT.RANK)
@@ -198,16 +193,10 @@ def load_latents(
 
 @triton.jit
 def load_value_chunks(tokens, start, V_CHUNKS: tl.constexpr, FORMAT: tl.constexpr):
-    """The V span's chunks, a tuple of ``[TILE, size]``; the span is at ``start``.
-
-    ``V_CHUNKS`` are ``(offset in the span, size, planes)``.
-    """
+    """The V span's chunks, a tuple of ``[TILE, size]``; the span is at ``start``."""
     chunks = ()
     for c in tl.static_range(len(V_CHUNKS)):
-        chunk = load_latents(
-            tokens, start, 0, V_CHUNKS[c][0], V_CHUNKS[c][1], V_CHUNKS[c][2], FORMAT
-        )
-        chunks = chunks + (chunk,)
+        chunks = chunks + (load_latents(tokens, start, 0, V_CHUNKS, c, FORMAT),)
     return chunks
 
 
@@ -215,16 +204,12 @@ def load_value_chunks(tokens, start, V_CHUNKS: tl.constexpr, FORMAT: tl.constexp
 def load_key_chunks(tokens, start, values, K_CHUNKS: tl.constexpr, FORMAT: tl.constexpr):
     """The K span's chunks, a tuple of ``[TILE, size]``; the span is at ``start``.
 
-    ``K_CHUNKS`` are as ``V_CHUNKS``, each with the index of the chunk in ``values`` that has the
-    same columns, or -1.
+    ``K_CHUNKS`` end in the index of the chunk in ``values`` that has the same columns, or -1.
     """
     chunks = ()
     for c in tl.static_range(len(K_CHUNKS)):
-        if K_CHUNKS[c][3] >= 0:
-            chunks = chunks + (values[K_CHUNKS[c][3]],)
+        if K_CHUNKS[c][6] >= 0:
+            chunks = chunks + (values[K_CHUNKS[c][6]],)
         else:
-            chunk = load_latents(
-                tokens, start, 0, K_CHUNKS[c][0], K_CHUNKS[c][1], K_CHUNKS[c][2], FORMAT
-            )
-            chunks = chunks + (chunk,)
+            chunks = chunks + (load_latents(tokens, start, 0, K_CHUNKS, c, FORMAT),)
     return chunks

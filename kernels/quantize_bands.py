@@ -15,7 +15,7 @@ from recalkv_vllm.kernels.quantize import largest_magnitudes, store_plane
 def scale_bytes(scales):
     """Scales as the upper bytes of halves, rounded up; see ``band_format.encode_scales``."""
     bits = scales.to(tl.int32, bitcast=True)
-    normal = tl.clamp(((bits + 0xFFFFF) >> 20) - (112 << 3), 0, 0xF7)
+    normal = tl.minimum(tl.maximum(((bits + 0xFFFFF) >> 20) - (112 << 3), 0), 0xF7)
     subnormal = tl.ceil(scales * 131072).to(tl.int32)  # in units of 2**-17
     codes = tl.where(scales < 6.103515625e-05, subnormal, normal)  # 2**-14
     codes = tl.where(scales == float("inf"), 0xF8, codes)
@@ -24,18 +24,14 @@ def scale_bytes(scales):
 
 @triton.jit
 def write_chunk(
-    z,
-    codes,
-    scales,
-    OFFSET: tl.constexpr,
-    SIZE: tl.constexpr,
-    PLANES: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    z, codes, scales, CHUNKS: tl.constexpr, C: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
-    """Quantize columns ``OFFSET + [0, SIZE)`` of a token; pointers are to its first ones."""
+    """Quantize the columns of chunk ``C``; pointers are to a token's first ones."""
+    OFFSET: tl.constexpr = CHUNKS[C][0]
+    SIZE: tl.constexpr = CHUNKS[C][1]
+    LOW: tl.constexpr = CHUNKS[C][2]
+    HIGH: tl.constexpr = CHUNKS[C][4]
     BLOCKS: tl.constexpr = SIZE // BLOCK_COLUMNS
-    LOW: tl.constexpr = PLANES[0][0]
-    HIGH: tl.constexpr = PLANES[1][0] if len(PLANES) == 2 else 0
     HALF: tl.constexpr = 1 << (LOW + HIGH - 1)
     elements = tl.load(z + OFFSET + tl.arange(0, SIZE)).to(tl.float32)
     blocks = tl.reshape(elements, [BLOCKS, BLOCK_COLUMNS])
@@ -45,9 +41,9 @@ def write_chunk(
     inverse = tl.where(scale == 0, 0.0, tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), scale))
     units = tl.clamp(tl.floor(blocks * inverse[:, None]) + HALF, 0.0, 2.0 * HALF - 1)
     units = tl.reshape(units.to(tl.int32), [SIZE])
-    store_plane(codes + PLANES[0][1], units, 0, 0, LOW, SIZE, SIZE)
+    store_plane(codes + CHUNKS[C][3], units, 0, 0, LOW, SIZE, SIZE)
     if HIGH > 0:
-        store_plane(codes + PLANES[1][1], units, 0, LOW, HIGH, SIZE, SIZE)
+        store_plane(codes + CHUNKS[C][5], units, 0, LOW, HIGH, SIZE, SIZE)
 
 
 @triton.jit
@@ -69,8 +65,8 @@ def write_latents_in_bands(
 ):
     """Quantize ``z[token]`` into slot ``slot_mapping[token]``; a negative slot is padding.
 
-    ``CHUNKS`` are ``(offset, size, planes)``; of a token's ``CODE_BYTES`` those from ``USED_BYTES``
-    on, fewer than 16, are zero.
+    ``CHUNKS`` are ``(offset, size, *planes)``, see ``columns.py``. Of a token's ``CODE_BYTES``
+    those from ``USED_BYTES`` on, fewer than 16, are zero.
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token).to(tl.int64)
@@ -83,9 +79,7 @@ def write_latents_in_bands(
     chunk = tl.program_id(1)
     for c in tl.static_range(len(CHUNKS)):
         if chunk == c:
-            write_chunk(
-                row, code_row, scale_row, CHUNKS[c][0], CHUNKS[c][1], CHUNKS[c][2], BLOCK_COLUMNS
-            )
+            write_chunk(row, code_row, scale_row, CHUNKS, c, BLOCK_COLUMNS)
     if chunk == 0:
         byte = USED_BYTES + tl.arange(0, 16)
         tl.store(code_row + byte, tl.zeros([16], tl.uint8), mask=byte < CODE_BYTES)

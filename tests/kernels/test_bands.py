@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -48,13 +49,12 @@ def change_config(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
     )
 
 
-def codes_at(packed: torch.Tensor, size: int, planes: cut.Planes) -> torch.Tensor:
+def codes_at(packed: torch.Tensor, size: int, planes: Sequence[int]) -> torch.Tensor:
     """What the kernel makes of the bytes of ``size`` columns."""
-    assert planes is not None
-    codes, shift = torch.zeros(size, dtype=torch.uint8), 0
-    for bits, byte in planes:
-        codes |= unpack_bits(packed[byte : byte + size * bits // 8], bits) << shift
-        shift += bits
+    low, low_byte, high, high_byte = planes
+    codes = unpack_bits(packed[low_byte : low_byte + size * low // 8], low)
+    if high:
+        codes |= unpack_bits(packed[high_byte : high_byte + size * high // 8], high) << low
     return codes
 
 
@@ -89,9 +89,9 @@ def test_chunks_find_their_codes(
     v_block = v_width // blocks
     for block in range(blocks):
         columns = cut.plan_columns(tuple(k_spans), tuple(v_spans), v_block, block, latent_format)
-        cuts = [(k_spans, 0, chunk[:3]) for chunk in columns.k]
+        cuts = [(k_spans, 0, chunk[:6]) for chunk in columns.k]
         cuts += [(v_spans, block * v_block, chunk) for chunk in columns.v]
-        for spans, first, (offset, size, planes) in cuts:
+        for spans, first, (offset, size, *planes) in cuts:
             for span in spans:
                 found = codes_at(packed[latent_format.code_offset(span) :], size, planes)
                 start = span.start + first + offset
@@ -99,17 +99,17 @@ def test_chunks_find_their_codes(
         for chunks, width in ((columns.k, k_spans[0].width), (columns.v, v_block)):
             covered = sorted(c for offset, size, *_ in chunks for c in range(offset, offset + size))
             assert covered == list(range(width))
-        for offset, size, _, shared in columns.k:
+        for offset, size, *_, shared in columns.k:
             if shared >= 0:
-                v_offset, v_size, _ = columns.v[shared]
+                v_offset, v_size, *_ = columns.v[shared]
                 starts = zip(k_spans, v_spans, strict=True)
                 assert v_size == size
                 assert all(k.start + offset == v.start + v_offset for k, v in starts)
         if nested == "equal" and blocks == 1:
             assert all(shared >= 0 for *_, shared in columns.k)
         streams = columns.streams(64)
-        assert [s[:2] for s in streams] == [run[:2] for run in columns.k_runs]
-        assert all((end - start) % step == 0 for start, end, step, _ in streams)
+        assert [(start, end) for start, *_, end in streams] == [r[:2] for r in columns.k_runs]
+        assert all((end - start) % step == 0 for start, step, *_, end in streams)
 
 
 def test_first_codes_count_in_the_largest_unit() -> None:

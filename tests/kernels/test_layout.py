@@ -47,15 +47,15 @@ def test_columns_cover_both_spans_and_share_only_what_coincides(
     for chunks, width in ((columns.k, k_width), (columns.v, v_width)):
         covered = sorted(c for offset, size, *_ in chunks for c in range(offset, offset + size))
         assert covered == list(range(width))
-    for offset, size, _, shared in columns.k:
+    for offset, size, *_, shared in columns.k:
         if shared >= 0:
-            v_offset, v_size, _ = columns.v[shared]
+            v_offset, v_size, *_ = columns.v[shared]
             assert v_size == size
             assert all(k + offset == v + v_offset for k, v in starts)
     k_low, v_low = starts[0]
     overlap = min(k_low + k_width, v_low + v_width) - max(k_low, v_low)
     if alike and overlap > 0:
-        assert sum(size for _, size, _, shared in columns.k if shared >= 0) == overlap
+        assert sum(size for _, size, *_, shared in columns.k if shared >= 0) == overlap
 
 
 @pytest.mark.parametrize("is_neox", [True, False])

@@ -145,7 +145,7 @@ class AttentionPlanner:
             k_width=layer.k_width,
             v_width=self.v_width,
             itemsize=layer.k_up.element_size(),
-            shared_columns=sum(size for _, size, _, shared in columns.k if shared >= 0),
+            shared_columns=sum(size for _, size, *_, shared in columns.k if shared >= 0),
             local_rope=self.local_rope,
             rope=layer.rot_dim > 0,
             key_bias=layer.k_bias is not None,
