@@ -151,7 +151,12 @@ def _fits_ragged_widths(shape: AttentionShape, config: AttentionConfig, rule: Ru
 
 def _fits_quantized_latents(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:
     """Codes and elements of a tile are live at once; int3 is put together from two planes."""
-    if shape.code_bits is None or rule.families == BLACKWELL or rule.stream:
+    if shape.code_bits is None or rule.stream:
+        return True
+    uneven = ragged(shape.k_width) or ragged(config.v_block)
+    if shape.bands and config.rows > 16 and uneven:
+        return False  # 56 bytes spilled on sm_90, 8 on sm_100
+    if rule.families == BLACKWELL:
         return True
     if shape.bands and not _fits_bands(shape, config, rule):
         return False
@@ -169,7 +174,5 @@ def _fits_bands(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> b
     """A chunk is a load for every plane, each with addresses in registers."""
     if tile_columns(shape, config) > BAND_COLUMNS:
         return False
-    if rule.tile == 64 and (shape.key_bias or shape.key_norm or shape.code_bits == 8):
-        return False  # 16 to 136 bytes spilled on sm_90
-    # 56 bytes spilled on sm_90.
-    return config.rows == 16 or not (ragged(shape.k_width) or ragged(config.v_block))
+    # 16 to 136 bytes spilled on sm_90.
+    return rule.tile == 32 or not (shape.key_bias or shape.key_norm or shape.code_bits == 8)
