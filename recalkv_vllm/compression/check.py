@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from recalkv_vllm.compression.output.atomic_directory import check_absent
 from recalkv_vllm.compression.plan import Budget
 from recalkv_vllm.compression.ranks.targets import flop_per_byte
 
+#: What a budget of loss chooses from.
+LOSS_BUDGET_COMPRESSIONS = tuple(percent / 100 for percent in range(1, 100))
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -25,6 +29,7 @@ class Job:
 
     Args:
         options: as given.
+        compression: fraction of the KV cache to remove.
         model: the base model.
         method: with the options' settings.
         budgets: one per latent format to choose from.
@@ -32,6 +37,7 @@ class Job:
     """
 
     options: CompressOptions
+    compression: float
     model: BaseModel
     method: Method[Any]
     budgets: tuple[Budget, ...]
@@ -45,7 +51,7 @@ class Job:
     @property
     def observers(self) -> set[str]:
         """Names of the statistics that the method needs; without any there is no calibration."""
-        return self.method.observers(self.options.compression)
+        return self.method.observers(self.compression)
 
     @property
     def weights_may_change(self) -> bool:
@@ -66,22 +72,20 @@ class Job:
 def check(options: CompressOptions) -> Job:
     """Check everything that can be checked without loading weights or text.
 
+    The job of a budget of loss is that of the least compression to try.
+
     Raises:
         InputError: bad input.
         CheckpointError: an unusable ``config.json``.
     """
-    if not 0 <= options.compression < 1:
-        raise InputError(
-            f"compression {options.compression}: expected a fraction in [0, 1); "
-            "it is the part of the KV cache that is removed"
-        )
+    compression = check_budgets(options)
     for name, least in (("num_samples", 1), ("seq_len", 2)):
         if getattr(options, name) < least:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {getattr(options, name)}: expected at least {least}")
     if options.heal < 0:
         raise InputError(f"--heal {options.heal}: expected a number of steps")
-    if options.heal and options.compression == 0:
+    if options.heal and compression == 0:
         raise InputError("--heal: full rank is exact; expected a --compression above 0")
     check_absent(options.out)
     model = BaseModel.find(options.model)
@@ -89,13 +93,44 @@ def check(options: CompressOptions) -> Job:
     if model.weight_format is not None:
         check_weights_stay(options)
     method = choose_method(options, model.geometry, model.weight_format is None)
-    formats = candidates(
-        options.latent_dtype, method.knows_loss, options.compression, model.geometry
-    )
-    budgets = tuple(budget_of(options.compression, model.geometry, each) for each in formats)
+    job = Job(options, compression, model, method, (), choose_device(options.device))
+    return at_compression(job, compression)
+
+
+def check_budgets(options: CompressOptions) -> float:
+    """The compression of a budget of bytes; of a budget of loss, the least to try.
+
+    Raises:
+        InputError: none of the two budgets, both, or one outside of its range.
+    """
+    if options.max_loss is None:
+        if options.compression is None:
+            raise InputError("--compression: expected it or --max-loss, found none")
+        if not 0 <= options.compression < 1:
+            raise InputError(
+                f"compression {options.compression}: expected a fraction in [0, 1); "
+                "it is the part of the KV cache that is removed"
+            )
+        return options.compression
+    if options.compression is not None:
+        raise InputError("--compression: expected it or --max-loss, found both")
+    if not 0 < options.max_loss < math.inf:
+        raise InputError(f"--max-loss {options.max_loss:g}: expected a positive number of nats")
+    return LOSS_BUDGET_COMPRESSIONS[0]
+
+
+def at_compression(job: Job, compression: float) -> Job:
+    """The same job for a compression.
+
+    Raises:
+        InputError: it cannot be reached.
+    """
+    options, geometry = job.options, job.model.geometry
+    formats = candidates(options.latent_dtype, job.method.knows_loss, compression, geometry)
+    budgets = tuple(budget_of(compression, geometry, each) for each in formats)
     for budget in budgets:
-        method.check(budget.compression)
-    return Job(options, model, method, budgets, choose_device(options.device))
+        job.method.check(budget.compression)
+    return replace(job, compression=compression, budgets=budgets)
 
 
 def check_weights_stay(options: CompressOptions) -> None:

@@ -13,8 +13,9 @@ from recalkv_vllm.compression.calibration.text import documents
 from recalkv_vllm.compression.check import Job
 from recalkv_vllm.compression.errors import InputError
 
-#: Samples that are held out, if there are four times as many.
+#: Samples that are held out for healing, and for a budget of loss, if there are four times as many.
 HELD_OUT = 4
+HELD_OUT_FOR_BUDGET = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class CalibrationText:
     Args:
         factoring: that statistics and the output refit see.
         training: to heal on, one a step if the text has so many.
-        held_out: to measure on; none of the others.
+        held_out: to measure losses on; none of the others.
     """
 
     factoring: torch.Tensor
@@ -44,18 +45,22 @@ def draw_text(job: Job) -> CalibrationText:
     options = job.options
     nothing = torch.empty((0, options.seq_len), dtype=torch.int64)
     factoring = _draw(job, options.num_samples, warn=True) if job.observers else nothing
-    if not options.heal:
+    if options.max_loss is not None:
+        flag, held = "--max-loss", HELD_OUT_FOR_BUDGET
+    elif options.heal:
+        flag, held = "--heal", HELD_OUT
+    else:
         return CalibrationText(factoring, nothing, nothing)
     seen = {tuple(sample) for sample in factoring.tolist()}
-    samples = _draw(job, len(seen) + options.heal + HELD_OUT, warn=False)
+    samples = _draw(job, len(seen) + options.heal + held, warn=False)
     fresh = [i for i, sample in enumerate(samples.tolist()) if tuple(sample) not in seen]
     if len(samples) < 2 or not fresh:
         raise InputError(
-            "--heal: calibration text: expected 2 samples or more, one of them held out and not "
+            f"{flag}: calibration text: expected 2 samples or more, one of them held out and not "
             f"factored on, found {len(samples)} and {len(fresh)} of that kind; give more text, or "
             "a smaller --num-samples or --seq-len"
         )
-    held_out = fresh[: max(1, min(HELD_OUT, len(samples) // 4))]
+    held_out = fresh[: max(1, min(held, len(samples) // 4))]
     rest = [i for i in (*fresh, *range(len(samples))) if i not in held_out]
     training = samples[list(dict.fromkeys(rest))][: options.heal]
     return CalibrationText(factoring, training, samples[held_out])

@@ -39,8 +39,8 @@ def heal(
 
     Args:
         job: as checked.
-        base: the base model in memory, ``o_proj`` refitted if it was; weights start from it.
-        factors: of all layers.
+        base: the base model in memory.
+        factors: of all layers; weights start from the base model's where theirs are not refitted.
         latent_formats: how each layer's latents are stored; None for plain elements.
         text: with samples to train on and held out.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recalkv_vllm.compression.calibration import draw
-from recalkv_vllm.compression.calibration.draw import HELD_OUT, draw_text
+from recalkv_vllm.compression.calibration.draw import HELD_OUT, HELD_OUT_FOR_BUDGET, draw_text
 from recalkv_vllm.compression.check import check
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.options import CompressOptions
@@ -55,6 +55,17 @@ def test_factoring_without_text(job, drawn, found, held_out):
     assert len(text.factoring) == 0
     assert text.held_out.flatten().tolist() == list(range(held_out))
     assert text.training.flatten().tolist() == list(range(held_out, min(found, 24)))
+
+
+@pytest.mark.parametrize("heal", [0, 20])
+def test_more_is_held_out_for_a_budget_of_loss(job, drawn, heal):
+    asked = drawn(100)
+    options = replace(job.options, compression=None, max_loss=0.1, heal=heal)
+    text = draw_text(check(options))
+    assert asked == [(8, True), (8 + heal + HELD_OUT_FOR_BUDGET, False)]
+    held_out = (8 + heal + HELD_OUT_FOR_BUDGET) // 4
+    assert text.held_out.flatten().tolist() == list(range(8, 8 + held_out))
+    assert text.training.flatten().tolist() == list(range(8 + held_out, 8 + held_out + heal))
 
 
 def test_nothing_is_held_out_for_nothing(job, drawn):
