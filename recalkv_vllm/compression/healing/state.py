@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from recalkv_vllm.compression.errors import output_errors
+from recalkv_vllm.compression.healing.muon import Muon
 
 #: How often :meth:`StateFile.save` writes.
 SECONDS = 60.0
-#: What the optimizer keeps of a parameter, besides the step.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True)
@@ -64,9 +63,7 @@ class StateFile:
         self._path = path
         self._saved = time.monotonic()
 
-    def load(
-        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> HealingState | None:
+    def load(self, parameters: Sequence[nn.Parameter], optimizer: Muon) -> HealingState | None:
         """Put parameters and optimizer where they were; None if there is nothing to resume."""
         if not self._path.is_file():
             return None
@@ -75,17 +72,15 @@ class StateFile:
             best = [file.get_tensor(f"best.{i}") for i in range(len(parameters))]
             for i, parameter in enumerate(parameters):
                 parameter.data.copy_(file.get_tensor(f"now.{i}"))
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(told["step"])),
-                    **{n: file.get_tensor(f"{n}.{i}").to(parameter.device) for n in MOMENTS},
-                }
+                momentum = file.get_tensor(f"momentum.{i}").to(parameter.device)
+                optimizer.state[parameter] = {"momentum": momentum}
         return HealingState(best=best, **told)
 
     def save(
         self,
         state: HealingState,
         parameters: Sequence[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Muon,
     ) -> None:
         """Write the state, if it was not written lately.
 
@@ -97,7 +92,7 @@ class StateFile:
         tensors: dict[str, torch.Tensor] = {}
         for i, parameter in enumerate(parameters):
             tensors |= {f"best.{i}": state.best[i], f"now.{i}": parameter.detach().cpu()}
-            tensors |= {f"{n}.{i}": optimizer.state[parameter][n].cpu() for n in MOMENTS}
+            tensors[f"momentum.{i}"] = optimizer.state[parameter]["momentum"].cpu()
         names = ("step", "first_loss", "best_step", "best_loss")
         told = {name: getattr(state, name) for name in names}
         partial = self._path.with_suffix(".partial")

@@ -12,6 +12,7 @@ import torch
 
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.healing.distillation import divergence, hidden_states
+from recalkv_vllm.compression.healing.muon import Muon
 from recalkv_vllm.compression.healing.state import HealingState, StateFile
 from recalkv_vllm.compression.healing.student import Student
 from recalkv_vllm.compression.progress import track
@@ -20,7 +21,6 @@ log = logging.getLogger(__name__)
 
 #: Per step, relative to the size of what learns.
 LEARNING_RATE = 1e-3
-BETAS = (0.9, 0.99)
 #: Norm of the gradient of the mean loss of a token.
 LARGEST_GRADIENT = 1.0
 #: Steps in which the learning rate rises; it falls on a cosine from there.
@@ -73,7 +73,7 @@ def train(
         OutputError: the state cannot be written.
     """
     parameters = student.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
+    optimizer = Muon(parameters, lr=LEARNING_RATE)
     state = state_file.load(parameters, optimizer)
     if state is None:
         loss = held_out_loss(student, held_out)
@@ -138,7 +138,7 @@ def _step(
     student: Student,
     sample: torch.Tensor,
     parameters: Sequence[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Muon,
 ) -> float:
     optimizer.zero_grad(set_to_none=True)
     model = student.model

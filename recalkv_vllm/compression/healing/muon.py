@@ -1,0 +1,58 @@
+"""Muon, the optimizer of healing (Jordan et al., https://kellerjordan.github.io/posts/muon)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+MOMENTUM = 0.95
+#: Of the polynomial ``a·s + b·s³ + c·s⁵`` that brings singular values from 0.001 … 1 near to 1 in
+#: five rounds.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ROUNDS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum of which all directions are made equally large.
+
+    A window of text has large gradients in few directions of a matrix. This makes steps in all of
+    them, and so gets further in few steps than AdamW does.
+
+    Args:
+        parameters: ``[..., m, n]``; leading dimensions are of matrices of their own.
+        lr: root mean square of the elements of a step, about.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Move all parameters by their gradients, which all must have."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+                direction = orthogonalized(parameter.grad.lerp(momentum, MOMENTUM))
+                size = group["lr"] * math.sqrt(max(parameter.shape[-2:]))
+                parameter.add_(direction.to(parameter.dtype), alpha=-size)
+
+
+def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
+    """``[..., m, n]`` with the same singular vectors, and singular values near 1; bfloat16."""
+    x = matrix.bfloat16()
+    wide = x.shape[-2] <= x.shape[-1]
+    if not wide:
+        x = x.mT
+    tiny = torch.finfo(torch.bfloat16).tiny
+    x = x / torch.linalg.matrix_norm(x.float(), keepdim=True).clamp_min(tiny).bfloat16()
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(ROUNDS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
