@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Momentum of which all directions are made equally large.
 
     A window of text has large gradients in few directions of a matrix. This makes steps in all of
@@ -23,24 +23,31 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         parameters: ``[..., m, n]``; leading dimensions are of matrices of their own.
-        lr: root mean square of the elements of a step, about.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float):
-        super().__init__(parameters, {"lr": lr})
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self._parameters = parameters
+        #: Of every parameter.
+        self.momenta = [torch.zeros_like(parameter.data) for parameter in parameters]
+
+    def clear_gradients(self) -> None:
+        """Before a backward pass."""
+        for parameter in self._parameters:
+            parameter.grad = None
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Move all parameters by their gradients, which all must have."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-                direction = orthogonalized(parameter.grad.lerp(momentum, MOMENTUM))
-                size = group["lr"] * math.sqrt(max(parameter.shape[-2:]))
-                parameter.add_(direction.to(parameter.dtype), alpha=-size)
+    def step(self, learning_rate: float) -> None:
+        """Move all parameters by their gradients.
+
+        Args:
+            learning_rate: root mean square of the elements of a step, about.
+        """
+        for parameter, momentum in zip(self._parameters, self.momenta, strict=True):
+            assert parameter.grad is not None
+            momentum.lerp_(parameter.grad, 1 - MOMENTUM)
+            direction = orthogonalized(parameter.grad.lerp(momentum, MOMENTUM))
+            size = learning_rate * math.sqrt(max(parameter.shape[-2:]))
+            parameter.add_(direction.to(parameter.dtype), alpha=-size)
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:

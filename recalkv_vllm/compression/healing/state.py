@@ -72,8 +72,7 @@ class StateFile:
             best = [file.get_tensor(f"best.{i}") for i in range(len(parameters))]
             for i, parameter in enumerate(parameters):
                 parameter.data.copy_(file.get_tensor(f"now.{i}"))
-                momentum = file.get_tensor(f"momentum.{i}").to(parameter.device)
-                optimizer.state[parameter] = {"momentum": momentum}
+                optimizer.momenta[i].copy_(file.get_tensor(f"momentum.{i}"))
         return HealingState(best=best, **told)
 
     def save(
@@ -92,7 +91,7 @@ class StateFile:
         tensors: dict[str, torch.Tensor] = {}
         for i, parameter in enumerate(parameters):
             tensors |= {f"best.{i}": state.best[i], f"now.{i}": parameter.detach().cpu()}
-            tensors[f"momentum.{i}"] = optimizer.state[parameter]["momentum"].cpu()
+            tensors[f"momentum.{i}"] = optimizer.momenta[i].cpu()
         names = ("step", "first_loss", "best_step", "best_loss")
         told = {name: getattr(state, name) for name in names}
         partial = self._path.with_suffix(".partial")

@@ -73,7 +73,7 @@ def train(
         OutputError: the state cannot be written.
     """
     parameters = student.parameters()
-    optimizer = Muon(parameters, lr=LEARNING_RATE)
+    optimizer = Muon(parameters)
     state = state_file.load(parameters, optimizer)
     if state is None:
         loss = held_out_loss(student, held_out)
@@ -89,9 +89,8 @@ def train(
     every = max(WARM_UP, steps // EVALUATIONS)
     order = _order(len(samples), steps, seed)
     for index in track(order[state.step :], "healing", total=steps, completed=state.step):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * _schedule(state.step, steps)
-        loss = _step(student, samples[index], parameters, optimizer)
+        learning_rate = LEARNING_RATE * _schedule(state.step, steps)
+        loss = _step(student, samples[index], parameters, optimizer, learning_rate)
         state.step += 1
         evaluated = state.step % every == 0 or state.step == steps
         if evaluated:
@@ -139,8 +138,10 @@ def _step(
     sample: torch.Tensor,
     parameters: Sequence[torch.nn.Parameter],
     optimizer: Muon,
+    learning_rate: float,
 ) -> float:
-    optimizer.zero_grad(set_to_none=True)
+    """Train on ``sample: [tokens]``, unless its loss is not finite; the loss per token, in nats."""
+    optimizer.clear_gradients()
     model = student.model
     teacher = hidden_states(model, sample, gradient=False)
     # The model stays compressed in the backward pass, which may compute activations again.
@@ -150,7 +151,7 @@ def _step(
         hidden.backward(gradient)
     torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT * len(sample))
     if math.isfinite(loss):
-        optimizer.step()
+        optimizer.step(learning_rate)
     return loss / len(sample)
 
 

@@ -192,7 +192,7 @@ def test_resumed_training_ends_with_the_same_bits(student, factors, state_file, 
     for a, b in zip(whole.rounded(factors), resumed.rounded(factors), strict=True):
         assert torch.equal(a.down, b.down)
         assert torch.equal(a.query, b.query)
-    assert state_file().load(resumed.parameters(), Muon(resumed.parameters(), lr=0.0)) is None
+    assert state_file().load(resumed.parameters(), Muon(resumed.parameters())) is None
 
 
 def test_training_ends_when_it_gets_no_better(student, factors, state_file, monkeypatch, caplog):

@@ -32,12 +32,12 @@ def test_no_gradient_is_no_step():
 
 def test_steps():
     parameter = torch.nn.Parameter(torch.zeros(48, 96))
-    optimizer = Muon([parameter], lr=0.01)
+    optimizer = Muon([parameter])
     gradients = matrices(2, 48, 96).float()
     momentum, expected = torch.zeros(48, 96), torch.zeros(48, 96)
     for gradient in gradients:
         parameter.grad = gradient
-        optimizer.step()
+        optimizer.step(0.01)
         momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
         ahead = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
         left, _, right = torch.linalg.svd(ahead, full_matrices=False)
