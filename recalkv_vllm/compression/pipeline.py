@@ -15,7 +15,7 @@ import transformers
 from recalkv_vllm.checkpoint import RecalkvConfig
 from recalkv_vllm.compression.base_model.devices import calibration_dtype, single_device
 from recalkv_vllm.compression.calibration.calibrate import Calibration, calibrate
-from recalkv_vllm.compression.calibration.draw import CalibrationText, draw_text
+from recalkv_vllm.compression.calibration.calibration_text import CalibrationText, draw_text
 from recalkv_vllm.compression.check import Job, at_compression, check
 from recalkv_vllm.compression.factoring.factor_layers import ModelLayers, factor_layers
 from recalkv_vllm.compression.factoring.output_refit import OutputRefit

@@ -9,7 +9,7 @@ import torch
 
 from recalkv_vllm.checkpoint import RecalkvConfig, read_hf_config
 from recalkv_vllm.compression import loss_budget, pipeline
-from recalkv_vllm.compression.calibration.draw import draw_text
+from recalkv_vllm.compression.calibration.calibration_text import draw_text
 from recalkv_vllm.compression.check import LOSS_BUDGET_COMPRESSIONS, check
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.loss_budget import most_compressed, reachable_compressions

@@ -14,7 +14,7 @@ from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.compression.base_model.attention import CausalLM
 from recalkv_vllm.compression.base_model.devices import calibration_dtype
 from recalkv_vllm.compression.calibration.calibration_pass import freeze
-from recalkv_vllm.compression.calibration.draw import CalibrationText
+from recalkv_vllm.compression.calibration.calibration_text import CalibrationText
 from recalkv_vllm.compression.calibration.statistics import cache_directory, samples_digest
 from recalkv_vllm.compression.check import Job
 from recalkv_vllm.compression.healing.state import StateFile

@@ -15,7 +15,7 @@ from recalkv_vllm.checkpoint import RecalkvConfig, read_hf_config
 from recalkv_vllm.compression import pipeline
 from recalkv_vllm.compression.base_model.attention import attention_modules
 from recalkv_vllm.compression.calibration.calibration_pass import freeze
-from recalkv_vllm.compression.calibration.draw import draw_text
+from recalkv_vllm.compression.calibration.calibration_text import draw_text
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.healing import state, training
 from recalkv_vllm.compression.healing.distillation import divergence
