@@ -20,7 +20,7 @@ from recalkv_vllm.compression.progress import track
 log = logging.getLogger(__name__)
 
 #: Per step, relative to the size of what learns.
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 4e-4
 #: Norm of the gradient of the mean loss of a token.
 LARGEST_GRADIENT = 1.0
 #: Steps in which the learning rate rises; it falls on a cosine from there.

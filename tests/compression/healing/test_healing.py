@@ -221,6 +221,7 @@ def held_out_samples_train(monkeypatch):
         return replace(text, training=text.held_out)
 
     monkeypatch.setattr(pipeline, "draw_text", draw)
+    monkeypatch.setattr(training, "LEARNING_RATE", 1e-3)
     return kept
 
 
