@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from recalkv_vllm.compression.errors import output_errors
-from recalkv_vllm.compression.healing.muon import Muon
 
 #: How often :meth:`StateFile.save` writes.
 SECONDS = 60.0
+#: What the optimizer keeps of a parameter, besides the step.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True)
@@ -63,7 +64,9 @@ class StateFile:
         self._path = path
         self._saved = time.monotonic()
 
-    def load(self, parameters: Sequence[nn.Parameter], optimizer: Muon) -> HealingState | None:
+    def load(
+        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> HealingState | None:
         """Put parameters and optimizer where they were; None if there is nothing to resume."""
         if not self._path.is_file():
             return None
@@ -72,14 +75,17 @@ class StateFile:
             best = [file.get_tensor(f"best.{i}") for i in range(len(parameters))]
             for i, parameter in enumerate(parameters):
                 parameter.data.copy_(file.get_tensor(f"now.{i}"))
-                optimizer.momenta[i].copy_(file.get_tensor(f"momentum.{i}"))
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(told["step"])),
+                    **{n: file.get_tensor(f"{n}.{i}").to(parameter.device) for n in MOMENTS},
+                }
         return HealingState(best=best, **told)
 
     def save(
         self,
         state: HealingState,
         parameters: Sequence[nn.Parameter],
-        optimizer: Muon,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         """Write the state, if it was not written lately.
 
@@ -91,7 +97,7 @@ class StateFile:
         tensors: dict[str, torch.Tensor] = {}
         for i, parameter in enumerate(parameters):
             tensors |= {f"best.{i}": state.best[i], f"now.{i}": parameter.detach().cpu()}
-            tensors[f"momentum.{i}"] = optimizer.momenta[i].cpu()
+            tensors |= {f"{n}.{i}": optimizer.state[parameter][n].cpu() for n in MOMENTS}
         names = ("step", "first_loss", "best_step", "best_loss")
         told = {name: getattr(state, name) for name in names}
         partial = self._path.with_suffix(".partial")

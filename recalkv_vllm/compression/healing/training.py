@@ -12,7 +12,6 @@ import torch
 
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.healing.distillation import divergence, hidden_states
-from recalkv_vllm.compression.healing.muon import Muon
 from recalkv_vllm.compression.healing.state import HealingState, StateFile
 from recalkv_vllm.compression.healing.student import Student
 from recalkv_vllm.compression.progress import track
@@ -20,7 +19,8 @@ from recalkv_vllm.compression.progress import track
 log = logging.getLogger(__name__)
 
 #: Per step, relative to the size of what learns.
-LEARNING_RATE = 4e-4
+LEARNING_RATE = 1e-3
+BETAS = (0.9, 0.99)
 #: Norm of the gradient of the mean loss of a token.
 LARGEST_GRADIENT = 1.0
 #: Steps in which the learning rate rises; it falls on a cosine from there.
@@ -73,7 +73,7 @@ def train(
         OutputError: the state cannot be written.
     """
     parameters = student.parameters()
-    optimizer = Muon(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
     state = state_file.load(parameters, optimizer)
     if state is None:
         loss = held_out_loss(student, held_out)
@@ -89,8 +89,9 @@ def train(
     every = max(WARM_UP, steps // EVALUATIONS)
     order = _order(len(samples), steps, seed)
     for index in track(order[state.step :], "healing", total=steps, completed=state.step):
-        learning_rate = LEARNING_RATE * _schedule(state.step, steps)
-        loss = _step(student, samples[index], parameters, optimizer, learning_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * _schedule(state.step, steps)
+        loss = _step(student, samples[index], parameters, optimizer)
         state.step += 1
         evaluated = state.step % every == 0 or state.step == steps
         if evaluated:
@@ -137,11 +138,10 @@ def _step(
     student: Student,
     sample: torch.Tensor,
     parameters: Sequence[torch.nn.Parameter],
-    optimizer: Muon,
-    learning_rate: float,
+    optimizer: torch.optim.Optimizer,
 ) -> float:
     """Train on ``sample: [tokens]``, unless its loss is not finite; the loss per token, in nats."""
-    optimizer.clear_gradients()
+    optimizer.zero_grad(set_to_none=True)
     model = student.model
     teacher = hidden_states(model, sample, gradient=False)
     # The model stays compressed in the backward pass, which may compute activations again.
@@ -151,7 +151,7 @@ def _step(
         hidden.backward(gradient)
     torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT * len(sample))
     if math.isfinite(loss):
-        optimizer.step(learning_rate)
+        optimizer.step()
     return loss / len(sample)
 
 
