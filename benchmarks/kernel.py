@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from recalkv_vllm.band_format import token_bytes
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.latent_format import LatentFormat, token_bytes
+from recalkv_vllm.latent_format import LatentFormat
 
 from . import kernel_cpu, kernel_gpu
 from .geometries import GEOMETRIES, Geometry, Latent, latent_of

@@ -8,8 +8,9 @@ RANK_ALLOCATIONS = ("loss", "fisher", "uniform")
 #: One latent per group, of which keys read the first columns; one latent per group that keys and
 #: values read whole; latents of their own.
 SPAN_KINDS = ("nested", "joint", "split")
-#: How latents are stored: in the factors' own dtype, in the format of least expected loss, or so.
-LATENT_DTYPES = ("bf16", "auto", "fp8", "int8", "int4", "int3")
+#: How latents are stored: as the method knows best, every column in as many bits as it is worth, in
+#: the factors' own dtype, or so.
+LATENT_DTYPES = ("auto", "bands", "bf16", "fp8", "int8", "int4", "int3")
 #: Dtypes of written weights and factors; torch's names.
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 #: Engines of ``recalkv eval``.

@@ -68,9 +68,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--target",
         metavar="NAME|N",
-        default="h100",
-        help="kfac only: limit on the FLOP spent reconstructing keys per cached byte: a number, "
-        "the limit of a device (h100, a100 or cpu), or none",
+        default="auto",
+        help="kfac only: limit on the FLOP spent reconstructing keys per cached byte (of bands: "
+        "per byte of half the dense cache): the limit of the device that will serve (h100, a100 "
+        "or cpu; auto: the one at hand), a number, or none, for the best accuracy at any speed",
     )
     add(
         "--output-refit",
@@ -86,9 +87,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--latent-dtype",
         choices=LATENT_DTYPES,
-        default="bf16",
-        help="how to store latents; bf16: unquantized, in the dtype of the factors; auto: kfac "
-        "picks the bits and ranks with the least expected loss",
+        default="auto",
+        help="how to store latents; auto: kfac gives every column as many bits as it is worth "
+        "(bands), other methods store bf16: unquantized, in the dtype of the factors",
     )
     add(
         "--dataset",
@@ -175,4 +176,6 @@ def show(result: dict[str, Any]) -> None:
     )
     if "loss" in result:
         print(f"loss on held-out text: {result['loss']:.4f} nats per token")
+    if result["target"] is not None:
+        print(f"groups and spans are made for serving on: {result['target']} (--target)")
     print(f"serve it with: {result['serve']}")

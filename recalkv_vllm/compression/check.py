@@ -12,12 +12,12 @@ from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.devices import choose_device
 from recalkv_vllm.compression.base_model.model import DTYPES, BaseModel
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.compression.latents.format_choice import budget_of, candidates
-from recalkv_vllm.compression.methods import METHODS, Method, MethodOptions
+from recalkv_vllm.compression.latents.format_choice import budget_of, chosen_latent_dtype
+from recalkv_vllm.compression.methods import METHODS, KfacBands, Method, MethodOptions
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.output.atomic_directory import check_absent
 from recalkv_vllm.compression.plan import Budget
-from recalkv_vllm.compression.ranks.targets import flop_per_byte
+from recalkv_vllm.compression.ranks.targets import chosen_target, flop_per_byte
 
 #: What a budget of loss chooses from.
 LOSS_BUDGET_COMPRESSIONS = tuple(percent / 100 for percent in range(1, 100))
@@ -32,16 +32,18 @@ class Job:
         compression: fraction of the KV cache to remove.
         model: the base model.
         method: with the options' settings.
-        budgets: one per latent format to choose from.
+        budget: of the compressed cache.
         device: where to calibrate.
+        target: the device that reconstruction is limited for.
     """
 
     options: CompressOptions
     compression: float
     model: BaseModel
     method: Method[Any]
-    budgets: tuple[Budget, ...]
+    budget: Budget
     device: str
+    target: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,9 +94,13 @@ def check(options: CompressOptions) -> Job:
     model.architecture  # noqa: B018 (refuses what is not supported)
     if model.weight_format is not None:
         check_weights_stay(options)
-    method = choose_method(options, model.geometry, model.weight_format is None)
-    job = Job(options, compression, model, method, (), choose_device(options.device))
-    return at_compression(job, compression)
+    target = chosen_target(options.target)
+    method = choose_method(
+        options, compression, model.geometry, target, model.weight_format is None
+    )
+    budget = checked_budget(options, compression, model.geometry, method)
+    device = choose_device(options.device)
+    return Job(options, compression, model, method, budget, device, target)
 
 
 def check_budgets(options: CompressOptions) -> float:
@@ -125,12 +131,17 @@ def at_compression(job: Job, compression: float) -> Job:
     Raises:
         InputError: it cannot be reached.
     """
-    options, geometry = job.options, job.model.geometry
-    formats = candidates(options.latent_dtype, job.method.knows_loss, compression, geometry)
-    budgets = tuple(budget_of(compression, geometry, each) for each in formats)
-    for budget in budgets:
-        job.method.check(budget.compression)
-    return replace(job, compression=compression, budgets=budgets)
+    budget = checked_budget(job.options, compression, job.model.geometry, job.method)
+    return replace(job, compression=compression, budget=budget)
+
+
+def checked_budget(
+    options: CompressOptions, compression: float, geometry: AttentionGeometry, method: Method[Any]
+) -> Budget:
+    """What a plan may spend. Raises :class:`InputError` where the method cannot do with it."""
+    budget = budget_of(compression, geometry, latent_dtype(options, compression))
+    method.check(budget.compression)
+    return budget
 
 
 def check_weights_stay(options: CompressOptions) -> None:
@@ -153,13 +164,19 @@ def check_weights_stay(options: CompressOptions) -> None:
 
 
 def choose_method(
-    options: CompressOptions, geometry: AttentionGeometry, allow_head_reordering: bool = True
+    options: CompressOptions,
+    compression: float,
+    geometry: AttentionGeometry,
+    target: str,
+    allow_head_reordering: bool = True,
 ) -> Method[Any]:
     """The method that the options name, its settings checked against the model.
 
     Args:
         options: of the command line.
+        compression: fraction of the KV cache to remove.
         geometry: of the model.
+        target: as :func:`chosen_target` gives it.
         allow_head_reordering: see :class:`MethodOptions`.
 
     Raises:
@@ -174,7 +191,14 @@ def choose_method(
         options.v_groups,
         options.rank_allocation,
         options.spans,
-        flop_per_byte(options.target),
+        flop_per_byte(target),
         allow_head_reordering,
     )
-    return METHODS[options.method](geometry, chosen)
+    method = KfacBands if latent_dtype(options, compression) == "bands" else METHODS[options.method]
+    return method(geometry, chosen)
+
+
+def latent_dtype(options: CompressOptions, compression: float) -> str:
+    """How the options want latents stored; see :func:`chosen_latent_dtype`."""
+    chooses = METHODS[options.method].knows_loss
+    return chosen_latent_dtype(options.latent_dtype, chooses, compression)

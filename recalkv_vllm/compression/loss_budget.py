@@ -87,7 +87,7 @@ def reachable_compressions(job: Job) -> list[float]:
     reachable = {}
     for compression in LOSS_BUDGET_COMPRESSIONS:
         try:
-            reachable[at_compression(job, compression).budgets] = compression
+            reachable[at_compression(job, compression).budget] = compression
         except InputError:
             break
     return list(reachable.values())

@@ -18,9 +18,9 @@ class CompressOptions:
     v_groups: int | None = None
     rank_allocation: str | None = None
     spans: str | None = None
-    target: str = "h100"
+    target: str = "auto"
     output_refit: bool | None = None
-    latent_dtype: str = "bf16"
+    latent_dtype: str = "auto"
     dataset: str = "builtin"
     text_column: str = "text"
     num_samples: int = 256

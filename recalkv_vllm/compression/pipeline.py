@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ from recalkv_vllm.compression.output.writer import write_checkpoint, write_facto
 from recalkv_vllm.compression.plan import ModelPlan
 from recalkv_vllm.version import __version__
 
-log = logging.getLogger(__name__)
-
 
 def compress(options: CompressOptions) -> dict[str, Any]:
     """Compress a model; the summary of the checkpoint, with ``seconds``, and ``loss`` in nats per
@@ -56,8 +53,8 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     recalkv = describe(made, calibration)
     summary = summarize(recalkv, job.model.geometry, job.dtype.itemsize)
     write(job, recalkv, made.factors, summary)
-    measured = {} if made.loss is None else {"loss": made.loss}
-    return {**summary, **measured, "seconds": time.monotonic() - began}
+    told = {"target": recalkv.settings.get("target"), "seconds": time.monotonic() - began}
+    return {**summary, **({} if made.loss is None else {"loss": made.loss}), **told}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +92,7 @@ def make_factors(
     layers = load_layers(job, calibration)
     plan = plan_layers(job, layers)
     factors, errors = factor(job, calibration, layers, plan)
-    formats = [plan.latent_format] * len(factors)
+    formats = [plan.latent_format(i) for i in range(len(factors))]
     healing = loss = None
     if job.options.heal:
         factors, healing = heal(job, layers.model, factors, formats, text)
@@ -131,15 +128,9 @@ def load_layers(job: Job, calibration: Calibration | None) -> ModelLayers:
 
 
 def plan_layers(job: Job, layers: ModelLayers) -> ModelPlan:
-    """The plan of the job's budget, or of several the one of least expected loss."""
-    measured = job.method.measure(job.budgets[0].compression, layers, layers.statistics)
-    plans = [job.method.plan(measured, budget) for budget in job.budgets]
-    if len(plans) == 1:
-        return plans[0]
-    for plan in plans:
-        name = plan.latent_format or "16 bits"
-        log.info("latents in %s: expected loss %.5f", name, plan.expected_loss)
-    return min(plans, key=lambda plan: plan.expected_loss)
+    """The plan of the job's budget."""
+    measured = job.method.measure(job.budget.compression, layers, layers.statistics)
+    return job.method.plan(measured, job.budget)
 
 
 def factor(
@@ -149,7 +140,7 @@ def factor(
     refit = None
     if calibration and job.refits_output:
         device = single_device(job.device)
-        refit = OutputRefit(layers.model, calibration.samples, device, plan.latent_format)
+        refit = OutputRefit(layers.model, calibration.samples, device, plan)
     return factor_layers(job.method, plan, layers, job.dtype, refit)
 
 
@@ -164,13 +155,14 @@ def describe(made: Made, calibration: Calibration | None) -> RecalkvConfig:
         settings={
             "base_model": job.model.name,
             **job.method.settings(plan),
+            **({"target": job.target} if job.method.knows_loss else {}),
             "output_refit": job.refits_output,
             "rank_allocation": job.method.rank_allocation if job.compression else "full",
             "relative_error": made.errors,
             **{name: value for name, value in optional.items() if value is not None},
         },
         calibration=calibration.provenance if calibration else {},
-        latent_quantization=plan.latent_format,
+        latent_quantization=plan.uniform_format,
         tool_versions={
             "recalkv_vllm": __version__,
             "safetensors": safetensors.__version__,

@@ -57,7 +57,7 @@ def test_every_try_is_told(caplog):
 @pytest.mark.parametrize(
     ("options", "least", "largest"),
     [
-        ({}, 0.01, 0.87),
+        ({"latent_dtype": "bf16"}, 0.01, 0.87),
         # Four bits and a scale for every 32 elements remove 71 % at full rank.
         ({"latent_dtype": "int4"}, 0.71, 0.96),
         ({"method": "recalkv", "k_group_size": 1}, 0.01, 0.37),

@@ -26,9 +26,11 @@ def model_card(name: str, base: str, recalkv: RecalkvConfig, summary: dict[str, 
         )
     else:
         text = "none (not needed)"
-    latent_format = recalkv.latent_quantization
+    latent_format = recalkv.latent_format(0)
     latents = "in the dtype of the factors"
-    if latent_format is not None:
+    if recalkv.layers[0].bands is not None:
+        latents = "in bands of 2 to 8 bits, a scale for every 32 elements"
+    elif latent_format is not None:
         latents = f"{latent_format.dtype}, a scale for every {latent_format.group_size} elements"
     rows = "\n".join(
         f"| {layer['layer']} | {layer['rank']} | {layer['k_width']} | {layer['v_width']} "
