@@ -30,12 +30,19 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="model directory, or a Hugging Face name owner/name")
     add("-o", "--out", metavar="OUT", type=Path, required=True, help="directory to create")
-    add(
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument(
         "--compression",
         metavar="C",
         type=float,
-        required=True,
         help="fraction of the KV cache to remove, in [0, 1); 0 keeps full rank and is exact",
+    )
+    budget.add_argument(
+        "--max-loss",
+        metavar="NATS",
+        type=float,
+        help="remove as much as costs at most this much loss per token, measured on a part of the "
+        "calibration text that is held out; tries about seven compressions",
     )
     add(
         "--method",
@@ -167,6 +174,8 @@ def show(result: dict[str, Any]) -> None:
         f"{result['out']}: {size['compressed']} KV-cache bytes per token instead of "
         f"{size['dense']} ({result['compression']:.1%} removed), in {result['seconds']:.0f} s"
     )
+    if "loss" in result:
+        print(f"loss on held-out text: {result['loss']:.4f} nats per token")
     if result["target"] is not None:
         print(f"groups and spans are made for serving on: {result['target']} (--target)")
     print(f"serve it with: {result['serve']}")

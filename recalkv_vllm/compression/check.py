@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from recalkv_vllm.compression.output.atomic_directory import check_absent
 from recalkv_vllm.compression.plan import Budget
 from recalkv_vllm.compression.ranks.targets import chosen_target, flop_per_byte
 
+#: What a budget of loss chooses from.
+LOSS_BUDGET_COMPRESSIONS = tuple(percent / 100 for percent in range(1, 100))
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -25,6 +29,7 @@ class Job:
 
     Args:
         options: as given.
+        compression: fraction of the KV cache to remove.
         model: the base model.
         method: with the options' settings.
         budget: of the compressed cache.
@@ -33,6 +38,7 @@ class Job:
     """
 
     options: CompressOptions
+    compression: float
     model: BaseModel
     method: Method[Any]
     budget: Budget
@@ -47,7 +53,7 @@ class Job:
     @property
     def observers(self) -> set[str]:
         """Names of the statistics that the method needs; without any there is no calibration."""
-        return self.method.observers(self.options.compression)
+        return self.method.observers(self.compression)
 
     @property
     def weights_may_change(self) -> bool:
@@ -68,22 +74,20 @@ class Job:
 def check(options: CompressOptions) -> Job:
     """Check everything that can be checked without loading weights or text.
 
+    The job of a budget of loss is that of the least compression to try.
+
     Raises:
         InputError: bad input.
         CheckpointError: an unusable ``config.json``.
     """
-    if not 0 <= options.compression < 1:
-        raise InputError(
-            f"compression {options.compression}: expected a fraction in [0, 1); "
-            "it is the part of the KV cache that is removed"
-        )
+    compression = check_budgets(options)
     for name, least in (("num_samples", 1), ("seq_len", 2)):
         if getattr(options, name) < least:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {getattr(options, name)}: expected at least {least}")
     if options.heal < 0:
         raise InputError(f"--heal {options.heal}: expected a number of steps")
-    if options.heal and options.compression == 0:
+    if options.heal and compression == 0:
         raise InputError("--heal: full rank is exact; expected a --compression above 0")
     check_absent(options.out)
     model = BaseModel.find(options.model)
@@ -91,10 +95,53 @@ def check(options: CompressOptions) -> Job:
     if model.weight_format is not None:
         check_weights_stay(options)
     target = chosen_target(options.target)
-    method = choose_method(options, model.geometry, target, model.weight_format is None)
-    budget = budget_of(options.compression, model.geometry, latent_dtype(options))
+    method = choose_method(
+        options, compression, model.geometry, target, model.weight_format is None
+    )
+    budget = checked_budget(options, compression, model.geometry, method)
+    device = choose_device(options.device)
+    return Job(options, compression, model, method, budget, device, target)
+
+
+def check_budgets(options: CompressOptions) -> float:
+    """The compression of a budget of bytes; of a budget of loss, the least to try.
+
+    Raises:
+        InputError: none of the two budgets, both, or one outside of its range.
+    """
+    if options.max_loss is None:
+        if options.compression is None:
+            raise InputError("--compression: expected it or --max-loss, found none")
+        if not 0 <= options.compression < 1:
+            raise InputError(
+                f"compression {options.compression}: expected a fraction in [0, 1); "
+                "it is the part of the KV cache that is removed"
+            )
+        return options.compression
+    if options.compression is not None:
+        raise InputError("--compression: expected it or --max-loss, found both")
+    if not 0 < options.max_loss < math.inf:
+        raise InputError(f"--max-loss {options.max_loss:g}: expected a positive number of nats")
+    return LOSS_BUDGET_COMPRESSIONS[0]
+
+
+def at_compression(job: Job, compression: float) -> Job:
+    """The same job for a compression.
+
+    Raises:
+        InputError: it cannot be reached.
+    """
+    budget = checked_budget(job.options, compression, job.model.geometry, job.method)
+    return replace(job, compression=compression, budget=budget)
+
+
+def checked_budget(
+    options: CompressOptions, compression: float, geometry: AttentionGeometry, method: Method[Any]
+) -> Budget:
+    """What a plan may spend. Raises :class:`InputError` where the method cannot do with it."""
+    budget = budget_of(compression, geometry, latent_dtype(options, compression))
     method.check(budget.compression)
-    return Job(options, model, method, budget, choose_device(options.device), target)
+    return budget
 
 
 def check_weights_stay(options: CompressOptions) -> None:
@@ -118,6 +165,7 @@ def check_weights_stay(options: CompressOptions) -> None:
 
 def choose_method(
     options: CompressOptions,
+    compression: float,
     geometry: AttentionGeometry,
     target: str,
     allow_head_reordering: bool = True,
@@ -126,6 +174,7 @@ def choose_method(
 
     Args:
         options: of the command line.
+        compression: fraction of the KV cache to remove.
         geometry: of the model.
         target: as :func:`chosen_target` gives it.
         allow_head_reordering: see :class:`MethodOptions`.
@@ -145,11 +194,11 @@ def choose_method(
         flop_per_byte(target),
         allow_head_reordering,
     )
-    method = KfacBands if latent_dtype(options) == "bands" else METHODS[options.method]
+    method = KfacBands if latent_dtype(options, compression) == "bands" else METHODS[options.method]
     return method(geometry, chosen)
 
 
-def latent_dtype(options: CompressOptions) -> str:
+def latent_dtype(options: CompressOptions, compression: float) -> str:
     """How the options want latents stored; see :func:`chosen_latent_dtype`."""
     chooses = METHODS[options.method].knows_loss
-    return chosen_latent_dtype(options.latent_dtype, chooses, options.compression)
+    return chosen_latent_dtype(options.latent_dtype, chooses, compression)

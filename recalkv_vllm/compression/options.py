@@ -12,7 +12,7 @@ class CompressOptions:
 
     model: str
     out: Path
-    compression: float
+    compression: float | None = None
     method: str = "kfac"
     k_group_size: int | None = None
     v_groups: int | None = None
@@ -30,3 +30,4 @@ class CompressOptions:
     dtype: str = "auto"
     factors_only: bool = False
     heal: int = 0
+    max_loss: float | None = None

@@ -1,4 +1,4 @@
-"""The second stage of compression: statistics of a pass over the calibration text."""
+"""The second stage of compression: calibration text, and statistics of a pass over it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 import torch
 
 from recalkv_vllm.compression.base_model.devices import calibration_dtype
+from recalkv_vllm.compression.base_model.model import BaseModel
+from recalkv_vllm.compression.calibration.samples import draw_samples
+from recalkv_vllm.compression.calibration.self_text import SELF, sample_self
 from recalkv_vllm.compression.calibration.statistics import Statistics, collect, samples_digest
-from recalkv_vllm.compression.calibration.text import describe
+from recalkv_vllm.compression.calibration.text import describe, documents
 from recalkv_vllm.compression.check import Job
+from recalkv_vllm.compression.options import CompressOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +59,18 @@ def calibrate(job: Job, samples: torch.Tensor) -> Calibration | None:
         "dtype": str(dtype).removeprefix("torch."),
     }
     return Calibration(samples, statistics, provenance)
+
+
+def draw(
+    model: BaseModel, options: CompressOptions, dtype: torch.dtype, device: str, num_samples: int
+) -> torch.Tensor:
+    """Samples ``[num_samples, seq_len]`` of the calibration text, or as many as it has.
+
+    Raises:
+        InputError: no text of that length, or no tokenizer.
+    """
+    tokenizer = model.tokenizer()
+    size = (num_samples, options.seq_len, options.seed)
+    if options.dataset == SELF:
+        return sample_self(model.load(dtype, device), tokenizer, *size)
+    return draw_samples(documents(options.dataset, options.text_column), tokenizer, *size)

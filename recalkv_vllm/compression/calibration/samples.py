@@ -60,23 +60,10 @@ def start_tokens(tokenizer) -> list[int]:
 def draw_samples(
     documents: Iterable[str], tokenizer, num_samples: int, seq_len: int, seed: int
 ) -> torch.Tensor:
-    """As :func:`cut_samples`, with a warning if the text has fewer than ``num_samples``."""
-    samples = cut_samples(documents, tokenizer, num_samples, seq_len, seed)
-    if len(samples) < num_samples:
-        log.warning(
-            "calibration text: its tokens make %d samples of %d, not the %d asked for; using %d",
-            len(samples), seq_len, num_samples, len(samples),
-        )  # fmt: skip
-    return samples
-
-
-def cut_samples(
-    documents: Iterable[str], tokenizer, num_samples: int, seq_len: int, seed: int
-) -> torch.Tensor:
     """Draw samples that do not overlap, in an order fixed by ``seed``.
 
     Each starts as the tokenizer starts every text. Where the text has fewer than ``num_samples``
-    such sequences, all of them are taken.
+    such sequences, all of them are taken and a warning is logged.
 
     Returns:
         ``[samples, seq_len]`` int64.
@@ -93,6 +80,11 @@ def cut_samples(
             f"calibration text: {len(ids)} tokens are less than one sample of {seq_len}; "
             "give more text or a smaller --seq-len"
         )
+    if available < num_samples:
+        log.warning(
+            "calibration text: %d tokens make %d samples of %d, not the %d asked for; using %d",
+            len(ids), available, seq_len, num_samples, available,
+        )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:num_samples]
     bodies = torch.tensor(ids[: available * body]).view(available, body)[chosen]

@@ -14,7 +14,7 @@ from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.compression.base_model.attention import CausalLM
 from recalkv_vllm.compression.base_model.devices import calibration_dtype
 from recalkv_vllm.compression.calibration.calibration_pass import freeze
-from recalkv_vllm.compression.calibration.draw import CalibrationText
+from recalkv_vllm.compression.calibration.calibration_text import CalibrationText
 from recalkv_vllm.compression.calibration.statistics import cache_directory, samples_digest
 from recalkv_vllm.compression.check import Job
 from recalkv_vllm.compression.healing.state import StateFile
@@ -39,8 +39,8 @@ def heal(
 
     Args:
         job: as checked.
-        base: the base model in memory, ``o_proj`` refitted if it was; weights start from it.
-        factors: of all layers.
+        base: the base model in memory.
+        factors: of all layers; weights start from the base model's where theirs are not refitted.
         latent_formats: how each layer's latents are stored; None for plain elements.
         text: with samples to train on and held out.
 

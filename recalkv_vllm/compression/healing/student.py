@@ -115,11 +115,17 @@ class LatentProjection(nn.Module):
 
 
 class TrainedLinear(nn.Module):
-    """A projection of the base model whose weight learns, and whose bias does not."""
+    """A projection whose weight learns, and whose bias does not.
 
-    def __init__(self, linear: nn.Linear, device: torch.device):
+    Args:
+        weight: to start from; None for the base model's.
+        linear: the base model's projection.
+        device: where it runs.
+    """
+
+    def __init__(self, weight: torch.Tensor | None, linear: nn.Linear, device: torch.device):
         super().__init__()
-        self.weight = Scaled(linear.weight, device, dims=(0, 1))
+        self.weight = Scaled(linear.weight if weight is None else weight, device, dims=(0, 1))
         self._bias = None if linear.bias is None else linear.bias.detach().to(device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -150,8 +156,8 @@ class Student:
 
     Args:
         model: the dense model, on the devices where it runs.
-        base: the same model in memory, ``o_proj`` refitted if it was: where weights start from.
-        factors: of all layers.
+        base: the same model in memory.
+        factors: of all layers; their ``query`` and ``output`` take the place of the base model's.
         latent_formats: how each layer's latents are stored; None for plain elements.
         train_weights: whether ``q_proj`` and ``o_proj`` learn too.
     """
@@ -229,8 +235,8 @@ def _student_layer(
         "v_proj": LatentProjection(own, own.v_up, layout.v_spans, moved(base.v_proj.bias)),
     }
     if train_weights:
-        trained["q_proj"] = TrainedLinear(base.q_proj, device)
-        trained["o_proj"] = TrainedLinear(base.o_proj, device)
+        trained["q_proj"] = TrainedLinear(factors.query, base.q_proj, device)
+        trained["o_proj"] = TrainedLinear(factors.output, base.o_proj, device)
     dense = {name: getattr(attention, name) for name in trained}
     return StudentLayer(attention, own, dense, trained)
 

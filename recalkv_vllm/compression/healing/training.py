@@ -140,6 +140,7 @@ def _step(
     parameters: Sequence[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> float:
+    """Train on ``sample: [tokens]``, unless its loss is not finite; the loss per token, in nats."""
     optimizer.zero_grad(set_to_none=True)
     model = student.model
     teacher = hidden_states(model, sample, gradient=False)

@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from recalkv_vllm.band_format import BandFormat
 from recalkv_vllm.checkpoint import RecalkvConfig, read_hf_config
 from recalkv_vllm.compression import pipeline
 from recalkv_vllm.compression.base_model.attention import attention_modules
 from recalkv_vllm.compression.calibration.calibration_pass import freeze
-from recalkv_vllm.compression.calibration.draw import draw_text
+from recalkv_vllm.compression.calibration.calibration_text import draw_text
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.healing import state, training
 from recalkv_vllm.compression.healing.distillation import divergence
@@ -23,6 +22,7 @@ from recalkv_vllm.compression.healing.student import Student
 from recalkv_vllm.compression.layer import LayerFactors, nested_layout
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.pipeline import compress
+from recalkv_vllm.evaluation.transformers_engine import load_served
 from recalkv_vllm.latent_format import LatentFormat
 
 FEW = {"num_samples": 8, "seq_len": 32}
@@ -70,9 +70,8 @@ def logits(model):
 
 
 def likelihoods(directory, ids):
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
-        return model(ids).logits.log_softmax(dim=-1)
+        return load_served(directory)(ids).logits.log_softmax(dim=-1)
 
 
 def written(directory):
