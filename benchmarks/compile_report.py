@@ -24,6 +24,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from recalkv_vllm.band_format import BLOCK_COLUMNS, Band, BandFormat, CacheFormat, bands_of
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops import Batch
@@ -34,11 +35,11 @@ from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import Part
 from recalkv_vllm.ops.triton.value_up import value_up_launch
 
-from .geometries import GEOMETRIES, SPANS, group_sizes, latent_of
+from .geometries import GEOMETRIES, SPANS, Latent, group_sizes, latent_of
 from .inputs import latent_layer
 
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
-LATENT_DTYPES = ("bf16", *BITS)
+LATENT_DTYPES = ("bf16", *BITS, "bands")
 #: Whose decode kernels are also compiled for quantized latents: fewer bits instead of lower ranks.
 QUANTIZED = ("llama-3.1-8b",)
 QUANTIZED_COMPRESSIONS = (0.25, 0.5)
@@ -54,7 +55,7 @@ USES_TENSOR_CORES = ("latent_attention", "project_values")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One layer's layout, as :func:`.geometries.latent_of` makes it."""
+    """One layer's layout, as :func:`.geometries.latent_of` makes it; in ``bands`` or not."""
 
     geometry: str
     compression: float
@@ -63,8 +64,24 @@ class Case:
     latent_dtype: str = "bf16"
 
     @property
-    def latent_format(self) -> LatentFormat | None:
+    def latent(self) -> Latent:
+        geometry = GEOMETRIES[self.geometry]
+        return latent_of(geometry, self.compression, self.group_size, self.spans)
+
+    @property
+    def latent_format(self) -> CacheFormat | None:
+        if self.latent_dtype == "bands":
+            return falling_bands(self.latent)
         return None if self.latent_dtype == "bf16" else LatentFormat(self.latent_dtype)
+
+
+def falling_bands(latent: Latent) -> BandFormat:
+    """Bands of 6, 4, 3 and 2 bits in every span: both kinds with two planes, and many chunks."""
+    bands: list[Band] = []
+    for span in sorted({*latent.k_spans, *latent.v_spans}):
+        blocks = span.width // BLOCK_COLUMNS
+        bands += bands_of([(6, 4, 3, 2)[4 * i // blocks] for i in range(blocks)])
+    return BandFormat(tuple(bands))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +133,8 @@ def cases(geometries: list[str]) -> Iterator[Case]:
 
 
 def quantized_cases(geometries: list[str]) -> Iterator[Case]:
-    for name, *layout in itertools.product(QUANTIZED, QUANTIZED_COMPRESSIONS, (1,), SPANS, BITS):
+    dtypes = LATENT_DTYPES[1:]
+    for name, *layout in itertools.product(QUANTIZED, QUANTIZED_COMPRESSIONS, (1,), SPANS, dtypes):
         if name in geometries:
             yield Case(name, *layout)
 
@@ -125,8 +143,8 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     """Every launch of one layer, attention first."""
     geometry = GEOMETRIES[case.geometry]
     heads, head_dim = geometry.num_heads, geometry.head_dim
-    latent = latent_of(geometry, case.compression, case.group_size, case.spans)
-    latent_format, queries, dtype = case.latent_format, MODES[mode], torch.bfloat16
+    latent, latent_format = case.latent, case.latent_format
+    queries, dtype = MODES[mode], torch.bfloat16
     layer = latent_layer(geometry, latent, POSITIONS, dtype, latent_format=latent_format)
     attention = TritonAttention(layer, target)
     cache = z = torch.zeros(2, 16, latent.rank, dtype=dtype)
@@ -138,7 +156,7 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     index = torch.zeros(16, dtype=torch.int32)
     part = Part(0, 1, range(queries), queries, bounded=mode != "prefill")
     batch = Batch(index[None], index[:1], index[:2], max_seq_len=32)
-    yield next(attention.launches(part, q, cache, batch, o_lat, lse))
+    yield from attention.launches(part, q, cache, batch, o_lat, lse)
     if mode == "prefill":
         return
     yield merge_launch(o_lat[None], lse[None], o_lat, lse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.ops import CheckedLayer, LatentLayer
 
 from .geometries import Geometry, Latent
@@ -16,7 +16,7 @@ def latent_layer(
     positions: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    latent_format: LatentFormat | None = None,
+    latent_format: CacheFormat | None = None,
 ) -> LatentLayer:
     """Factors, key bias and norm of the geometry, RoPE for ``positions``; all in ``dtype``."""
     groups = len(latent.k_spans)
@@ -48,7 +48,7 @@ def latent_cache(
     block_size: int,
     rank: int,
     like: torch.Tensor,
-    latent_format: LatentFormat | None,
+    latent_format: CacheFormat | None,
     bound: CheckedLayer,
 ) -> torch.Tensor:
     """A paged cache of random latents, of ``like``'s dtype if they are not quantized.

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.latent_format import LatentFormat, token_bytes
 
 from . import kernel_cpu, kernel_gpu
 from .geometries import GEOMETRIES, Geometry, Latent, latent_of
 from .kernel_plot import plot
+from .latent_formats import format_of, misfit
 from .roofline import Roof, alternate, attention_work, measure_roof
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -48,12 +49,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             f"{context}x{batch}"
         )
         reason = _skip_reason(geometry, compression, group_size, context, batch, device, options)
+        if reason is None:
+            latent = latent_of(geometry, compression, group_size, spans)
+            reason = misfit(latent, latent_dtype)
         if reason is not None:
             print(f"recalkv: {what}: skipped: {reason}", file=sys.stderr)
             continue
         print(f"recalkv: {what}", file=sys.stderr)
-        latent = latent_of(geometry, compression, group_size, spans)
-        latent_format = None if latent_dtype == "auto" else LatentFormat(latent_dtype)
+        latent_format = format_of(latent, latent_dtype)
         rows.append(
             {
                 "geometry": geometry.name,
@@ -131,7 +134,7 @@ def _skip_reason(
 def _measure(
     geometry: Geometry,
     latent: Latent,
-    latent_format: LatentFormat | None,
+    latent_format: CacheFormat | None,
     context: int,
     batch: int,
     device: torch.device,
@@ -147,7 +150,10 @@ def _measure(
     best = min(stocks, key=lambda name: stocks[name].median)
     stock = stocks[best]
     (value_up,) = alternate([runs.value_up], 0.1, runs.calls)
-    latent_bytes = token_bytes(latent_format, latent.rank, dtype.itemsize)
+    if latent_format is None:
+        latent_bytes = latent.rank * dtype.itemsize
+    else:
+        latent_bytes = latent_format.slot_bytes(latent.rank)
     work = attention_work(geometry, latent, context, batch, options.queries, latent_bytes)
     row = {
         "kernel": runs.kernel,

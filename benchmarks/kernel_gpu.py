@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 
 from recalkv_vllm import ops
+from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import Batch, BatchLimits, reference
 from recalkv_vllm.ops.dispatch import implementation
 
@@ -31,7 +31,7 @@ LARGEST_CACHE_BYTES = 24 << 30
 def build(
     geometry: Geometry,
     latent: Latent,
-    latent_format: LatentFormat | None,
+    latent_format: CacheFormat | None,
     context: int,
     num_seqs: int,
     queries: int,

@@ -42,8 +42,10 @@ from recalkv_vllm.kernels.keys import (
 from recalkv_vllm.kernels.latents import (
     Cache,
     Format,
+    Start,
     load_key_chunks,
     load_value_chunks,
+    locate_span,
     locate_tokens,
 )
 from recalkv_vllm.kernels.partition import (
@@ -78,6 +80,7 @@ def latent_attention(
     k_bias,
     k_norm_weight,
     first_columns,
+    first_codes,
     head_columns,
     rope_table,
     local_rotation,
@@ -109,7 +112,10 @@ def latent_attention(
     K_WIDTH: tl.constexpr,
     V_WIDTH: tl.constexpr,
     V_BLOCK: tl.constexpr,
+    V_BLOCKS: tl.constexpr,
+    FIRST_V_BLOCK: tl.constexpr,
     K_CHUNKS: tl.constexpr,
+    K_STREAMS: tl.constexpr,
     V_CHUNKS: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -118,6 +124,7 @@ def latent_attention(
     CODEC: tl.constexpr,
     RANK: tl.constexpr,
     SCALE_SHIFT: tl.constexpr,
+    CODE_UNIT: tl.constexpr,
     WINDOW: tl.constexpr,
     LOCAL_ROPE: tl.constexpr,
     SEARCH: tl.constexpr,
@@ -127,21 +134,22 @@ def latent_attention(
     """Write normalized ``o_lat`` and natural ``lse`` of one split, float32.
 
     ``HEADS`` KV heads per program, in K groups of ``GROUP``; ``DIM`` is ``HEAD_DIM`` padded.
-    ``K_CHUNKS`` holds ``(offset, size, index of the V chunk with the same columns or -1)``,
-    ``V_CHUNKS`` ``(offset, size)``. With a ``CODEC``, ``kv_cache`` and ``scales`` are the parts of
-    a quantized cache of latents of ``RANK`` elements.
+    ``V_CHUNKS`` holds ``(offset, size, *planes)``, ``K_CHUNKS`` the same and the index of the V
+    chunk with the same columns or -1, ``K_STREAMS`` ``(from, step, *planes, to)``; see
+    ``columns.py``. The launch has ``V_BLOCKS`` blocks of value columns from ``FIRST_V_BLOCK`` on,
+    all cut alike. With a ``CODEC``, ``kv_cache`` and ``scales`` are the parts of a quantized cache
+    of latents of ``RANK`` elements; in bands, spans start at multiples of ``CODE_UNIT`` bytes.
     ``SEARCH`` maps programs to query blocks of any batch; without it sequence ``i`` is program
     ``i`` and has at most ``QUERY_BLOCK`` queries. ``out`` and ``lse`` start at row ``first_token``.
     """
     RESIDENT: tl.constexpr = STREAM == 0
     Q_HEADS: tl.constexpr = HEADS * QUERIES_PER_KV
     HEAD_BLOCKS: tl.constexpr = NUM_HEADS // Q_HEADS
-    V_BLOCKS: tl.constexpr = V_WIDTH // V_BLOCK
     DTYPE: tl.constexpr = q.dtype.element_ty
-    FORMAT: tl.constexpr = Format(CODEC, RANK, SCALE_SHIFT, DTYPE)
+    FORMAT: tl.constexpr = Format(CODEC, RANK, SCALE_SHIFT, CODE_UNIT, DTYPE)
     # Programs that read the same latents are neighbors, so that all but one hit L2.
     program = tl.program_id(0)
-    v_block = program % V_BLOCKS
+    v_block = FIRST_V_BLOCK + program % V_BLOCKS
     first_head = program // V_BLOCKS % HEAD_BLOCKS * HEADS
     block = program // (V_BLOCKS * HEAD_BLOCKS)
     split = tl.program_id(1)
@@ -173,7 +181,8 @@ def latent_attention(
         stride_scale_block,
         stride_scale_slot,
     )
-    v_first = tl.load(first_columns + first_head * 2 + 1) + v_block * (V_BLOCK // 16)
+    v_span = locate_span(first_columns, first_codes, first_head * 2 + 1)
+    v_start = Start(v_span.column + v_block * (V_BLOCK // 16), v_span.codes)
 
     offset = tl.arange(0, TILE)
     if RESIDENT:
@@ -190,7 +199,7 @@ def latent_attention(
     for tile in tl.range(tile_from, tile_to, num_stages=STAGES if RESIDENT else 1):
         base = tile * TILE
         tokens = locate_tokens(cache, seq, base + offset, end, BLOCK_SIZE)
-        values = load_value_chunks(tokens, v_first, V_CHUNKS, FORMAT)
+        values = load_value_chunks(tokens, v_start, V_CHUNKS, FORMAT)
 
         turned = queries
         if LOCAL_ROPE:
@@ -207,9 +216,9 @@ def latent_attention(
         each_tile = component + tl.minimum(base, 0)
         scores = tl.zeros([TILE, ROWS], tl.float32)
         for g in tl.static_range(HEADS // GROUP):
-            k_first = tl.load(first_columns + (first_head + g * GROUP) * 2)
+            k_start = locate_span(first_columns, first_codes, (first_head + g * GROUP) * 2)
             if RESIDENT:
-                latents = load_key_chunks(tokens, k_first, values, K_CHUNKS, FORMAT)
+                latents = load_key_chunks(tokens, k_start, values, K_CHUNKS, FORMAT)
             for j in tl.static_range(g * GROUP, g * GROUP + GROUP):
                 keys = tl.zeros([TILE, DIM], tl.float32)
                 if k_bias is not None:
@@ -220,7 +229,7 @@ def latent_attention(
                 else:
                     factor = k_up + (first_head + j) * DIM * K_WIDTH
                     keys = reconstruct_keys_streaming(
-                        keys, tokens, k_first, factor, DIM, K_WIDTH, STREAM, STAGES, FORMAT
+                        keys, tokens, k_start, factor, DIM, K_WIDTH, K_STREAMS, STAGES, FORMAT
                     )
                 if k_norm_weight is not None:
                     keys = normalize_keys(keys, k_norm_weight, each_tile, norm_eps, HEAD_DIM)

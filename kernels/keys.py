@@ -48,25 +48,47 @@ def reconstruct_keys(keys, latents, factors):
 
 
 @triton.jit
-def reconstruct_keys_streaming(
+def stream_columns(
     keys,
     tokens,
-    first,
+    start,
     k_up,
+    K_STREAMS: tl.constexpr,
+    S: tl.constexpr,
     DIM: tl.constexpr,
     K_WIDTH: tl.constexpr,
-    STREAM: tl.constexpr,
     STAGES: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """The same with ``STREAM`` columns at a time of latents and factor, read from L2.
-
-    The span starts at column ``16 * first`` of the latent, ``k_up`` is one head's factor.
-    """
-    for column in tl.range(0, K_WIDTH, STREAM, num_stages=STAGES):
-        latents = load_latents(tokens, first, column, 0, STREAM, FORMAT)
-        factor = load_factor(k_up + column, 0, STREAM, DIM, K_WIDTH)
+    """Add the product of stretch ``S``: its first chunk, and the column that it ends at."""
+    FROM: tl.constexpr = K_STREAMS[S][0]
+    STEP: tl.constexpr = K_STREAMS[S][1]
+    for more in tl.range(0, K_STREAMS[S][6] - FROM, STEP, num_stages=STAGES):
+        latents = load_latents(tokens, start, more, K_STREAMS, S, FORMAT)
+        factor = load_factor(k_up + more, FROM, STEP, DIM, K_WIDTH)
         keys = tl.dot(latents, factor, keys, input_precision="ieee")
+    return keys
+
+
+@triton.jit
+def reconstruct_keys_streaming(
+    keys,
+    tokens,
+    start,
+    k_up,
+    DIM: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    K_STREAMS: tl.constexpr,
+    STAGES: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """The same with some columns at a time of latents and factor, read from L2.
+
+    The span is at ``start``, ``k_up`` is one head's factor; ``K_STREAMS`` are stretches of columns
+    that are stored alike.
+    """
+    for s in tl.static_range(len(K_STREAMS)):
+        keys = stream_columns(keys, tokens, start, k_up, K_STREAMS, s, DIM, K_WIDTH, STAGES, FORMAT)
     return keys
 
 

@@ -14,16 +14,31 @@ class Format(NamedTuple):
     """How latents are stored and computed with; fixed at compile time.
 
     Args:
-        CODEC: latent dtype of a quantized cache, else None.
+        CODEC: latent dtype of a quantized cache, else None; ``bands`` if they are in bands.
         RANK: elements of a quantized token.
         SCALE_SHIFT: log2 of the columns that share a scale.
+        CODE_UNIT: bytes; spans in bands start at multiples of it.
         DTYPE: of loaded latents.
     """
 
     CODEC: tl.constexpr
     RANK: tl.constexpr
     SCALE_SHIFT: tl.constexpr
+    CODE_UNIT: tl.constexpr
     DTYPE: tl.constexpr
+
+
+class Start(NamedTuple):
+    """Where a span starts in a token.
+
+    Args:
+        column: in units of 16, so that the compiler sees the alignment that asynchronous copies
+            need.
+        codes: of latents in bands, the first code byte in units of ``CODE_UNIT``; else unused.
+    """
+
+    column: tl.tensor
+    codes: tl.tensor
 
 
 class Cache(NamedTuple):
@@ -71,11 +86,20 @@ def locate_tokens(cache, seq, position, end, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
+def locate_span(first_columns, first_codes, index):
+    """:class:`Start` of the span at ``index`` of the tables; a head's K span, then its V span."""
+    column = tl.load(first_columns + index)
+    codes = column
+    if first_codes is not None:
+        codes = tl.load(first_codes + index)
+    return Start(column, codes)
+
+
+@triton.jit
 def load_columns(rows, live, first, OFFSET: tl.constexpr, SIZE: tl.constexpr):
     """``[TILE, SIZE]`` latents from column ``16 * first + OFFSET`` on; zero where not live.
 
-    The mask keeps slots that were never written (possibly NaN) out of ``0 * NaN``. Columns come in
-    units of 16 so that the compiler sees the alignment that asynchronous copies need.
+    The mask keeps slots that were never written (possibly NaN) out of ``0 * NaN``.
     """
     columns = first * 16 + OFFSET + tl.arange(0, SIZE)
     return tl.load(rows[:, None] + columns[None, :], mask=live[:, None], other=0.0)
@@ -116,51 +140,76 @@ def load_units(rows, live, column, SIZE: tl.constexpr, CODEC: tl.constexpr, RANK
 
 
 @triton.jit
-def load_latents(
-    tokens, first, more, OFFSET: tl.constexpr, SIZE: tl.constexpr, FORMAT: tl.constexpr
-):
-    """``[TILE, SIZE]`` latents from column ``16 * first + more + OFFSET`` on; zero where not live.
+def load_band_units(rows, live, column, CHUNKS: tl.constexpr, C: tl.constexpr):
+    """The same of latents in bands: those of chunk ``C``, ``column`` columns further on."""
+    SIZE: tl.constexpr = CHUNKS[C][1]
+    LOW: tl.constexpr = CHUNKS[C][2]
+    HIGH: tl.constexpr = CHUNKS[C][4]
+    codes = load_codes(rows + CHUNKS[C][3], live, column, SIZE, LOW)
+    if HIGH > 0:
+        codes = codes | (load_codes(rows + CHUNKS[C][5], live, column, SIZE, HIGH) << LOW)
+    return codes.to(tl.float32) - ((1 << (LOW + HIGH - 1)) - 0.5)
 
-    Quantized ones are dequantized: column ``c`` has the scale ``c >> SCALE_SHIFT`` of its token.
-    Scales are loaded once per 16 columns, which share one wherever a span starts.
+
+@triton.jit
+def load_scales(source, live, CODEC: tl.constexpr):
+    """Scales as float32; those of latents in bands are the upper bytes of halves."""
+    if CODEC == "bands":
+        bits = tl.load(source, mask=live, other=0).to(tl.int16) << 7
+        scale = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        scale = tl.load(source, mask=live, other=0.0).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def load_latents(tokens, start, more, CHUNKS: tl.constexpr, C: tl.constexpr, FORMAT: tl.constexpr):
+    """``[TILE, size]`` latents of chunk ``C``, ``more`` columns further on; zero where not live.
+
+    Chunks are ``(offset, size, *planes)`` in the span at ``start``, see ``columns.py``. Quantized
+    latents are dequantized: column ``c`` has the scale ``c >> SCALE_SHIFT`` of its token. Scales
+    are loaded once per 16 columns, which share one wherever a span starts.
     """
+    OFFSET: tl.constexpr = CHUNKS[C][0]
+    SIZE: tl.constexpr = CHUNKS[C][1]
+    first = start.column
     if FORMAT.CODEC is None:
         latents = load_columns(tokens.latents + more, tokens.live, first, OFFSET, SIZE)
     else:
         rows, live = tokens.latents, tokens.live
-        units = load_units(rows, live, first * 16 + more + OFFSET, SIZE, FORMAT.CODEC, FORMAT.RANK)
+        if FORMAT.CODEC == "bands":
+            codes = rows + start.codes * FORMAT.CODE_UNIT
+            units = load_band_units(codes, live, more, CHUNKS, C)
+        else:
+            column = first * 16 + more + OFFSET
+            units = load_units(rows, live, column, SIZE, FORMAT.CODEC, FORMAT.RANK)
         sixteens = first + (more + OFFSET) // 16 + tl.arange(0, SIZE // 16)
         source = tokens.scales[:, None] + (sixteens >> (FORMAT.SCALE_SHIFT - 4))[None, :]
-        scale = tl.load(source, mask=live[:, None], other=0.0).to(tl.float32)
+        scale = load_scales(source, live[:, None], FORMAT.CODEC)
         scale = tl.broadcast_to(scale[:, :, None], [rows.shape[0], SIZE // 16, 16])
         latents = (units * tl.reshape(scale, [rows.shape[0], SIZE])).to(FORMAT.DTYPE)
     return latents
 
 
 @triton.jit
-def load_value_chunks(tokens, first, V_CHUNKS: tl.constexpr, FORMAT: tl.constexpr):
-    """The V span's chunks, a tuple of ``[TILE, size]``; the span starts at column ``16 * first``.
-
-    ``V_CHUNKS`` are ``(offset, size)`` in the span.
-    """
+def load_value_chunks(tokens, start, V_CHUNKS: tl.constexpr, FORMAT: tl.constexpr):
+    """The V span's chunks, a tuple of ``[TILE, size]``; the span is at ``start``."""
     chunks = ()
     for c in tl.static_range(len(V_CHUNKS)):
-        chunk = load_latents(tokens, first, 0, V_CHUNKS[c][0], V_CHUNKS[c][1], FORMAT)
-        chunks = chunks + (chunk,)
+        chunks = chunks + (load_latents(tokens, start, 0, V_CHUNKS, c, FORMAT),)
     return chunks
 
 
 @triton.jit
-def load_key_chunks(tokens, first, values, K_CHUNKS: tl.constexpr, FORMAT: tl.constexpr):
-    """The K span's chunks, a tuple of ``[TILE, size]``; the span starts at column ``16 * first``.
+def load_key_chunks(tokens, start, values, K_CHUNKS: tl.constexpr, FORMAT: tl.constexpr):
+    """The K span's chunks, a tuple of ``[TILE, size]``; the span is at ``start``.
 
-    ``K_CHUNKS`` are ``(offset, size, index of the chunk in values with the same columns or -1)``.
+    ``K_CHUNKS`` end in the index of the chunk in ``values`` that has the same columns, or -1.
     """
     chunks = ()
     for c in tl.static_range(len(K_CHUNKS)):
-        if K_CHUNKS[c][2] >= 0:
-            chunks = chunks + (values[K_CHUNKS[c][2]],)
+        if K_CHUNKS[c][6] >= 0:
+            chunks = chunks + (values[K_CHUNKS[c][6]],)
         else:
-            chunk = load_latents(tokens, first, 0, K_CHUNKS[c][0], K_CHUNKS[c][1], FORMAT)
-            chunks = chunks + (chunk,)
+            chunks = chunks + (load_latents(tokens, start, 0, K_CHUNKS, c, FORMAT),)
     return chunks

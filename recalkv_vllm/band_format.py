@@ -216,6 +216,18 @@ class BandFormat:
 CacheFormat = LatentFormat | BandFormat
 
 
+def stored_format(
+    bands: tuple[Band, ...] | None, uniform: LatentFormat | None
+) -> CacheFormat | None:
+    """How one layer's latents are stored: in its bands if it has any, else as all layers' are."""
+    return uniform if bands is None else BandFormat(bands)
+
+
+def token_bytes(latent_format: CacheFormat | None, rank: int, itemsize: int) -> int:
+    """Bytes of one token's latent: as the format stores it, or ``itemsize`` for each element."""
+    return rank * itemsize if latent_format is None else latent_format.slot_bytes(rank)
+
+
 def band_bytes(band: Band) -> int:
     """Bytes of a band's codes."""
     return band.columns * band.bits // 8

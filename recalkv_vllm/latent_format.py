@@ -171,11 +171,6 @@ class LatentFormat:
         return padded.unflatten(-1, (-1, size))
 
 
-def token_bytes(latent_format: LatentFormat | None, rank: int, itemsize: int) -> int:
-    """Bytes of one token's latent: as the format stores it, or ``itemsize`` for each element."""
-    return rank * itemsize if latent_format is None else latent_format.slot_bytes(rank)
-
-
 @functools.cache
 def _rank_of(latent_format: LatentFormat, slot_bytes: int) -> int:
     guess = slot_bytes * 8 // latent_format.bits // 16 * 16

@@ -8,8 +8,9 @@ RANK_ALLOCATIONS = ("loss", "fisher", "uniform")
 #: One latent per group, of which keys read the first columns; one latent per group that keys and
 #: values read whole; latents of their own.
 SPAN_KINDS = ("nested", "joint", "split")
-#: How latents are stored: in the factors' own dtype, in the format of least expected loss, or so.
-LATENT_DTYPES = ("bf16", "auto", "fp8", "int8", "int4", "int3")
+#: How latents are stored: as the method knows best, every column in as many bits as it is worth, in
+#: the factors' own dtype, or so.
+LATENT_DTYPES = ("auto", "bands", "bf16", "fp8", "int8", "int4", "int3")
 #: Calibration text where none is named: by the model itself, and text that comes with Python.
 DEFAULT_DATASETS = ("self", "builtin")
 #: Calibration samples and tokens of each: what takes minutes.

@@ -103,6 +103,32 @@ def test_rank_budget_never_exceeds_what_is_asked(thousandths, layers, heads, hea
     assert budget * 1000 <= kept < (budget + 16) * 1000
 
 
+BANDED_LAYER = LatentLayout(
+    64, 2, ((0, 32), (32, 64)), ((0, 32), (32, 64)), (0, 1, 2, 3), ((32, 6), (32, 6))
+)
+BANDED = RecalkvConfig("kfac", 0.7, (BANDED_LAYER, BANDED_LAYER))
+
+
+def with_recalkv(config=CONFIG, **changes):
+    raw = hf_config(config)
+    return {**raw, "recalkv": {**raw["recalkv"], **changes}}
+
+
+def with_bands(bands):
+    layers = hf_config(BANDED)["recalkv"]["layers"]
+    return with_recalkv(BANDED, layers=[{**layers[0], "bands": bands}, layers[1]])
+
+
+def test_bands_are_read_back():
+    raw = json.loads(json.dumps(hf_config(BANDED)))
+    assert raw["recalkv"]["format_version"] == 2
+    assert raw["recalkv"]["layers"][0]["bands"] == [[32, 6], [32, 6]]
+    assert RecalkvConfig.from_hf_config(raw) == BANDED
+    assert kv_bytes_per_token(BANDED, GEOMETRY, 2)["compressed"] == 2 * (48 + 2)
+    assert "bands" not in hf_config()["recalkv"]["layers"][0]
+    assert hf_config()["recalkv"]["format_version"] == 1
+
+
 def with_layer(**changes):
     return hf_config(replace(CONFIG, layers=(replace(DISJOINT, **changes), JOINT)))
 
@@ -111,7 +137,24 @@ def with_layer(**changes):
     ("config", "message"),
     [
         (HF_CONFIG, "recalkv: expected an object, found None"),
-        (hf_config(replace(CONFIG, format_version=2)), "format_version: expected 1, found 2"),
+        (with_recalkv(format_version=3), "format_version: expected 1 or 2, found 3"),
+        (with_recalkv(format_version=2), r"layers\[0\].bands: expected some in format_version 2"),
+        (
+            with_recalkv(BANDED, format_version=1),
+            r"layers\[0\].bands: expected none in format_version 1, found",
+        ),
+        (
+            with_recalkv(BANDED, latent_quantization={"dtype": "int4", "group_size": 32}),
+            "latent_quantization: expected null in format_version 2",
+        ),
+        (with_bands([]), r"bands: expected a list of \[columns, bits\], found \[\]"),
+        (with_bands([[64]]), r"bands: expected a list of \[columns, bits\], found"),
+        (with_bands([[48, 4], [16, 4]]), "bands: expected positive multiples of 32 columns"),
+        (with_bands([[32, 5], [32, 4]]), "bands: expected 2, 3, 4, 6, 8 bits, found 5"),
+        (with_bands([[32, 4]]), "bands: expected edges at both ends of the span"),
+        (with_bands([[64, 4]]), r"bands: expected edges at both ends of the span \[0, 32\)"),
+        (with_bands([[32, 8], [32, 4], [32, 2]]), "bands: expected 64 columns, as rank, found 96"),
+        (with_bands([[32, 8], [32, 4]]), "bands: expected the same in all k_spans"),
         (
             hf_config(replace(CONFIG, compression=1.0)),
             r"compression: expected a number in \[0, 1\)",

@@ -17,9 +17,9 @@ namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-Batch make_batch(const Layer& layer, const at::Tensor& q, const at::Tensor& kv_cache,
-                 const at::Tensor& block_table, const at::Tensor& seq_lens,
-                 const at::Tensor& query_start_loc) {
+Batch make_batch(const Layer& layer, const LatentLayout& latents, const at::Tensor& q,
+                 const at::Tensor& kv_cache, const at::Tensor& block_table,
+                 const at::Tensor& seq_lens, const at::Tensor& query_start_loc) {
   Batch batch{};
   batch.q = q.const_data_ptr();
   batch.q_stride = q.stride(0);
@@ -29,7 +29,7 @@ Batch make_batch(const Layer& layer, const at::Tensor& q, const at::Tensor& kv_c
   batch.block_stride = kv_cache.stride(0);
   batch.token_stride = kv_cache.stride(1);
   batch.block_size = static_cast<int>(kv_cache.size(1));
-  batch.latents = layout_of_slots(layer.latent_format, kv_cache.size(2));
+  batch.latents = latents;
   batch.num_seqs = static_cast<int>(block_table.size(0));
   batch.block_table = block_table.const_data_ptr<int32_t>();
   batch.table_stride = block_table.stride(0);
@@ -159,7 +159,9 @@ std::tuple<at::Tensor, at::Tensor> paged_latent_attention(
     const at::Tensor& query_start_loc) {
   const Layer& layer = attention_layer->layer();
   const ElementKernels& kernels = attention_layer->kernels(q.scalar_type());
-  const Batch batch = make_batch(layer, q, kv_cache, block_table, seq_lens, query_start_loc);
+  const OwnedLayout latents = attention_layer->latent_format().layout_of_slots(kv_cache.size(2));
+  const Batch batch =
+      make_batch(layer, latents.layout, q, kv_cache, block_table, seq_lens, query_start_loc);
   check_batch(batch, q.size(0), kv_cache.size(0), block_table.size(1), layer.max_position);
 
   at::Tensor out = at::empty({q.size(0), q.size(1), layer.v_width}, q.options().dtype(at::kFloat));

@@ -7,7 +7,6 @@
 
 #include "dtypes.h"
 #include "isa.h"
-#include "quantization.h"
 
 namespace recalkv {
 namespace {
@@ -38,12 +37,14 @@ AttentionLayer::AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> 
                                std::optional<c10::intrusive_ptr<Rotation>> rotation,
                                std::optional<c10::intrusive_ptr<Expansion>> expansion,
                                const c10::intrusive_ptr<Logits>& logits,
-                               const std::string& latent_dtype, int64_t group_size)
+                               const std::string& latent_dtype, int64_t group_size,
+                               const std::optional<at::Tensor>& bands)
     : keys_(std::move(keys)),
       spans_(std::move(spans)),
       rotation_(std::move(rotation)),
       expansion_(std::move(expansion)),
-      kernels_(checked_isa(isa)) {
+      kernels_(checked_isa(isa)),
+      latent_format_(latent_dtype, group_size, bands) {
   set_keys(*keys_);
   set_spans(*spans_);
   layer_.max_position = std::numeric_limits<int32_t>::max();
@@ -52,7 +53,6 @@ AttentionLayer::AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> 
   layer_.scale = static_cast<float>(logits->scale);
   layer_.soft_cap = static_cast<float>(logits->soft_cap);
   layer_.window = logits->window;
-  layer_.latent_format = latent_format_of(latent_dtype, group_size);
 }
 
 const ElementKernels& AttentionLayer::kernels(at::ScalarType dtype) const {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "quantization.h"
 
 namespace recalkv {
 
@@ -77,9 +78,10 @@ class AttentionLayer : public torch::CustomClassHolder {
                  std::optional<c10::intrusive_ptr<Rotation>> rotation,
                  std::optional<c10::intrusive_ptr<Expansion>> expansion,
                  const c10::intrusive_ptr<Logits>& logits, const std::string& latent_dtype,
-                 int64_t group_size);
+                 int64_t group_size, const std::optional<at::Tensor>& bands);
 
   const Layer& layer() const { return layer_; }
+  const LatentFormat& latent_format() const { return latent_format_; }
   int64_t v_width() const { return layer_.v_width; }
   // Kernels for a cache and queries of `dtype`; throws a ValueError where there are none.
   const ElementKernels& kernels(at::ScalarType dtype) const;
@@ -96,6 +98,7 @@ class AttentionLayer : public torch::CustomClassHolder {
   const std::optional<c10::intrusive_ptr<Rotation>> rotation_;
   const std::optional<c10::intrusive_ptr<Expansion>> expansion_;
   const Kernels& kernels_;
+  const LatentFormat latent_format_;
   Layer layer_{};
 };
 

@@ -61,10 +61,10 @@ TORCH_LIBRARY(recalkv_cpu, m) {
       .def(torch::init<std::string, intrusive_ptr<Keys>, intrusive_ptr<Spans>,
                        std::optional<intrusive_ptr<Rotation>>,
                        std::optional<intrusive_ptr<Expansion>>, intrusive_ptr<Logits>, std::string,
-                       int64_t>(),
+                       int64_t, std::optional<at::Tensor>>(),
            "",
            {arg("isa"), arg("keys"), arg("spans"), arg("rotation"), arg("expansion"), arg("logits"),
-            arg("latent_dtype"), arg("group_size")})
+            arg("latent_dtype"), arg("group_size"), arg("bands")})
       .def("attend", &recalkv::attend)
       .def("v_width", &AttentionLayer::v_width)
       // Torch's tracing compares its arguments, and asks them for their length.
@@ -80,7 +80,7 @@ TORCH_LIBRARY(recalkv_cpu, m) {
   m.def("table_sizes() -> int[]", &recalkv::table_sizes);
   m.def(
       "latent_cache_update(Tensor z, Tensor(a!) kv_cache, Tensor slot_mapping, "
-      "str latent_dtype, int group_size) -> ()");
+      "str latent_dtype, int group_size, Tensor? bands) -> ()");
   m.def(
       "latent_value_up(Tensor o_lat, Tensor v_up, Tensor? v_bias, ScalarType out_dtype, str isa) "
       "-> Tensor");

@@ -66,9 +66,9 @@ void quantize_all(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& s
       for (int j = 0; j < layout.rank; ++j) elements[j] = static_cast<float>(row[j]);
       uint8_t* block = to + slots[i] / block_size * block_stride;
       const int64_t offset = slots[i] % block_size;
-      uint16_t* scales = reinterpret_cast<uint16_t*>(block + block_size * layout.code_bytes);
+      uint8_t* scales = block + block_size * layout.code_bytes;
       quantize(layout, elements.data(), units.data(), block + offset * layout.code_bytes,
-               scales + offset * layout.groups);
+               scales + offset * layout.groups * scale_bytes(layout.scale_type));
     }
   });
 }
@@ -76,13 +76,15 @@ void quantize_all(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& s
 }  // namespace
 
 void latent_cache_update(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_mapping,
-                         std::string_view latent_dtype, int64_t group_size) {
-  const LatentLayout layout = layout_of_rank(latent_format_of(latent_dtype, group_size), z.size(1));
+                         std::string_view latent_dtype, int64_t group_size,
+                         const std::optional<at::Tensor>& bands) {
+  const OwnedLayout owned =
+      LatentFormat(latent_dtype, group_size, bands).layout_of_slots(kv_cache.size(2));
   AT_DISPATCH_INDEX_TYPES(slot_mapping.scalar_type(), "latent_cache_update", [&] {
-    if (layout.codec == Codec::kNone) return copy<index_t>(z, kv_cache, slot_mapping);
+    if (!owned.layout.num_bands) return copy<index_t>(z, kv_cache, slot_mapping);
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, z.scalar_type(), "latent_cache_update",
-        [&] { quantize_all<scalar_t, index_t>(z, kv_cache, slot_mapping, layout); });
+        [&] { quantize_all<scalar_t, index_t>(z, kv_cache, slot_mapping, owned.layout); });
   });
 }
 

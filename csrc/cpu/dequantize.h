@@ -7,51 +7,99 @@
 
 namespace recalkv::RECALKV_ISA {
 
-template <Codec kCodec>
-RECALKV_INLINE Vec load_codes(const uint8_t* codes, int64_t column, int rank) {
-  if constexpr (kCodec == Codec::kInt8) return load_int8(codes, column);
-  if constexpr (kCodec == Codec::kFp8) return load_fp8(codes, column);
-  if constexpr (kCodec == Codec::kInt4) return load_int4(codes, column);
-  return load_int3(codes, column, rank);
+// Tokens whose codes are still in the nearest cache when a next segment of them is read.
+constexpr int kTokenBlock = 8;
+
+// The parts, cut where bands are.
+template <class Format>
+void Attention<Format>::plan_segments() {
+  for (int i = 0; i < batch.latents.num_bands; ++i) {
+    const Band& band = batch.latents.bands[i];
+    const Planes planes = planes_of(band.codec);
+    for (int part = 0; part < num_parts; ++part) {
+      const int64_t begin = parts[part].begin > band.begin ? parts[part].begin : band.begin;
+      const int64_t end = parts[part].end < band.end ? parts[part].end : band.end;
+      if (begin >= end) continue;
+      const int64_t skipped = begin - band.begin, columns = end - begin;
+      const int64_t low = band.low + skipped * planes.low / 8;
+      const int64_t high = band.high + skipped * planes.high / 8;
+      segments[num_segments++] = {band.codec, begin, end, low, high};
+      add_codes(low, low + columns * planes.low / 8);
+      if (planes.high) add_codes(high, high + columns * planes.high / 8);
+    }
+  }
+}
+
+template <class Format>
+void Attention<Format>::add_codes(int64_t begin, int64_t end) {
+  if (num_code_ranges && code_ranges[num_code_ranges - 1].end == begin) {
+    code_ranges[num_code_ranges - 1].end = end;
+  } else {
+    code_ranges[num_code_ranges++] = {begin, end};
+  }
 }
 
 // An integer code u of b bits stands for (u + 0.5 - 2^(b-1)) · scale.
 constexpr float center(Codec codec) {
-  return codec == Codec::kInt8 ? -127.5f : codec == Codec::kInt4 ? -7.5f : -3.5f;
+  return 0.5f - static_cast<float>(1 << (planes_of(codec).bits() - 1));
+}
+
+template <ScaleType kType>
+RECALKV_INLINE float load_scale(const uint8_t* scales, int64_t group) {
+  if (kType == ScaleType::kHalfByte) return _cvtsh_ss(static_cast<uint16_t>(scales[group] << 7));
+  return bits_to_float(uint32_t{load_as<uint16_t>(scales + 2 * group)} << 16);
 }
 
 template <class Format>
-template <Codec kCodec>
-void Attention<Format>::dequantize_from(const Tile& tile, int valid) {
-  const LatentLayout& layout = batch.latents;
-  for (int t = 0; t < valid; ++t) {
+template <ScaleType kType, Codec kCodec>
+void Attention<Format>::dequantize(const Segment& segment, const Tile& tile, int begin, int end) {
+  constexpr bool kFp8 = kCodec == Codec::kFp8;
+  const int shift = batch.latents.group_shift;
+  for (int t = begin; t < end; ++t) {
     Raw* out = dequantized + t * dequantized_stride;
-    for (int part = 0; part < num_parts; ++part) {
-      for (int64_t column = parts[part].begin; column < parts[part].end;) {
-        const int64_t group = column >> layout.group_shift;
-        const int64_t next_group = (group + 1) << layout.group_shift;
-        const int64_t end = next_group < parts[part].end ? next_group : parts[part].end;
-        const float stored = bits_to_float(uint32_t{tile.scales[t][group]} << 16);
-        const Vec scale = splat(kCodec == Codec::kFp8 ? stored * 256 : stored);
-        const Vec offset = splat(stored * center(kCodec));
-        for (; column < end; column += kLanes) {
-          const Vec units = load_codes<kCodec>(tile.codes[t], column, layout.rank);
-          Format::store_latent(
-              out + column, kCodec == Codec::kFp8 ? mul(units, scale) : fma(units, scale, offset));
-        }
+    const uint8_t* low = tile.codes[t] + segment.low;
+    const uint8_t* high = tile.codes[t] + segment.high;
+    for (int64_t column = segment.begin; column < segment.end;) {
+      const int64_t group = column >> shift;
+      const int64_t next_group = (group + 1) << shift;
+      const int64_t until = next_group < segment.end ? next_group : segment.end;
+      const float stored = load_scale<kType>(tile.scales[t], group);
+      const Vec scale = splat(kFp8 ? stored * 256 : stored);
+      const Vec offset = splat(stored * center(kCodec));
+      for (; column < until; column += kLanes) {
+        const Vec units = load_codes<kCodec>(low, high, column - segment.begin);
+        Format::store_latent(out + column, kFp8 ? mul(units, scale) : fma(units, scale, offset));
       }
     }
   }
 }
 
 template <class Format>
+template <ScaleType kType>
+void Attention<Format>::dequantize(const Tile& tile, int begin, int end) {
+  for (int i = 0; i < num_segments; ++i) {
+    const Segment& s = segments[i];
+    switch (s.codec) {
+      case Codec::kInt8: dequantize<kType, Codec::kInt8>(s, tile, begin, end); break;
+      case Codec::kFp8: dequantize<kType, Codec::kFp8>(s, tile, begin, end); break;
+      case Codec::kInt6: dequantize<kType, Codec::kInt6>(s, tile, begin, end); break;
+      case Codec::kInt4: dequantize<kType, Codec::kInt4>(s, tile, begin, end); break;
+      case Codec::kInt3: dequantize<kType, Codec::kInt3>(s, tile, begin, end); break;
+      case Codec::kInt2: dequantize<kType, Codec::kInt2>(s, tile, begin, end); break;
+    }
+  }
+}
+
+template <class Format>
 void Attention<Format>::dequantize(const Tile& tile, int valid) {
-  switch (batch.latents.codec) {
-    case Codec::kInt8: return dequantize_from<Codec::kInt8>(tile, valid);
-    case Codec::kFp8: return dequantize_from<Codec::kFp8>(tile, valid);
-    case Codec::kInt4: return dequantize_from<Codec::kInt4>(tile, valid);
-    case Codec::kInt3: return dequantize_from<Codec::kInt3>(tile, valid);
-    case Codec::kNone: return;
+  const bool half_bytes = batch.latents.scale_type == ScaleType::kHalfByte;
+  for (int begin = 0; begin < valid; begin += kTokenBlock) {
+    const int end = begin + kTokenBlock < valid ? begin + kTokenBlock : valid;
+    if (half_bytes) {
+      dequantize<ScaleType::kHalfByte>(tile, begin, end);
+    } else {
+      dequantize<ScaleType::kBFloat16>(tile, begin, end);
+    }
   }
 }
 
@@ -63,18 +111,9 @@ RECALKV_INLINE void prefetch_bytes(const uint8_t* p, int64_t begin, int64_t end)
 template <class Format>
 RECALKV_INLINE void Attention<Format>::prefetch_codes(int token) const {
   const LatentLayout& layout = batch.latents;
-  const uint8_t* codes = next->codes[token];
-  for (int part = 0; part < num_parts; ++part) {
-    const int64_t begin = parts[part].begin, end = parts[part].end;
-    if (layout.codec == Codec::kInt3) {
-      prefetch_bytes(codes, begin / 4, end / 4);
-      prefetch_bytes(codes + layout.rank / 4, begin / 8, end / 8);
-    } else {
-      const int per_byte = layout.codec == Codec::kInt4 ? 2 : 1;
-      prefetch_bytes(codes, begin / per_byte, end / per_byte);
-    }
-  }
-  prefetch_bytes(reinterpret_cast<const uint8_t*>(next->scales[token]), 0, 2 * layout.groups);
+  for (int i = 0; i < num_code_ranges; ++i)
+    prefetch_bytes(next->codes[token], code_ranges[i].begin, code_ranges[i].end);
+  prefetch_bytes(next->scales[token], 0, layout.groups * scale_bytes(layout.scale_type));
 }
 
 }  // namespace recalkv::RECALKV_ISA

@@ -18,7 +18,7 @@ void Attention<Format>::locate(int64_t first, int valid, Tile& tile) const {
       const uint8_t* codes = static_cast<const uint8_t*>(batch.cache) + from;
       const uint8_t* scales = codes + int64_t{batch.block_size} * layout.code_bytes;
       tile.codes[t] = codes + int64_t{offset} * layout.code_bytes;
-      tile.scales[t] = reinterpret_cast<const uint16_t*>(scales) + int64_t{offset} * layout.groups;
+      tile.scales[t] = scales + int64_t{offset} * layout.groups * scale_bytes(layout.scale_type);
       tile.latents[t] = dequantized + t * dequantized_stride;
     } else {
       tile.latents[t] = static_cast<const Raw*>(batch.cache) + from + offset * batch.token_stride;
@@ -36,22 +36,26 @@ template <class Format>
 void Attention<Format>::plan_parts() {
   num_parts = 0;
   for (int group = task.group_begin; group < task.group_end; ++group)
-    add_part(layer.k_starts[group], layer.k_width);
+    add_part(layer.k_starts[group], layer.k_starts[group] + layer.k_width);
   const int heads_per_v_group = layer.num_kv_heads / layer.v_groups;
   for (int group = first_head / heads_per_v_group;
        group <= (first_head + num_heads - 1) / heads_per_v_group; ++group)
-    add_part(layer.v_starts[group], layer.v_width);
+    add_part(layer.v_starts[group], layer.v_starts[group] + layer.v_width);
 }
 
 template <class Format>
-void Attention<Format>::add_part(int64_t begin, int width) {
-  for (int i = 0; i < num_parts; ++i) {
-    if (begin > parts[i].end || begin + width < parts[i].begin) continue;
-    if (begin < parts[i].begin) parts[i].begin = begin;
-    if (begin + width > parts[i].end) parts[i].end = begin + width;
-    return;
+void Attention<Format>::add_part(int64_t begin, int64_t end) {
+  for (int i = 0; i < num_parts;) {
+    if (begin > parts[i].end || end < parts[i].begin) {
+      ++i;
+      continue;
+    }
+    if (parts[i].begin < begin) begin = parts[i].begin;
+    if (parts[i].end > end) end = parts[i].end;
+    parts[i] = parts[--num_parts];
+    i = 0;  // what it did not touch, it may touch now
   }
-  parts[num_parts++] = {begin, begin + width};
+  parts[num_parts++] = {begin, end};
 }
 
 // Starts fetching the next few tokens of the next tile. Called between blocks of arithmetic: all

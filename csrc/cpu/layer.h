@@ -2,7 +2,6 @@
 // compiled once per instruction set: nothing in them may be merged across sets by the linker.
 #pragma once
 
-#include "latent_format.h"
 #include "sizes.h"
 
 namespace recalkv {
@@ -36,7 +35,6 @@ struct Layer {
   float scale;
   float soft_cap;  // 0 is none
   int64_t window;  // 0 is none
-  LatentFormat latent_format;
 };
 
 }  // namespace recalkv

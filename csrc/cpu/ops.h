@@ -13,7 +13,8 @@
 namespace recalkv {
 
 void latent_cache_update(const at::Tensor& z, at::Tensor& kv_cache, const at::Tensor& slot_mapping,
-                         std::string_view latent_dtype, int64_t group_size);
+                         std::string_view latent_dtype, int64_t group_size,
+                         const std::optional<at::Tensor>& bands);
 
 at::Tensor latent_value_up(const at::Tensor& o_lat, const at::Tensor& v_up,
                            const std::optional<at::Tensor>& v_bias, at::ScalarType out_dtype,

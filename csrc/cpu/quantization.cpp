@@ -1,10 +1,11 @@
 #include "quantization.h"
 
 #include <c10/util/BFloat16.h>
-#include <c10/util/Exception.h>
 #include <c10/util/Float8_e4m3fn.h>
+#include <c10/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -13,25 +14,11 @@ namespace {
 
 constexpr float kLargestFp8 = 448;
 constexpr float kSmallestScale = std::numeric_limits<float>::min();  // that of bfloat16 too
-// The shift of a single scale for all columns.
-constexpr int kOneGroup = 30;
-constexpr int kScaleBytes = 2;
 
-int bits(Codec codec) {
-  switch (codec) {
-    case Codec::kInt3: return 3;
-    case Codec::kInt4: return 4;
-    default: return 8;
-  }
-}
-
-Codec codec_of(std::string_view dtype) {
-  if (dtype.empty()) return Codec::kNone;
-  if (dtype == "int8") return Codec::kInt8;
-  if (dtype == "fp8") return Codec::kFp8;
-  if (dtype == "int4") return Codec::kInt4;
-  if (dtype == "int3") return Codec::kInt3;
-  TORCH_CHECK_VALUE(false, "latent_dtype: expected int8, fp8, int4, int3 or none, found ", dtype);
+int32_t bits_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
 
 // The largest magnitude; NaN if any element is. As integers, magnitudes have the same order, and
@@ -39,14 +26,34 @@ Codec codec_of(std::string_view dtype) {
 float largest_of(const float* z, int count) {
   int32_t largest = 0;
   for (int i = 0; i < count; ++i) {
-    int32_t bits;
-    std::memcpy(&bits, z + i, sizeof bits);
-    bits &= 0x7fffffff;
+    const int32_t bits = bits_of(z[i]) & 0x7fffffff;
     largest = bits > largest ? bits : largest;
   }
   float size;
   std::memcpy(&size, &largest, sizeof size);
   return size;
+}
+
+// encode_scales of band_format.py for one scale.
+uint8_t half_byte(float scale) {
+  constexpr int kDroppedBits = 20, kRebias = (127 - 15) << 3, kLargest = 0xf7;
+  if (std::isnan(scale)) return 0xff;
+  if (std::isinf(scale)) return 0xf8;
+  if (scale < 0x1p-14f) return static_cast<uint8_t>(std::ceil(scale * 0x1p17f));
+  const int rounded = ((bits_of(scale) + (1 << kDroppedBits) - 1) >> kDroppedBits) - kRebias;
+  return static_cast<uint8_t>(std::min(rounded, kLargest));
+}
+
+// Writes scale `group`, rounded as its type is; returns what it then is.
+float store_scale(ScaleType type, float scale, uint8_t* scales, int group) {
+  if (type == ScaleType::kHalfByte) {
+    scales[group] = half_byte(scale);
+    return c10::Half(static_cast<uint16_t>(scales[group] << 7), c10::Half::from_bits());
+  }
+  c10::BFloat16 rounded(scale);
+  if (rounded < kSmallestScale) rounded = 0;
+  std::memcpy(scales + group * sizeof rounded.x, &rounded.x, sizeof rounded.x);
+  return rounded;
 }
 
 void fp8_codes(const float* z, int count, float inverse, uint8_t* codes) {
@@ -70,70 +77,56 @@ void int_codes(const float* z, int count, float inverse, int half, uint8_t* code
   }
 }
 
-// `width` bits from bit `from` on of each unit, earlier units in lower bits.
-void pack(const uint8_t* units, int count, int from, int width, uint8_t* out) {
-  const int per_byte = 8 / width, mask = (1 << width) - 1;
-  for (int i = 0; i < count / per_byte; ++i) {
+// `kWidth` bits from bit `from` on of each unit, earlier units in lower bits.
+template <int kWidth>
+void pack_plane(const uint8_t* units, int count, int from, uint8_t* out) {
+  constexpr int kPerByte = 8 / kWidth, kMask = (1 << kWidth) - 1;
+  for (int i = 0; i < count / kPerByte; ++i) {
     int byte = 0;
-    for (int j = 0; j < per_byte; ++j)
-      byte |= (units[i * per_byte + j] >> from & mask) << (j * width);
+    for (int j = 0; j < kPerByte; ++j)
+      byte |= (units[i * kPerByte + j] >> from & kMask) << (j * kWidth);
     out[i] = static_cast<uint8_t>(byte);
+  }
+}
+
+void pack(const uint8_t* units, int count, int from, int width, uint8_t* out) {
+  switch (width) {
+    case 1: return pack_plane<1>(units, count, from, out);
+    case 2: return pack_plane<2>(units, count, from, out);
+    case 4: return pack_plane<4>(units, count, from, out);
+    case 8: std::copy(units, units + count, out);
   }
 }
 
 }  // namespace
 
-LatentFormat latent_format_of(std::string_view dtype, int64_t group_size) {
-  LatentFormat format{codec_of(dtype), kOneGroup};
-  if (group_size)
-    for (format.group_shift = 0; int64_t{1} << format.group_shift < group_size;)
-      ++format.group_shift;
-  return format;
-}
-
-LatentLayout layout_of_rank(const LatentFormat& format, int64_t rank) {
-  LatentLayout layout{};
-  layout.codec = format.codec;
-  layout.rank = static_cast<int>(rank);
-  layout.code_bytes = layout.rank * bits(format.codec) / 8;
-  layout.group_shift = format.group_shift;
-  layout.groups = ((layout.rank - 1) >> format.group_shift) + 1;
-  return layout;
-}
-
-LatentLayout layout_of_slots(const LatentFormat& format, int64_t slot_size) {
-  if (format.codec == Codec::kNone) return layout_of_rank(format, slot_size);
-  const int64_t whole_group = (int64_t{bits(format.codec)} << format.group_shift) / 8 + kScaleBytes;
-  const int64_t groups = (slot_size + whole_group - 1) / whole_group;
-  return layout_of_rank(format, (slot_size - groups * kScaleBytes) * 8 / bits(format.codec));
-}
-
 void quantize(const LatentLayout& layout, const float* z, uint8_t* units, uint8_t* codes,
-              uint16_t* scales) {
-  const bool fp8 = layout.codec == Codec::kFp8;
-  const int half = 1 << (bits(layout.codec) - 1);
+              uint8_t* scales) {
   const int group_size = 1 << layout.group_shift;
-  for (int group = 0; group < layout.groups; ++group) {
-    const int first = group << layout.group_shift;
-    const int count = std::min(group_size, layout.rank - first);
+  int used = 0;
+  for (int i = 0; i < layout.num_bands; ++i) {
+    const Band& band = layout.bands[i];
+    const Planes planes = planes_of(band.codec);
+    const bool fp8 = band.codec == Codec::kFp8;
+    const int half = 1 << (planes.bits() - 1);
     const float steps = fp8 ? kLargestFp8 : static_cast<float>(half);
-    c10::BFloat16 rounded(largest_of(z + first, count) / steps);
-    if (rounded < kSmallestScale) rounded = 0;
-    scales[group] = rounded.x;
-    const float scale = rounded, inverse = scale == 0 ? 0 : 1 / scale;
-    if (fp8) {
-      fp8_codes(z + first, count, inverse, units + first);
-    } else {
-      int_codes(z + first, count, inverse, half, units + first);
+    for (int first = band.begin; first < band.end; first += group_size) {
+      const int count = std::min(group_size, band.end - first);
+      const float scale = store_scale(layout.scale_type, largest_of(z + first, count) / steps,
+                                      scales, first >> layout.group_shift);
+      const float inverse = scale == 0 ? 0 : 1 / scale;
+      if (fp8) {
+        fp8_codes(z + first, count, inverse, units + first);
+      } else {
+        int_codes(z + first, count, inverse, half, units + first);
+      }
     }
+    const int columns = band.end - band.begin;
+    pack(units + band.begin, columns, 0, planes.low, codes + band.low);
+    pack(units + band.begin, columns, planes.low, planes.high, codes + band.high);
+    used = band.high + columns * planes.high / 8;
   }
-  switch (layout.codec) {
-    case Codec::kInt4: return pack(units, layout.rank, 0, 4, codes);
-    case Codec::kInt3:
-      pack(units, layout.rank, 0, 2, codes);
-      return pack(units, layout.rank, 2, 1, codes + layout.rank / 4);
-    default: std::copy(units, units + layout.rank, codes);
-  }
+  std::fill(codes + used, codes + layout.code_bytes, uint8_t{0});
 }
 
 }  // namespace recalkv

@@ -10,6 +10,7 @@ namespace recalkv::RECALKV_ISA {
 
 constexpr int kLanes = 16;
 using Vec = __m512;
+using IVec = __m512i;
 
 RECALKV_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 RECALKV_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }

@@ -57,16 +57,26 @@ struct Attention {
   float* offsets;      // [num_heads][rows][kTerms], the key bias' share
   Raw* dequantized;    // [kTile][dequantized_stride], where the cache is quantized
   int64_t dequantized_stride;
-  struct Part {
+  struct Range {
     int64_t begin, end;
   };
-  Part* parts;  // [num_parts], see plan_parts()
+  Range* parts;  // [num_parts], columns that the task reads, see plan_parts()
   int num_parts = 0;
+  // Columns of a part that are of one band, and where their planes are among a token's codes.
+  struct Segment {
+    Codec codec;
+    int64_t begin, end;
+    int64_t low, high;
+  };
+  Segment* segments;  // [num_segments], see plan_segments()
+  int num_segments = 0;
+  Range* code_ranges;  // [num_code_ranges], bytes of a token's codes that they take
+  int num_code_ranges = 0;
   // Where a tile's tokens lie; latents are null past the end.
   struct Tile {
     const Raw* latents[kTile];  // in the cache, or in `dequantized` once dequantize() ran
     const uint8_t* codes[kTile];
-    const uint16_t* scales[kTile];
+    const uint8_t* scales[kTile];
   };
   const Tile* next;    // the tile to prefetch
   int prefetched = 0;  // of its tokens
@@ -95,8 +105,13 @@ struct Attention {
     rescale = scratch.take<float>(kRowBlock);
     const int widest = layer.k_width > layer.v_width ? layer.k_width : layer.v_width;
     zeros = scratch.take<Raw>(widest);
-    parts = scratch.take<Part>(layer.k_groups + layer.v_groups);
+    const int most_parts = layer.k_groups + layer.v_groups;
+    parts = scratch.take<Range>(most_parts);
     if (quantized()) {
+      // Every band but the first, and every part but the first, starts one more segment at most.
+      const int most_segments = most_parts + batch.latents.num_bands;
+      segments = scratch.take<Segment>(most_segments);
+      code_ranges = scratch.take<Range>(2 * most_segments);
       // A line more than a row, or the rows of large ranks would share few sets of the cache.
       dequantized_stride = batch.latents.rank + 64 / static_cast<int64_t>(sizeof(Raw));
       dequantized = scratch.take<Raw>(kTile * dequantized_stride);
@@ -117,7 +132,7 @@ struct Attention {
            row % batch.queries_per_kv;
   }
 
-  RECALKV_INLINE bool quantized() const { return batch.latents.codec != Codec::kNone; }
+  RECALKV_INLINE bool quantized() const { return batch.latents.num_bands != 0; }
 
   RECALKV_INLINE const Raw* span(const Raw* latent, int64_t start) const {
     return latent == nullptr ? zeros : latent + start;
@@ -133,15 +148,19 @@ struct Attention {
   // gather.h
   void locate(int64_t first, int valid, Tile& tile) const;
   void plan_parts();
-  void add_part(int64_t begin, int width);
+  void add_part(int64_t begin, int64_t end);
   RECALKV_INLINE void prefetch_some();
   void gather_columns(const Raw* const* latents, int64_t start);
   void gather_values(const Raw* const* latents, int64_t start);
 
   // dequantize.h
+  void plan_segments();
+  void add_codes(int64_t begin, int64_t end);
   void dequantize(const Tile& tile, int valid);
-  template <Codec kCodec>
-  void dequantize_from(const Tile& tile, int valid);
+  template <ScaleType kType>
+  void dequantize(const Tile& tile, int begin, int end);
+  template <ScaleType kType, Codec kCodec>
+  void dequantize(const Segment& segment, const Tile& tile, int begin, int end);
   RECALKV_INLINE void prefetch_codes(int token) const;
 
   // reconstruct.h

@@ -73,6 +73,7 @@ def _config(
     shape: AttentionShape, rule: Rule, heads: int, v_block: int, queries: int, most_rows: int
 ) -> AttentionConfig:
     per_query = heads * shape.queries_per_kv
+    widest = 32 if shape.bands else 64  # 24 and 48 bytes of addresses spilled with 64
     query_block = max(1, min(queries, most_rows // per_query))
     return AttentionConfig(
         heads=heads,
@@ -81,7 +82,7 @@ def _config(
         rows=max(16, next_power_of_2(query_block * per_query)),
         tile=rule.tile,
         local_rope=rule.local_rope and shape.local_rope,
-        stream=min(64, shape.k_width & -shape.k_width) if rule.stream else 0,
+        stream=min(widest, shape.k_width & -shape.k_width) if rule.stream else 0,
         # Twice the registers, for codes, scales and elements of a tile while it is dequantized.
         warps=rule.warps if shape.code_bits is None else 8,
         stages=3,
@@ -89,14 +90,21 @@ def _config(
 
 
 def _prefetching(shape: AttentionShape, config: AttentionConfig, target: Target) -> AttentionConfig:
-    """The same with more stages, if there is shared memory and there are registers for them."""
+    """The same with more stages, if there is shared memory and there are registers for them.
+
+    With fewer, if there are none even for three.
+    """
+    columns = tile_columns(shape, config)
+    # Up to 144 bytes of the addresses of several bands spilled on sm_90.
+    if shape.bands and (config.stream or (shape.code_bits == 8 and columns > 128)):
+        return replace(config, stages=1)
     deeper = replace(config, stages=5)
     roomy = 2 * shared_memory(shape, deeper, target) <= target.shared_bytes
     # With more rows, heads or chunks the addresses of several tiles would spill.
     light = (
         config.rows == 16
         and config.heads == 1
-        and tile_columns(shape, config) <= 256
+        and columns <= 256
         and shape.code_bits is None
         and (config.warps == 8 or not ragged(config.v_block))
     )

@@ -97,6 +97,8 @@ RULES = (
 # fmt: on
 #: Most latent columns of a quantized tile of 64 tokens where accumulators are in registers.
 QUANTIZED_COLUMNS = 128
+#: Most latent columns of any tile in bands: with 512, 80 to 672 bytes spilled.
+BAND_COLUMNS = 384
 
 
 def ragged(width: int) -> bool:
@@ -149,12 +151,28 @@ def _fits_ragged_widths(shape: AttentionShape, config: AttentionConfig, rule: Ru
 
 def _fits_quantized_latents(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:
     """Codes and elements of a tile are live at once; int3 is put together from two planes."""
-    if shape.code_bits is None or rule.families == BLACKWELL or rule.stream:
+    if shape.code_bits is None or rule.stream:
         return True
+    uneven = ragged(shape.k_width) or ragged(config.v_block)
+    if shape.bands and config.rows > 16 and uneven:
+        return False  # 56 bytes spilled on sm_90, 8 on sm_100
+    if rule.families == BLACKWELL:
+        return True
+    if shape.bands and not _fits_bands(shape, config, rule):
+        return False
     if rule.tile == 64 and tile_columns(shape, config) > QUANTIZED_COLUMNS:
         return False
     if shape.code_bits == 8 and shape.k_width > 64 and rule.local_rope:
         return False  # 16 bytes spilled on sm_90
     if shape.code_bits == 3 and shape.k_width > 64 and rule.tile == 64 and 8 in rule.families:
         return False  # 8 bytes spilled on sm_80
-    return shape.code_bits != 3 or len(power_of_2_chunks(0, shape.k_width)) == 1
+    one_chunk = len(power_of_2_chunks(0, shape.k_width)) == 1
+    return shape.code_bits != 3 or shape.bands or one_chunk
+
+
+def _fits_bands(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:
+    """A chunk is a load for every plane, each with addresses in registers."""
+    if tile_columns(shape, config) > BAND_COLUMNS:
+        return False
+    # 16 to 136 bytes spilled on sm_90.
+    return rule.tile == 32 or not (shape.key_bias or shape.key_norm or shape.code_bits == 8)

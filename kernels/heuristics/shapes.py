@@ -22,7 +22,8 @@ class AttentionShape:
         local_rope: whether the rotation composes, so that keys can be turned by their offset in
             a tile.
         rope: whether there is a rotation at all.
-        code_bits: bits of a quantized element; None if latents are not quantized.
+        code_bits: bits of a quantized element, at most; None if latents are not quantized.
+        bands: whether latents are in bands.
     """
 
     queries_per_kv: int
@@ -39,6 +40,7 @@ class AttentionShape:
     key_bias: bool
     key_norm: bool
     code_bits: int | None = None
+    bands: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

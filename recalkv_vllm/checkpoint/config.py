@@ -9,13 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recalkv_vllm.band_format import CacheFormat, stored_format
 from recalkv_vllm.checkpoint.errors import CheckpointError, brief, check_keys, is_int, require
 from recalkv_vllm.checkpoint.files import CONFIG_FILE
 from recalkv_vllm.checkpoint.geometry import AttentionGeometry
 from recalkv_vllm.checkpoint.layout import LatentLayout
 from recalkv_vllm.latent_format import LatentFormat
 
+#: Version of what is written: the first that has all that is in it.
 FORMAT_VERSION = 1
+BANDS_VERSION = 2
 #: Types of what is recorded and never interpreted.
 _PROVENANCE = {"method": str, "settings": dict, "calibration": dict, "tool_versions": dict}
 
@@ -36,8 +39,13 @@ class RecalkvConfig:
     calibration: dict[str, Any] = field(default_factory=dict)
     latent_quantization: LatentFormat | None = None
     tool_versions: dict[str, str] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = field(init=False)
     factors_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        in_bands = any(layer.bands is not None for layer in self.layers)
+        version = BANDS_VERSION if in_bands else FORMAT_VERSION
+        object.__setattr__(self, "format_version", version)
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str = CONFIG_FILE) -> RecalkvConfig:
@@ -52,8 +60,9 @@ class RecalkvConfig:
         assert raw is not None
         version = raw.get("format_version")
         require(
-            is_int(version) and version == FORMAT_VERSION,
-            f"{where}.format_version: expected {FORMAT_VERSION}, found {brief(version)}",
+            is_int(version) and version in (FORMAT_VERSION, BANDS_VERSION),
+            f"{where}.format_version: expected {FORMAT_VERSION} or {BANDS_VERSION}, "
+            f"found {brief(version)}",
         )
         check_keys(cls, {"factors_sha256": None, **raw}, where)
         for name, kind in _PROVENANCE.items():
@@ -94,15 +103,37 @@ class RecalkvConfig:
         for i, layer in enumerate(layers):
             layout = LatentLayout.from_dict(layer, f"{where}.layers[{i}]")
             layout.validate(geometry, f"{where}.layers[{i}]")
+            require(
+                (layout.bands is not None) == (version == BANDS_VERSION),
+                f"{where}.layers[{i}].bands: expected {'some' if layout.bands is None else 'none'} "
+                f"in format_version {version}, found {brief(layout.bands)}",
+            )
             parsed.append(layout)
-        return cls(**{**raw, "layers": tuple(parsed), "latent_quantization": quantization})
+        require(
+            quantization is None or version == FORMAT_VERSION,
+            f"{where}.latent_quantization: expected null in format_version {version}, found "
+            f"{brief(raw['latent_quantization'])}",
+        )
+        known = {key: value for key, value in raw.items() if key != "format_version"}
+        return cls(**{**known, "layers": tuple(parsed), "latent_quantization": quantization})
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; :meth:`from_hf_config` reads it back."""
-        raw = json.loads(json.dumps(asdict(self)))
+        raw = {**asdict(self), "layers": [layer.to_dict() for layer in self.layers]}
+        raw = json.loads(json.dumps(raw))
         if self.factors_sha256 is None:
             del raw["factors_sha256"]
         return raw
+
+    def latent_format(self, layer: int) -> CacheFormat | None:
+        """How a layer's latents are stored; None: as plain elements."""
+        return stored_format(self.layers[layer].bands, self.latent_quantization)
+
+    @property
+    def latent_dtype(self) -> str | None:
+        """Name of all layers' way to store latents; None: that of plain elements."""
+        latent_format = self.latent_format(0)
+        return None if latent_format is None else latent_format.dtype
 
     def cached_elements_per_token(self) -> int:
         """Elements the compressed cache holds per token, over all layers."""

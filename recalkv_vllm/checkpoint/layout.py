@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from recalkv_vllm.checkpoint.errors import brief, check_keys, is_int, require
+from recalkv_vllm.band_format import Band, BandFormat
+from recalkv_vllm.checkpoint.errors import CheckpointError, brief, check_keys, is_int, require
 from recalkv_vllm.checkpoint.geometry import AttentionGeometry
 from recalkv_vllm.span import Span
 
@@ -24,6 +25,8 @@ class LatentLayout:
         k_spans: ``[start, end)`` in the latent, one per K group; all equally wide.
         v_spans: the same, one per V group.
         head_order: ``head_order[i]`` is the base model's index of KV head ``i`` here.
+        bands: how the latent is stored (:mod:`recalkv_vllm.band_format`), the same in all K spans
+            and in all V spans; None where all layers' latents are stored alike.
     """
 
     rank: int
@@ -31,12 +34,15 @@ class LatentLayout:
     k_spans: tuple[Span, ...]
     v_spans: tuple[Span, ...]
     head_order: tuple[int, ...]
+    bands: tuple[Band, ...] | None = None
 
     def __post_init__(self) -> None:
         # Plain pairs will do, as JSON has them.
         for name in ("k_spans", "v_spans"):
             spans = tuple(Span(*span) for span in getattr(self, name))
             object.__setattr__(self, name, spans)
+        if self.bands is not None:
+            object.__setattr__(self, "bands", tuple(Band(*band) for band in self.bands))
 
     @property
     def k_width(self) -> int:
@@ -48,7 +54,7 @@ class LatentLayout:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> LatentLayout:
-        check_keys(cls, raw, where)
+        check_keys(cls, {"bands": None, **raw}, where)
         require(
             is_int(raw["rank"]), f"{where}.rank: expected an integer, found {brief(raw['rank'])}"
         )
@@ -59,9 +65,7 @@ class LatentLayout:
         for name in ("k_spans", "v_spans"):
             spans = raw[name]
             require(
-                isinstance(spans, list)
-                and bool(spans)
-                and all(isinstance(s, list) and len(s) == 2 and all(map(is_int, s)) for s in spans),
+                _are_pairs(spans),
                 f"{where}.{name}: expected a list of [start, end], found {brief(spans)}",
             )
         order = raw["head_order"]
@@ -69,13 +73,26 @@ class LatentLayout:
             isinstance(order, list) and all(map(is_int, order)),
             f"{where}.head_order: expected a list of integers, found {brief(order)}",
         )
+        bands = raw.get("bands")
+        require(
+            bands is None or _are_pairs(bands),
+            f"{where}.bands: expected a list of [columns, bits], found {brief(bands)}",
+        )
         return cls(
             rank=raw["rank"],
             k_group_size=raw["k_group_size"],
             k_spans=raw["k_spans"],
             v_spans=raw["v_spans"],
             head_order=tuple(order),
+            bands=bands,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; :meth:`from_dict` reads it back."""
+        raw = asdict(self)
+        if self.bands is None:
+            del raw["bands"]
+        return raw
 
     def validate(self, geometry: AttentionGeometry, where: str) -> None:
         """Raise :class:`CheckpointError` unless the layout fits ``geometry``."""
@@ -120,6 +137,29 @@ class LatentLayout:
             f"found {list(self.head_order)}",
         )
 
+        if self.bands is not None:
+            self._validate_bands(self.bands, where)
+
+    def _validate_bands(self, bands: tuple[Band, ...], where: str) -> None:
+        try:
+            latent_format = BandFormat(bands)
+            found = [{latent_format.within(s) for s in spans} for spans in self.all_spans]
+        except ValueError as error:
+            raise CheckpointError(f"{where}.{error}") from error
+        require(
+            latent_format.rank == self.rank,
+            f"{where}.bands: expected {self.rank} columns, as rank, found {latent_format.rank}",
+        )
+        require(
+            all(len(different) == 1 for different in found),
+            f"{where}.bands: expected the same in all k_spans and in all v_spans, found others",
+        )
+
+    @property
+    def all_spans(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+        """K spans and V spans."""
+        return self.k_spans, self.v_spans
+
     def reconstruct_flop(self, geometry: AttentionGeometry) -> int:
         """FLOP to rebuild all keys of one cached token: ``2 · w_k · s · d`` per K group."""
         return 2 * self.k_width * geometry.num_kv_heads * geometry.head_dim
@@ -131,3 +171,12 @@ class LatentLayout:
             "k_up": (len(self.k_spans), self.k_group_size * geometry.head_dim, self.k_width),
             "v_up": (geometry.num_kv_heads, geometry.head_dim, self.v_width),
         }
+
+
+def _are_pairs(value: Any) -> bool:
+    """Whether JSON's value is a list, not empty, of pairs of integers."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(v, list) and len(v) == 2 and all(map(is_int, v)) for v in value)
+    )

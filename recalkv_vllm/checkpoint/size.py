@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+from recalkv_vllm.band_format import token_bytes
 from recalkv_vllm.checkpoint.config import RecalkvConfig
 from recalkv_vllm.checkpoint.geometry import AttentionGeometry
 from recalkv_vllm.checkpoint.layout import SPAN_MULTIPLE
-from recalkv_vllm.latent_format import token_bytes
 
 
 def compression_reached(config: RecalkvConfig, geometry: AttentionGeometry) -> float:
@@ -26,7 +26,8 @@ def kv_bytes_per_token(
     return {
         "dense": geometry.dense_width * geometry.num_layers * itemsize,
         "compressed": sum(
-            token_bytes(config.latent_quantization, layer.rank, itemsize) for layer in config.layers
+            token_bytes(config.latent_format(i), layer.rank, itemsize)
+            for i, layer in enumerate(config.layers)
         ),
     }
 

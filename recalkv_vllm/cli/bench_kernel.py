@@ -46,9 +46,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--latent-dtype",
         nargs="+",
-        choices=("auto", "int8", "fp8", "int4", "int3"),
+        choices=("auto", "int8", "fp8", "int4", "int3", "bands"),
         default=["auto"],
-        help="how latents are stored; auto: in --dtype",
+        help="how latents are stored; auto: in --dtype; bands: columns of 8, 6, 4, 3 and 2 bits, "
+        "4 on average",
     )
     add(
         "--context",

@@ -33,12 +33,19 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="model directory, or a Hugging Face name owner/name")
     add("-o", "--out", metavar="OUT", type=Path, required=True, help="directory to create")
-    add(
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument(
         "--compression",
         metavar="C",
         type=float,
-        required=True,
         help="fraction of the KV cache to remove, in [0, 1); 0 keeps full rank and is exact",
+    )
+    budget.add_argument(
+        "--max-loss",
+        metavar="NATS",
+        type=float,
+        help="remove as much as costs at most this much loss per token, measured on a part of the "
+        "calibration text that is held out; tries about seven compressions",
     )
     add(
         "--method",
@@ -64,9 +71,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--target",
         metavar="NAME|N",
-        default="h100",
-        help="kfac only: limit on the FLOP spent reconstructing keys per cached byte: a number, "
-        "the limit of a device (h100, a100 or cpu), or none",
+        default="auto",
+        help="kfac only: limit on the FLOP spent reconstructing keys per cached byte (of bands: "
+        "per byte of half the dense cache): the limit of the device that will serve (h100, a100 "
+        "or cpu; auto: the one at hand), a number, or none, for the best accuracy at any speed",
     )
     add(
         "--output-refit",
@@ -82,9 +90,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--latent-dtype",
         choices=LATENT_DTYPES,
-        default="bf16",
-        help="how to store latents; bf16: unquantized, in the dtype of the factors; auto: kfac "
-        "picks the bits and ranks with the least expected loss",
+        default="auto",
+        help="how to store latents; auto: kfac gives every column as many bits as it is worth "
+        "(bands), other methods store bf16: unquantized, in the dtype of the factors",
     )
     add(
         "--dataset",
@@ -116,6 +124,17 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--factors-only",
         action="store_true",
         help="write only the factors, to be served on top of the unmodified base model",
+    )
+    add(
+        "--heal",
+        metavar="STEPS",
+        type=int,
+        nargs="?",
+        const=200,
+        default=0,
+        help="train factors, and q_proj and o_proj where weights may change, to predict as the "
+        "dense model does; one sample a step (default: not at all; 200 steps if no number is "
+        "given)",
     )
     return parser
 
@@ -171,4 +190,8 @@ def show(result: dict[str, Any]) -> None:
         f"{result['out']}: {size['compressed']} KV-cache bytes per token instead of "
         f"{size['dense']} ({result['compression']:.1%} removed), in {result['seconds']:.0f} s"
     )
+    if "loss" in result:
+        print(f"loss on held-out text: {result['loss']:.4f} nats per token")
+    if result["target"] is not None:
+        print(f"groups and spans are made for serving on: {result['target']} (--target)")
     print(f"serve it with: {result['serve']}")

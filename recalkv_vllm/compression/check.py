@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.devices import choose_device
 from recalkv_vllm.compression.base_model.model import DTYPES, BaseModel
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.compression.latents.format_choice import budget_of, candidates
-from recalkv_vllm.compression.methods import METHODS, Method, MethodOptions
+from recalkv_vllm.compression.latents.format_choice import budget_of, chosen_latent_dtype
+from recalkv_vllm.compression.methods import METHODS, KfacBands, Method, MethodOptions
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.output.atomic_directory import check_absent
 from recalkv_vllm.compression.plan import Budget
-from recalkv_vllm.compression.ranks.targets import flop_per_byte
+from recalkv_vllm.compression.ranks.targets import chosen_target, flop_per_byte
+
+#: What a budget of loss chooses from.
+LOSS_BUDGET_COMPRESSIONS = tuple(percent / 100 for percent in range(1, 100))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +29,21 @@ class Job:
 
     Args:
         options: as given.
+        compression: fraction of the KV cache to remove.
         model: the base model.
         method: with the options' settings.
-        budgets: one per latent format to choose from.
+        budget: of the compressed cache.
         device: where to calibrate.
+        target: the device that reconstruction is limited for.
     """
 
     options: CompressOptions
+    compression: float
     model: BaseModel
     method: Method[Any]
-    budgets: tuple[Budget, ...]
+    budget: Budget
     device: str
+    target: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,7 +53,12 @@ class Job:
     @property
     def observers(self) -> set[str]:
         """Names of the statistics that the method needs; without any there is no calibration."""
-        return self.method.observers(self.options.compression)
+        return self.method.observers(self.compression)
+
+    @property
+    def weights_may_change(self) -> bool:
+        """Quantized weights stay as they are, and so do those that factors alone are served on."""
+        return self.model.weight_format is None and not self.options.factors_only
 
     @property
     def refits_output(self) -> bool:
@@ -54,42 +67,82 @@ class Job:
             self.method.refits_output
             and bool(self.observers)
             and self.options.output_refit is not False
-            # Quantized weights stay as they are, and so do those that factors alone are served on.
-            and self.model.weight_format is None
-            and not self.options.factors_only
+            and self.weights_may_change
         )
 
 
 def check(options: CompressOptions) -> Job:
     """Check everything that can be checked without loading weights or text.
 
+    The job of a budget of loss is that of the least compression to try.
+
     Raises:
         InputError: bad input.
         CheckpointError: an unusable ``config.json``.
     """
-    if not 0 <= options.compression < 1:
-        raise InputError(
-            f"compression {options.compression}: expected a fraction in [0, 1); "
-            "it is the part of the KV cache that is removed"
-        )
+    compression = check_budgets(options)
     for name, least in (("num_samples", 1), ("seq_len", 2)):
         if getattr(options, name) < least:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {getattr(options, name)}: expected at least {least}")
     check_datasets(options)
+    if options.heal < 0:
+        raise InputError(f"--heal {options.heal}: expected a number of steps")
+    if options.heal and compression == 0:
+        raise InputError("--heal: full rank is exact; expected a --compression above 0")
     check_absent(options.out)
     model = BaseModel.find(options.model)
     model.architecture  # noqa: B018 (refuses what is not supported)
     if model.weight_format is not None:
         check_weights_stay(options)
-    method = choose_method(options, model.geometry, model.weight_format is None)
-    formats = candidates(
-        options.latent_dtype, method.knows_loss, options.compression, model.geometry
+    target = chosen_target(options.target)
+    method = choose_method(
+        options, compression, model.geometry, target, model.weight_format is None
     )
-    budgets = tuple(budget_of(options.compression, model.geometry, each) for each in formats)
-    for budget in budgets:
-        method.check(budget.compression)
-    return Job(options, model, method, budgets, choose_device(options.device))
+    budget = checked_budget(options, compression, model.geometry, method)
+    device = choose_device(options.device)
+    return Job(options, compression, model, method, budget, device, target)
+
+
+def check_budgets(options: CompressOptions) -> float:
+    """The compression of a budget of bytes; of a budget of loss, the least to try.
+
+    Raises:
+        InputError: none of the two budgets, both, or one outside of its range.
+    """
+    if options.max_loss is None:
+        if options.compression is None:
+            raise InputError("--compression: expected it or --max-loss, found none")
+        if not 0 <= options.compression < 1:
+            raise InputError(
+                f"compression {options.compression}: expected a fraction in [0, 1); "
+                "it is the part of the KV cache that is removed"
+            )
+        return options.compression
+    if options.compression is not None:
+        raise InputError("--compression: expected it or --max-loss, found both")
+    if not 0 < options.max_loss < math.inf:
+        raise InputError(f"--max-loss {options.max_loss:g}: expected a positive number of nats")
+    return LOSS_BUDGET_COMPRESSIONS[0]
+
+
+def at_compression(job: Job, compression: float) -> Job:
+    """The same job for a compression.
+
+    Raises:
+        InputError: it cannot be reached.
+    """
+    budget = checked_budget(job.options, compression, job.model.geometry, job.method)
+    return replace(job, compression=compression, budget=budget)
+
+
+def checked_budget(
+    options: CompressOptions, compression: float, geometry: AttentionGeometry, method: Method[Any]
+) -> Budget:
+    """What a plan may spend. Raises :class:`InputError` where the method cannot do with it."""
+    budget = budget_of(compression, geometry, latent_dtype(options, compression))
+    method.check(budget.compression)
+    return budget
 
 
 def check_datasets(options: CompressOptions) -> None:
@@ -111,6 +164,11 @@ def check_weights_stay(options: CompressOptions) -> None:
             "--output-refit: the model's weights are quantized and stay as they are; expected "
             "--no-output-refit, or the model before it was quantized"
         )
+    if options.heal and not options.factors_only:
+        raise InputError(
+            "--heal: the model's weights are quantized and stay as they are; expected "
+            "--factors-only, since factors alone can heal"
+        )
     if options.dtype != "auto" and not options.factors_only:
         raise InputError(
             f"--dtype {options.dtype}: the model's weights are quantized and stay as they are; "
@@ -119,13 +177,19 @@ def check_weights_stay(options: CompressOptions) -> None:
 
 
 def choose_method(
-    options: CompressOptions, geometry: AttentionGeometry, allow_head_reordering: bool = True
+    options: CompressOptions,
+    compression: float,
+    geometry: AttentionGeometry,
+    target: str,
+    allow_head_reordering: bool = True,
 ) -> Method[Any]:
     """The method that the options name, its settings checked against the model.
 
     Args:
         options: of the command line.
+        compression: fraction of the KV cache to remove.
         geometry: of the model.
+        target: as :func:`chosen_target` gives it.
         allow_head_reordering: see :class:`MethodOptions`.
 
     Raises:
@@ -140,7 +204,14 @@ def choose_method(
         options.v_groups,
         options.rank_allocation,
         options.spans,
-        flop_per_byte(options.target),
+        flop_per_byte(target),
         allow_head_reordering,
     )
-    return METHODS[options.method](geometry, chosen)
+    method = KfacBands if latent_dtype(options, compression) == "bands" else METHODS[options.method]
+    return method(geometry, chosen)
+
+
+def latent_dtype(options: CompressOptions, compression: float) -> str:
+    """How the options want latents stored; see :func:`chosen_latent_dtype`."""
+    chooses = METHODS[options.method].knows_loss
+    return chosen_latent_dtype(options.latent_dtype, chooses, compression)

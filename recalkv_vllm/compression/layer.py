@@ -70,7 +70,8 @@ class LayerInputs:
 class LayerFactors:
     """A layer's layout and factors, shapes as :meth:`LatentLayout.factor_shapes`.
 
-    ``output`` is the refitted weight of ``o_proj``, heads in natural order, if there is one.
+    ``output`` and ``query`` are weights of ``o_proj`` and ``q_proj``, heads in natural order, where
+    they are not the base model's.
     """
 
     layout: LatentLayout
@@ -78,6 +79,7 @@ class LayerFactors:
     k_up: torch.Tensor
     v_up: torch.Tensor
     output: torch.Tensor | None = None
+    query: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> LayerFactors:
         """Round all factors."""

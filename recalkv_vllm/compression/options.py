@@ -14,15 +14,15 @@ class CompressOptions:
 
     model: str
     out: Path
-    compression: float
+    compression: float | None = None
     method: str = "kfac"
     k_group_size: int | None = None
     v_groups: int | None = None
     rank_allocation: str | None = None
     spans: str | None = None
-    target: str = "h100"
+    target: str = "auto"
     output_refit: bool | None = None
-    latent_dtype: str = "bf16"
+    latent_dtype: str = "auto"
     datasets: tuple[str, ...] = DEFAULT_DATASETS
     text_column: str = "text"
     num_samples: int = CPU_SAMPLES[0]
@@ -31,3 +31,5 @@ class CompressOptions:
     device: str = "auto"
     dtype: str = "auto"
     factors_only: bool = False
+    heal: int = 0
+    max_loss: float | None = None

@@ -1,10 +1,10 @@
-"""``compress``: from a model directory to a compressed checkpoint, in six stages."""
+"""``compress``: from a model directory to a compressed checkpoint, in six stages, or seven."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors
@@ -14,10 +14,17 @@ import transformers
 from recalkv_vllm.checkpoint import RecalkvConfig
 from recalkv_vllm.compression.base_model.devices import calibration_dtype, single_device
 from recalkv_vllm.compression.calibration.calibrate import Calibration, calibrate
-from recalkv_vllm.compression.check import Job, check
+from recalkv_vllm.compression.calibration.calibration_text import CalibrationText, draw_text
+from recalkv_vllm.compression.check import Job, at_compression, check
 from recalkv_vllm.compression.factoring.factor_layers import ModelLayers, factor_layers
 from recalkv_vllm.compression.factoring.output_refit import OutputRefit
+from recalkv_vllm.compression.healing.heal import heal
 from recalkv_vllm.compression.layer import LayerFactors
+from recalkv_vllm.compression.loss_budget import (
+    LossMeter,
+    most_compressed,
+    reachable_compressions,
+)
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.output.atomic_directory import atomic_directory
 from recalkv_vllm.compression.output.card import model_card
@@ -26,11 +33,10 @@ from recalkv_vllm.compression.output.writer import write_checkpoint, write_facto
 from recalkv_vllm.compression.plan import ModelPlan
 from recalkv_vllm.version import __version__
 
-log = logging.getLogger(__name__)
-
 
 def compress(options: CompressOptions) -> dict[str, Any]:
-    """Compress a model; the summary of the checkpoint, with ``seconds``.
+    """Compress a model; the summary of the checkpoint, with ``seconds``, and ``loss`` in nats per
+    token if there is a budget of it.
 
     Raises:
         InputError: bad input; nothing is left at ``options.out``.
@@ -38,14 +44,79 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     """
     began = time.monotonic()
     job = check(options)
-    calibration = calibrate(job.model, job.observers, options, job.device)
+    text = draw_text(job)
+    calibration = calibrate(job, text.factoring)
+    if options.max_loss is None:
+        made = make_factors(job, calibration, text)
+    else:
+        made = within_loss(job, options.max_loss, calibration, text)
+    recalkv = describe(made, calibration)
+    summary = summarize(recalkv, job.model.geometry, job.dtype.itemsize)
+    write(job, recalkv, made.factors, summary)
+    told = {"target": recalkv.settings.get("target"), "seconds": time.monotonic() - began}
+    return {**summary, **({} if made.loss is None else {"loss": made.loss}), **told}
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Factors of all layers at one compression, and how they came about.
+
+    Args:
+        job: of the compression.
+        plan: that was carried out.
+        factors: of all layers.
+        errors: relative errors of the factors, before healing.
+        healing: what came of it, if it was asked for.
+        loss: of held-out text, in nats per token above the dense model's; None if not measured.
+    """
+
+    job: Job
+    plan: ModelPlan
+    factors: list[LayerFactors]
+    errors: dict[str, Any]
+    healing: dict[str, Any] | None
+    loss: float | None
+
+
+def make_factors(
+    job: Job,
+    calibration: Calibration | None,
+    text: CalibrationText,
+    meter: LossMeter | None = None,
+) -> Made:
+    """Plan, factor and, as far as they are asked for, heal and measure.
+
+    Raises:
+        InputError: factors or losses that are not finite.
+    """
     layers = load_layers(job, calibration)
     plan = plan_layers(job, layers)
     factors, errors = factor(job, calibration, layers, plan)
-    recalkv = describe(job, calibration, plan, errors)
-    summary = summarize(recalkv, job.model.geometry, job.dtype.itemsize)
-    write(job, recalkv, factors, summary)
-    return {**summary, "seconds": time.monotonic() - began}
+    formats = [plan.latent_format(i) for i in range(len(factors))]
+    healing = loss = None
+    if job.options.heal:
+        factors, healing = heal(job, layers.model, factors, formats, text)
+    if meter is not None:
+        loss = meter.loss(layers.model, factors, formats)
+    return Made(job, plan, factors, errors, healing, loss)
+
+
+def within_loss(
+    job: Job, max_loss: float, calibration: Calibration | None, text: CalibrationText
+) -> Made:
+    """The most compressed factors that lose ``max_loss`` nats per token at most.
+
+    Raises:
+        InputError: none do.
+    """
+    meter = LossMeter(job, text.held_out)
+
+    def attempt(compression: float) -> tuple[Made, float]:
+        made = make_factors(at_compression(job, compression), calibration, text, meter)
+        assert made.loss is not None
+        return made, made.loss
+
+    return most_compressed(max_loss, reachable_compressions(job), attempt)
 
 
 def load_layers(job: Job, calibration: Calibration | None) -> ModelLayers:
@@ -57,15 +128,9 @@ def load_layers(job: Job, calibration: Calibration | None) -> ModelLayers:
 
 
 def plan_layers(job: Job, layers: ModelLayers) -> ModelPlan:
-    """The plan of the job's budget, or of several the one of least expected loss."""
-    measured = job.method.measure(job.budgets[0].compression, layers, layers.statistics)
-    plans = [job.method.plan(measured, budget) for budget in job.budgets]
-    if len(plans) == 1:
-        return plans[0]
-    for plan in plans:
-        name = plan.latent_format or "16 bits"
-        log.info("latents in %s: expected loss %.5f", name, plan.expected_loss)
-    return min(plans, key=lambda plan: plan.expected_loss)
+    """The plan of the job's budget."""
+    measured = job.method.measure(job.budget.compression, layers, layers.statistics)
+    return job.method.plan(measured, job.budget)
 
 
 def factor(
@@ -75,34 +140,29 @@ def factor(
     refit = None
     if calibration and job.refits_output:
         device = single_device(job.device)
-        refit = OutputRefit(layers.model, calibration.samples, device, plan.latent_format)
+        refit = OutputRefit(layers.model, calibration.samples, device, plan)
     return factor_layers(job.method, plan, layers, job.dtype, refit)
 
 
-def describe(
-    job: Job, calibration: Calibration | None, plan: ModelPlan, errors: dict[str, Any]
-) -> RecalkvConfig:
-    """What to record of a compression.
-
-    Args:
-        job: as checked.
-        calibration: None where none was needed.
-        plan: that was carried out.
-        errors: relative errors of the factors.
-    """
+def describe(made: Made, calibration: Calibration | None) -> RecalkvConfig:
+    """What to record of a compression; ``calibration`` is None where none was needed."""
+    job, plan = made.job, made.plan
+    optional = {"max_loss": job.options.max_loss, "loss": made.loss, "healing": made.healing}
     return RecalkvConfig(
         method=job.method.name,
-        compression=job.options.compression,
+        compression=job.compression,
         layers=plan.layouts,
         settings={
             "base_model": job.model.name,
             **job.method.settings(plan),
+            **({"target": job.target} if job.method.knows_loss else {}),
             "output_refit": job.refits_output,
-            "rank_allocation": job.method.rank_allocation if job.options.compression else "full",
-            "relative_error": errors,
+            "rank_allocation": job.method.rank_allocation if job.compression else "full",
+            "relative_error": made.errors,
+            **{name: value for name, value in optional.items() if value is not None},
         },
         calibration=calibration.provenance if calibration else {},
-        latent_quantization=plan.latent_format,
+        latent_quantization=plan.uniform_format,
         tool_versions={
             "recalkv_vllm": __version__,
             "safetensors": safetensors.__version__,

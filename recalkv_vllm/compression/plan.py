@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from recalkv_vllm.band_format import CacheFormat, stored_format
 from recalkv_vllm.checkpoint import LatentLayout
 from recalkv_vllm.latent_format import LatentFormat
 
@@ -14,8 +15,10 @@ class Budget:
     """One way to spend the bytes of the compressed cache.
 
     Args:
-        compression: fraction of cached elements to remove; 0 is full rank.
-        latent_format: how latents are stored; None for the factors' own dtype.
+        compression: fraction of cached elements to remove, or of bytes if latents are in bands; 0
+            is full rank.
+        latent_format: how all layers' latents are stored; None for the factors' own dtype, and for
+            bands.
         latent_error: relative error of latents that are stored so.
     """
 
@@ -31,15 +34,19 @@ class ModelPlan:
     Args:
         layouts: of all layers; of one group size and one number of V groups.
         spans: their kind (:data:`recalkv_vllm.names.SPAN_KINDS`).
-        latent_format: that the plan was made for.
+        uniform_format: how all layers' latents are stored, of layouts without bands.
         expected_loss: increase of the model's loss per token in nats; not a number for methods
             that do not know it.
     """
 
     layouts: tuple[LatentLayout, ...]
     spans: str
-    latent_format: LatentFormat | None = None
+    uniform_format: LatentFormat | None = None
     expected_loss: float = math.nan
+
+    def latent_format(self, layer: int) -> CacheFormat | None:
+        """How a layer's latents are stored; None: as plain elements."""
+        return stored_format(self.layouts[layer].bands, self.uniform_format)
 
     @property
     def k_group_size(self) -> int:

@@ -26,14 +26,16 @@ def round_latents(model: CausalLM, directory: Path) -> None:
     if "recalkv" not in hf_config:
         return
     config = RecalkvConfig.from_hf_config(hf_config)
-    if config.latent_quantization is None:
+    if config.latent_dtype is None:
         return
     geometry = AttentionGeometry.from_hf_config(hf_config)
     with FactorReader(directory / FACTORS_FILE, config, geometry) as reader:
         for i, attention in enumerate(attention_modules(model)):
             parts = (reader.read(i, name) for name in ("down", "k_up", "v_up"))
             factors = LayerFactors(config.layers[i], *parts)
+            latent_format = config.latent_format(i)
+            assert latent_format is not None  # as of all layers
             projections: tuple[Any, Any] = rounded_projections(
-                factors, config.latent_quantization, range(geometry.num_kv_heads), attention
+                factors, latent_format, range(geometry.num_kv_heads), attention
             )
             attention.k_proj, attention.v_proj = projections

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from recalkv_vllm.band_format import stored_format, token_bytes
 from recalkv_vllm.checkpoint import (
     FACTORS_FILE,
     SPAN_MULTIPLE,
@@ -16,7 +17,6 @@ from recalkv_vllm.checkpoint import (
     RecalkvConfig,
     rank_budget,
 )
-from recalkv_vllm.latent_format import token_bytes
 from recalkv_vllm.serving.sharding import shard_latent
 from recalkv_vllm.span import Span
 
@@ -53,8 +53,11 @@ def latent_bytes_per_token(
     Raises:
         ValueError: ranks and head groups do not divide one another.
     """
-    ranks = [shard_latent(layer, geometry, 0, tp_size).rank for layer in config.layers]
-    return sum(token_bytes(config.latent_quantization, rank, itemsize) for rank in ranks)
+    shards = [shard_latent(layer, geometry, 0, tp_size) for layer in config.layers]
+    return sum(
+        token_bytes(stored_format(shard.bands, config.latent_quantization), shard.rank, itemsize)
+        for shard in shards
+    )
 
 
 def hypothetical_config(

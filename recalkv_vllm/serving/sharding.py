@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
+from recalkv_vllm.band_format import Band
 from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
 from recalkv_vllm.span import Span
 
@@ -17,12 +19,14 @@ class LatentShard:
         kv_heads: its KV heads; as many in each of its K groups.
         k_spans: spans of its K groups in its own latent of ``len(columns)`` elements.
         v_spans: spans of its V groups, likewise.
+        bands: of its own latent, if it is in bands.
     """
 
     columns: tuple[int, ...]
     kv_heads: range
     k_spans: tuple[Span, ...]
     v_spans: tuple[Span, ...]
+    bands: tuple[Band, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -70,4 +74,11 @@ def shard_latent(
     def local(spans: tuple[Span, ...]) -> tuple[Span, ...]:
         return tuple(Span(position[start], position[end - 1] + 1) for start, end in spans)
 
-    return LatentShard(tuple(columns), kv_heads, local(k_spans), local(v_spans))
+    bands = None
+    if layout.bands is not None:
+        # Spans start and end where bands do: each is here whole or not at all.
+        ends = accumulate(band.columns for band in layout.bands)
+        bands = tuple(
+            band for band, end in zip(layout.bands, ends, strict=True) if end - 1 in position
+        )
+    return LatentShard(tuple(columns), kv_heads, local(k_spans), local(v_spans), bands)

@@ -48,6 +48,24 @@ def test_compression_is_required(tiny, compress_fails):
     assert "--compression" in compress_fails(tiny)
 
 
+def test_two_budgets(tiny, compress_fails):
+    error = compress_fails(tiny, "--compression", 0.5, "--max-loss", 0.1)
+    assert "--max-loss: not allowed with argument --compression" in error
+
+
+@pytest.mark.parametrize("value", ["0", "-0.1", "nan", "inf"])
+def test_loss_budget_outside_its_range(tiny, compress_fails, value):
+    error = compress_fails(tiny, f"--max-loss={value}")
+    assert f"--max-loss {value}: expected a positive number of nats" in error
+
+
+def test_loss_budget_that_nothing_stays_within(tiny, compress_fails, monkeypatch):
+    monkeypatch.setattr("recalkv_vllm.compression.pipeline.LossMeter.loss", lambda *_: 0.5)
+    error = compress_fails(tiny, "--max-loss", 0.25, "--method", "svd", *FEW)
+    assert "--max-loss 0.25: expected a loss that some compression stays within" in error
+    assert "found 0.5000 nats at 1%, the least that is tried" in error
+
+
 def test_compression_not_a_number(tiny, compress_fails):
     assert "--compression" in compress_fails(tiny, "--compression", "half")
 
@@ -152,7 +170,7 @@ def test_quantized_weights_that_are_fused(compress_fails, copy):
     assert "found quantized ones fused" in compress_fails(directory, "--compression", 0.5)
 
 
-@pytest.mark.parametrize("option", [["--output-refit"], ["--dtype", "float32"]])
+@pytest.mark.parametrize("option", [["--output-refit"], ["--dtype", "float32"], ["--heal"]])
 def test_options_that_would_change_quantized_weights(compress_fails, copy, option):
     error = compress_fails(copy(quantization_config=AWQ), "--compression", 0.5, *option)
     assert " ".join(option) in error
@@ -370,3 +388,23 @@ def test_plot_that_cannot_be_written(fails, checkpoint, capsys):
 )
 def test_evaluations_that_cannot_be(fails, tiny, arguments, message):
     assert message in fails("eval", tiny, *arguments)
+
+
+def test_heal_at_full_rank(tiny, compress_fails):
+    error = compress_fails(tiny, "--compression", 0, "--heal")
+    assert "--heal: full rank is exact; expected a --compression above 0" in error
+
+
+@pytest.mark.parametrize("steps", ["-5", "many", "1.5"])
+def test_heal_for_no_number_of_steps(tiny, compress_fails, steps):
+    assert "--heal" in compress_fails(tiny, "--compression", 0.5, f"--heal={steps}")
+
+
+@pytest.mark.parametrize("option", [["--compression", 0.5, "--heal"], ["--max-loss", 0.1]])
+def test_no_text_to_hold_out(tiny, compress_fails, tmp_path, option):
+    text = tmp_path / "short.txt"
+    text.write_text("One two three. " * 8)
+    arguments = ["--method", "svd", "--dataset", text, "--seq-len", 60]
+    error = compress_fails(tiny, *arguments, *option)
+    flag = next(part for part in option[::-1] if str(part).startswith("--"))
+    assert f"{flag}: calibration text: expected 2 samples or more" in error

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from recalkv_vllm.band_format import BandFormat, CacheFormat
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import BatchLimits, KernelUnavailableError, cuda
 from recalkv_vllm.ops.cuda import CudaLayer, attention, extension
@@ -121,16 +122,23 @@ def test_table_of_no_rotations(
     assert "cos_sin_cache: expected angles proportional to the position" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("latent_format", "name"),
+    [(LatentFormat("int8"), "int8"), (BandFormat(((32, 6), (32, 3)) * 2), "bands")],
+)
 def test_quantized_latents(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    latent_format: CacheFormat,
+    name: str,
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    int8 = LatentFormat("int8")
-    with pytest.raises(KernelUnavailableError, match=r"latent_format: .* int8"):
-        bind(CASE, latent_format=int8)
+    with pytest.raises(KernelUnavailableError, match=rf"latent_format: .* {name}"):
+        bind(CASE, latent_format=latent_format)
     monkeypatch.delenv("RECALKV_KERNEL")
     with caplog.at_level(logging.WARNING, "recalkv_vllm.ops"):
-        assert isinstance(bind(CASE, latent_format=int8), TritonLayer)
-    assert "latent_format: expected None, found int8" in caplog.text
+        assert isinstance(bind(CASE, latent_format=latent_format), TritonLayer)
+    assert f"latent_format: expected None, found {name}" in caplog.text
 
 
 def test_spans_that_fit_no_plan(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,14 @@ CASE = Case("llama-3.1-8b", 0.5, 1, "split")
     [
         (CASE.geometry, ("split", "joint"), "bf16"),
         (CASE.geometry, ("split", "joint"), "int4"),
+        (CASE.geometry, ("split", "joint"), "bands"),
         ("qwen3-8b", ("split",), "bf16"),
     ],
 )
 def test_kernels_compile_without_spills(
     geometry: str, spans: tuple[str, ...], latent_dtype: str
 ) -> None:
-    """The layouts that matter most, int4 and a key norm; the full table is the command itself."""
+    """The layouts that matter most, int4, bands and a key norm; the command itself has them all."""
     arguments = ["--geometry", geometry, "--compression", "0.5", "--group-size", "1"]
     arguments += ["--spans", *spans, "--latent-dtype", latent_dtype, "--mode", "decode", "--json"]
     done = subprocess.run(

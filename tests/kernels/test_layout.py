@@ -47,15 +47,15 @@ def test_columns_cover_both_spans_and_share_only_what_coincides(
     for chunks, width in ((columns.k, k_width), (columns.v, v_width)):
         covered = sorted(c for offset, size, *_ in chunks for c in range(offset, offset + size))
         assert covered == list(range(width))
-    for offset, size, shared in columns.k:
+    for offset, size, *_, shared in columns.k:
         if shared >= 0:
-            v_offset, v_size = columns.v[shared]
+            v_offset, v_size, *_ = columns.v[shared]
             assert v_size == size
             assert all(k + offset == v + v_offset for k, v in starts)
     k_low, v_low = starts[0]
     overlap = min(k_low + k_width, v_low + v_width) - max(k_low, v_low)
     if alike and overlap > 0:
-        assert sum(size for _, size, shared in columns.k if shared >= 0) == overlap
+        assert sum(size for _, size, *_, shared in columns.k if shared >= 0) == overlap
 
 
 @pytest.mark.parametrize("is_neox", [True, False])
@@ -99,6 +99,7 @@ def shapes(draw: st.DrawFn) -> heuristics.AttentionShape:
     group = draw(st.sampled_from((1, 2, 3, 4)))
     heads_per_v = draw(st.sampled_from((1, group, 2 * group)))
     k_width, v_width = (draw(st.integers(1, 64)) * 16 for _ in range(2))
+    code_bits = draw(st.sampled_from((None, 3, 4, 8)))
     return heuristics.AttentionShape(
         queries_per_kv=draw(st.sampled_from((1, 3, 4, 7, 8, 16))),
         num_kv_heads=4 * group,
@@ -113,6 +114,8 @@ def shapes(draw: st.DrawFn) -> heuristics.AttentionShape:
         rope=True,
         key_bias=draw(st.booleans()),
         key_norm=draw(st.booleans()),
+        code_bits=code_bits,
+        bands=code_bits is not None and draw(st.booleans()),
     )
 
 

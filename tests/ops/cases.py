@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from recalkv_vllm.band_format import BandFormat, CacheFormat
 from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops import Batch, LatentLayer, bind, reference
 from recalkv_vllm.span import Span
@@ -56,7 +57,7 @@ class AttentionCase:
     sliding_window: int | None = None
     soft_cap: float | None = None
     cache: Literal["dense", "blocks", "tokens"] = "dense"
-    latent_format: LatentFormat | None = None
+    latent_format: CacheFormat | None = None
     padding_rows: int = 0
 
     def __str__(self) -> str:
@@ -260,7 +261,7 @@ def attend_in_torch(
 def value_layer(
     v_up: torch.Tensor,
     v_bias: torch.Tensor | None = None,
-    latent_format: LatentFormat | None = None,
+    latent_format: CacheFormat | None = None,
 ) -> LatentLayer:
     """A layer for the sake of its values or its cache; its keys are as wide as its values.
 
@@ -282,10 +283,11 @@ def value_layer(
 
 
 def caching_layer(
-    latent_format: LatentFormat | None = None, device: torch.device | str = "cpu"
+    latent_format: CacheFormat | None = None, device: torch.device | str = "cpu"
 ) -> LatentLayer:
-    """A layer that writes latents of any rank and dtype."""
-    return value_layer(torch.zeros(1, 16, 16, device=device), latent_format=latent_format)
+    """A layer that writes latents of any dtype, and of any rank that the format has."""
+    width = latent_format.rank if isinstance(latent_format, BandFormat) else 16
+    return value_layer(torch.zeros(1, 16, width, device=device), latent_format=latent_format)
 
 
 def paged_cache(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import strategies as st
 
+from recalkv_vllm.band_format import PLANES, BandFormat
 from recalkv_vllm.latent_format import BITS, GROUP_SIZES, LatentFormat
 from recalkv_vllm.span import Span
+from tests.ops.band_cases import banded
 from tests.ops.cases import AttentionCase, joint, spanned
 
 MULTIPLE = 16
@@ -50,8 +53,10 @@ def attention_cases(
         "padding_rows": pick(0, 0, 2),
     }
     if quantized and draw(st.booleans()):
-        rest["latent_format"] = draw(latent_formats())
         rest["cache"] = draw(st.sampled_from(("dense", "blocks")))
+        if draw(st.booleans()):
+            return draw(banded_cases(heads, group, rest))
+        rest["latent_format"] = draw(latent_formats())
     if draw(st.booleans()):
         case = joint("random", heads, group, pick(16, 80), **rest)
     else:
@@ -61,8 +66,46 @@ def attention_cases(
 
 
 def latent_formats() -> st.SearchStrategy[LatentFormat]:
-    """All formats of quantized latents."""
+    """All formats with one number of bits."""
     return st.builds(LatentFormat, st.sampled_from(tuple(BITS)), st.sampled_from((0, *GROUP_SIZES)))
+
+
+def bands() -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
+    """Columns and bits of a span's bands."""
+    band = st.tuples(st.sampled_from((32, 64)), st.sampled_from(tuple(PLANES)))
+    return st.lists(band, min_size=1, max_size=4).map(tuple)
+
+
+def band_formats() -> st.SearchStrategy[BandFormat]:
+    """Formats of latents in bands."""
+    return bands().map(BandFormat)
+
+
+@st.composite
+def banded_cases(
+    draw: st.DrawFn, heads: tuple[int, int, int], group: int, rest: dict[str, Any]
+) -> AttentionCase:
+    """Cases on latents in bands: joint spans, K spans that are the start of V spans, or apart.
+
+    Args:
+        heads: query heads, KV heads and head size.
+        group: KV heads per K group.
+        rest: other parameters of the case.
+    """
+    groups = heads[1] // group
+    k_bands, v_bands, behind = draw(bands()), draw(bands()), draw(st.just(()) | bands())
+    k_width, v_width = (sum(columns for columns, _ in span) for span in (k_bands, v_bands))
+    way = draw(st.sampled_from(("joint", "nested", "split")))
+    if way == "split":
+        v_groups = draw(st.sampled_from([n for n in (1, 2, 3) if heads[1] % n == 0]))
+        case = spanned("random", heads, group, k_width, v_groups, v_width, **rest)
+        return banded(case, *[k_bands] * groups, *[v_bands] * v_groups, behind)
+    if way == "joint":
+        return banded(joint("random", heads, group, k_width, **rest), *[k_bands] * groups, behind)
+    case = joint("random", heads, group, k_width + v_width, **rest)
+    starts = tuple(Span(span.start, span.start + k_width) for span in case.v_spans)
+    case = replace(case, k_spans=starts)
+    return banded(case, *[(*k_bands, *v_bands)] * groups, behind)
 
 
 @st.composite

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from recalkv_vllm.band_format import PLANES, BandFormat
 from recalkv_vllm.latent_format import BITS
 from recalkv_vllm.ops import bind
+from tests.ops.band_cases import BAND_CASES, banded
 from tests.ops.cases import (
     CASES,
     MIXED,
@@ -25,7 +27,7 @@ from tests.ops.cpu_versions import DTYPES, VERSIONS, poison_free_memory
 
 
 @pytest.mark.parametrize(("isa", "dtype"), VERSIONS, ids=str)
-@pytest.mark.parametrize("case", CASES + QUANTIZED_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + QUANTIZED_CASES + BAND_CASES, ids=str)
 def test_matrix(
     case: AttentionCase, isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,10 +39,20 @@ def test_matrix(
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(
-    "name", ["decode-long", "mixed", "one-v-group-many-k", "prefill", "odd-joint-int4-32"]
+    "name",
+    [
+        "decode-long",
+        "mixed",
+        "one-v-group-many-k",
+        "prefill",
+        "odd-joint-int4-32",
+        "bands-joint-four",
+        "bands-long",
+    ],
 )
 def test_splits_between_threads(name: str, threads: int) -> None:
-    case = next(case for case in CASES + QUANTIZED_CASES if case.name == name)
+    cases = CASES + QUANTIZED_CASES + BAND_CASES
+    case = next(case for case in cases if case.name == name)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -94,13 +106,23 @@ def test_nan_in_the_cache_reaches_the_output() -> None:
     assert lse.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", BITS)
-def test_nan_in_a_quantized_latent_reaches_the_output(dtype: str) -> None:
-    plain = spanned("nan", (4, 2, 64), 1, 32, 2, 32, batch=((1, 20),))
-    (case,) = quantized([plain], dtype, 0)
+NAN = spanned("nan", (4, 2, 64), 1, 32, 2, 32, batch=((1, 20),))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for dtype in BITS for case in quantized([NAN], dtype, 0)),
+        *(banded(NAN, *[((32, 2),)] * 2, *[((32, bits),)] * 2) for bits in PLANES),
+    ],
+    ids=lambda case: str(case.latent_format),
+)
+def test_nan_in_a_quantized_latent_reaches_the_output(case: AttentionCase) -> None:
     inputs = build(case, torch.bfloat16)
     z = torch.zeros(1, case.rank, dtype=torch.bfloat16)
     z[0, 77] = torch.nan
+    if isinstance(case.latent_format, BandFormat):
+        z[0, ::32] = torch.nan  # a scale is of few columns
     slot = inputs.batch.block_table[0, :1] * case.block_size + 3
     bind(inputs.layer).update_cache(z, inputs.kv_cache, slot)
     o_lat, lse = attend(inputs)

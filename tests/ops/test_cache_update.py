@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from recalkv_vllm.band_format import PLANES, BandFormat
 from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops import bind, reference
 from tests.ops.cases import AttentionCase, caching_layer, paged_cache
@@ -57,6 +58,52 @@ def test_quantizes_bit_for_bit(dtype: torch.dtype, latent_dtype: str, group_size
     _, scales = latent_format.split_cache(caches[0])
     written = (~scales.isnan()).all(-1).flatten()
     assert int(written.sum()) == int((slots >= 0).sum())
+
+
+@pytest.mark.parametrize(
+    "bands",
+    [
+        *([(96, bits)] for bits in PLANES),
+        [(32, 8), (64, 6), (32, 4), (96, 3), (32, 2)],
+        [(32, 3), (32, 2), (32, 6)] * 3,
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_writes_bands_bit_for_bit(dtype: torch.dtype, bands: list[tuple[int, int]]) -> None:
+    latent_format = BandFormat(tuple(bands))
+    rank = latent_format.rank
+    case = AttentionCase(
+        "update", rank=rank, block_size=16, cache="blocks", latent_format=latent_format
+    )
+    caches = [paged_cache(case, 40, dtype, "cpu") for _ in range(2)]
+    generator = torch.Generator().manual_seed(rank)
+    z = torch.randn(302, rank + 16, generator=generator)[:, :rank]
+    z[:250] *= 2.0 ** (torch.arange(250) % 150 - 30).unsqueeze(1)  # scales saturate at both ends
+    z[250:260, ::2] = 0
+    z[260:270] = 0
+    z[270:275] = -0.0
+    z[275:280] *= 1e-40  # not normal numbers
+    z[280, 5::32] = torch.nan
+    z[281, 5::32] = torch.inf
+    z[282, 5::32] = -torch.inf
+    z[283, 5::64] = torch.nan
+    z[283, 6::64] = torch.inf
+    z[284:294] = z[284:294].round()  # on the edges between codes
+    z[294] = 61440  # the largest scale, and more than it
+    z[295] = 61440 * 128
+    z = z.to(dtype)
+    slots = torch.randperm(40 * 16, generator=generator)[:300]
+    slots[::7] = -1
+    bind(caching_layer(latent_format)).update_cache(z, caches[0], slots)
+    reference.latent_cache_update(z, caches[1], slots, latent_format)
+    assert torch.equal(*caches)
+    codes, _ = latent_format.split_cache(caches[0])
+    written = torch.zeros(40 * 16, dtype=torch.bool)
+    written[slots[slots >= 0]] = True
+    used = sum(columns * bits // 8 for columns, bits in bands)
+    assert not codes.flatten(0, 1)[written, used:].any()
+    assert (codes.flatten(0, 1)[~written] == 0xFF).all()
 
 
 def test_no_tokens() -> None:

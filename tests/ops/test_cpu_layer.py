@@ -26,6 +26,8 @@ def make(**changes: object) -> torch.ScriptObject:
         "tiles": torch.zeros(2, 2, HEAD_DIM // 2, 64),
         "max_position": 100,
         "latent_dtype": "",
+        "group_size": 0,
+        "bands": None,
     }
     assert changes.keys() <= given.keys()
     given |= changes
@@ -45,8 +47,14 @@ def make(**changes: object) -> torch.ScriptObject:
         expansion=None,
         logits=classes.Logits(scale=1.0, soft_cap=0.0, window=0),
         latent_dtype=given["latent_dtype"],
-        group_size=0,
+        group_size=given["group_size"],
+        bands=given["bands"],
     )
+
+
+def bands(rows: list[list[float]]) -> dict[str, object]:
+    """Arguments of a layer of latents in bands."""
+    return {"latent_dtype": "bands", "group_size": 32, "bands": torch.tensor(rows)}
 
 
 def test_parts_that_fit() -> None:
@@ -68,6 +76,14 @@ def test_parts_that_fit() -> None:
         ({"tiles": torch.zeros(2, 2, 32, 32)}, "tiles: expected contiguous Float"),
         ({"max_position": 129}, "max_position: expected at most 128"),
         ({"latent_dtype": "int5"}, "latent_dtype: expected int8"),
+        ({"latent_dtype": "bands"}, "bands: expected some with latent_dtype bands"),
+        ({"bands": torch.tensor([[32, 4]])}, "bands: expected none"),
+        (bands([[32, 4]]) | {"group_size": 64}, "group_size: expected 32 with bands"),
+        (bands([]), r"bands: expected contiguous Long .* \[bands, 2\]"),
+        (bands([[32, 4, 3]]), r"bands: .* \[bands, 2\], found Long on cpu, of shape \[1, 3\]"),
+        (bands([[32.0, 4]]), "bands: expected contiguous Long .* found Float"),
+        (bands([[32, 4], [48, 4]]), "bands: expected multiples of 32 columns, found 48"),
+        (bands([[32, 4], [32, 5]]), "bands: expected 2, 3, 4, 6 or 8 bits, found 5"),
     ],
 )
 def test_parts_that_do_not_fit(changes: dict[str, object], message: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from recalkv_vllm.band_format import BandFormat, CacheFormat
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import bind, cpu
+from tests.ops.band_cases import banded
 from tests.ops.cases import (
     MIXED,
     AttentionCase,
@@ -36,6 +38,7 @@ CASES = (
     spanned("no-rope", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, rot_dim=0),
     *quantized((PLAIN,), "int8", 32),
     *quantized((PLAIN,), "int4", 0),
+    banded(PLAIN, *[((32, 3),)] * 2, *[((32, 6),)] * 2),
 )  # fmt: skip
 
 
@@ -54,9 +57,16 @@ def test_attention(case: AttentionCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "latent_format", [None, LatentFormat("int8", 32), LatentFormat("fp8", 16)], ids=str
+    "latent_format",
+    [
+        None,
+        LatentFormat("int8", 32),
+        LatentFormat("fp8", 16),
+        BandFormat(((32, 3), (32, 2))),
+    ],
+    ids=str,
 )
-def test_cache_update(latent_format: LatentFormat | None) -> None:
+def test_cache_update(latent_format: CacheFormat | None) -> None:
     cache = torch.zeros(2, 16, 64)
     if latent_format is not None:
         cache = torch.zeros(2, 16, latent_format.slot_bytes(64), dtype=torch.uint8)

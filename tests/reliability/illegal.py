@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from recalkv_vllm import ops
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.band_format import CacheFormat
 from tests.ops.cases import AttentionInputs, attend, caching_layer, value_layer
 
 INT_MAX = 2**31 - 1
@@ -184,7 +184,7 @@ def illegal_cache_update(
     z: torch.Tensor,
     cache: torch.Tensor,
     slots: torch.Tensor,
-    latent_format: LatentFormat | None,
+    latent_format: CacheFormat | None,
 ) -> Call:
     """A cache update, legal but for one argument."""
     name = draw(st.sampled_from(("z", "kv_cache", "slot_mapping")))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recalkv_vllm import ops
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.band_format import BandFormat, CacheFormat
 from recalkv_vllm.ops import reference
 from tests.ops.cases import (
     AttentionCase,
@@ -24,7 +24,7 @@ from tests.ops.cases import (
 from tests.ops.checks import assert_matches_oracle, assert_within
 from tests.ops.cpu_versions import DTYPES, VERSIONS, poison_free_memory, threads
 from tests.ops.rounding import allowed_value_up_error
-from tests.ops.strategies import attention_cases, latent_formats
+from tests.ops.strategies import attention_cases, band_formats, latent_formats
 from tests.reliability.figures import count
 from tests.reliability.fuzzing import fuzzed
 from tests.reliability.illegal import (
@@ -36,6 +36,7 @@ from tests.reliability.illegal import (
 
 HEAD_DIMS = (16, 32, 64, 80, 128)
 CASES = attention_cases(HEAD_DIMS)
+FORMATS = st.none() | latent_formats() | band_formats()
 SEEDS = st.integers(0, 2**31)
 
 
@@ -52,14 +53,17 @@ def test_attention(case: AttentionCase, version: tuple[str, torch.dtype], worker
 
 @st.composite
 def updates(
-    draw: st.DrawFn, latent_format: LatentFormat | None
+    draw: st.DrawFn, latent_format: CacheFormat | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``z``, an all-NaN cache, and slots that name each at most once, some of them padding."""
     dtype = draw(st.sampled_from(DTYPES))
     layouts = ("dense", "blocks") if latent_format else ("dense", "blocks", "tokens")
+    rank = 16 * draw(st.integers(1, 12))
+    if isinstance(latent_format, BandFormat):
+        rank = latent_format.rank
     case = AttentionCase(
         "update",
-        rank=16 * draw(st.integers(1, 12)),
+        rank=rank,
         block_size=16 * draw(st.integers(1, 4)),
         cache=draw(st.sampled_from(layouts)),
         latent_format=latent_format,
@@ -78,10 +82,8 @@ def updates(
 
 
 @fuzzed(80)
-@given(data=st.data(), latent_format=st.none() | latent_formats(), workers=st.integers(1, 3))
-def test_cache_update(
-    data: st.DataObject, latent_format: LatentFormat | None, workers: int
-) -> None:
+@given(data=st.data(), latent_format=FORMATS, workers=st.integers(1, 3))
+def test_cache_update(data: st.DataObject, latent_format: CacheFormat | None, workers: int) -> None:
     """The same bits as the reference's, those of all slots that were not named included."""
     z, cache, slots = data.draw(updates(latent_format))
     expected = cache.clone()
@@ -147,8 +149,8 @@ def test_illegal_attention(case: AttentionCase, dtype: torch.dtype, data: st.Dat
 
 
 @fuzzed(150)
-@given(latent_format=st.none() | latent_formats(), data=st.data())
-def test_illegal_cache_update(latent_format: LatentFormat | None, data: st.DataObject) -> None:
+@given(latent_format=FORMATS, data=st.data())
+def test_illegal_cache_update(latent_format: CacheFormat | None, data: st.DataObject) -> None:
     z, cache, slots = data.draw(updates(latent_format))
     assert_refused(data.draw(illegal_cache_update(z, cache, slots, latent_format)))
 

@@ -19,6 +19,7 @@ from recalkv_vllm.compression.calibration.statistics import (
     samples_digest,
 )
 from recalkv_vllm.compression.calibration.text import SELF, describe, documents
+from recalkv_vllm.compression.check import Job
 from recalkv_vllm.compression.options import CompressOptions
 
 
@@ -31,21 +32,23 @@ class Calibration:
     provenance: dict[str, Any]
 
 
-def calibrate(
-    model: BaseModel, observers: set[str], options: CompressOptions, device: str
-) -> Calibration | None:
-    """Draw the calibration text and collect the named statistics of it; None if none are named.
+def calibrate(job: Job, samples: torch.Tensor) -> Calibration | None:
+    """Collect the statistics that the method needs; None if it needs none.
+
+    Args:
+        job: as checked.
+        samples: ``[samples, seq_len]`` token ids.
 
     Raises:
-        InputError: no text, no tokenizer, or a model that overflows.
+        InputError: a model that overflows.
     """
-    if not observers:
+    if not job.observers:
         return None
+    model, options, device = job.model, job.options, job.device
     dtype = calibration_dtype(model.dtype, device)
-    samples = draw(model, options, dtype, device, options.num_samples)
     digest = samples_digest(samples)
     statistics = collect(
-        observers,
+        job.observers,
         samples,
         model.geometry,
         key=_key(model, dtype, device, digest),

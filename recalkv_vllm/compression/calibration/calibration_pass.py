@@ -32,7 +32,7 @@ def run_pass(
         store: open, with the observers' shapes.
     """
     gradient = any(observer.needs_gradient for observer in observers)
-    _prepare(model, gradient, seq_len=samples.shape[1])
+    freeze(model, gradient, seq_len=samples.shape[1])
     attention = attention_modules(model)
 
     todo = samples[store.samples_done :]
@@ -82,16 +82,23 @@ def _run_sample(
         model.zero_grad(set_to_none=True)
 
 
-def _prepare(model: CausalLM, gradient: bool, seq_len: int) -> None:
+def freeze(model: CausalLM, gradient: bool, seq_len: int) -> None:
+    """Let no weight learn; recompute activations in backward passes that could not keep them.
+
+    Args:
+        model: its ``requires_grad`` flags and mode are changed.
+        gradient: whether there will be backward passes.
+        seq_len: tokens of a pass.
+    """
     model.requires_grad_(False)
     model.eval()
     config = model.config
-    numbers_per_token = config.num_hidden_layers * (
+    elements_per_token = config.num_hidden_layers * (
         16 * config.hidden_size + 4 * config.intermediate_size
     )
     # Kept activations would keep a spread model's weights on their device, too.
     spread = hasattr(model, "hf_device_map")
-    many = seq_len * numbers_per_token * model.dtype.itemsize > ACTIVATION_BYTES
+    many = seq_len * elements_per_token * model.dtype.itemsize > ACTIVATION_BYTES
     if gradient and (many or spread):
         model.train()  # transformers checkpoints activations only in training mode
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -111,14 +118,14 @@ def _loss_gradient(model: CausalLM, hidden: torch.Tensor, ids: torch.Tensor) -> 
     predicted = ids.shape[1] - 1
     for start in range(0, predicted, LOGIT_CHUNK):
         end = min(start + LOGIT_CHUNK, predicted)
-        logits = _logits(model, hidden[0, start:end])
+        logits = output_logits(model, hidden[0, start:end])
         target = ids[0, start + 1 : end + 1].to(logits.device)
         F.cross_entropy(logits, target, reduction="sum").backward()
     assert hidden.grad is not None
     return hidden.grad
 
 
-def _logits(model: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
+def output_logits(model: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
     """What the model predicts from its last hidden states, float32."""
     logits = model.lm_head(hidden).float()
     if scaling := getattr(model.config, "logits_scaling", None):  # Granite

@@ -13,7 +13,7 @@ from recalkv_vllm.compression.base_model.attention import CausalLM, attention_mo
 from recalkv_vllm.compression.calibration.statistics import Statistics
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.factoring.output_refit import OutputRefit
-from recalkv_vllm.compression.latents.rotation import rotate_latents
+from recalkv_vllm.compression.latents.rotation import rotate_latents, unit_blocks
 from recalkv_vllm.compression.layer import LayerFactors, LayerInputs, reorder_rows
 from recalkv_vllm.compression.lowrank.linalg import relative_error
 from recalkv_vllm.compression.methods import Method
@@ -74,8 +74,11 @@ def factor_layers(
     v_errors: list[float] = []
     for inputs in track(layers, "factoring", total=len(layers)):
         layer = method.factor(inputs, plan)
-        if plan.latent_format is not None:
+        if plan.latent_format(inputs.index) is not None:
             layer = rotate_latents(layer)
+        if layer.layout.bands is not None:
+            assert inputs.statistics is not None  # methods that know bands ask for moments
+            layer = unit_blocks(layer, inputs.statistics.second_moment)
         layer = layer.to(dtype)
         layer.layout.validate(layers.geometry, f"layer {inputs.index}")
         if not all(t.isfinite().all() for t in (layer.down, layer.k_up, layer.v_up)):

@@ -20,7 +20,7 @@ from recalkv_vllm.compression.base_model.attention import Attention, CausalLM, a
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.latents.rounded_projection import rounded_projections
 from recalkv_vllm.compression.layer import LayerFactors, natural_order, natural_rows
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.compression.plan import ModelPlan
 
 #: Pull towards the model's own weights, relative to the mean square of the heads' outputs.
 RIDGE = 1e-3
@@ -37,8 +37,7 @@ class OutputRefit:
         model: the base model; its layers are changed one after the other.
         samples: ``[samples, seq_len]`` token ids.
         device: where layers run, one at a time.
-        latent_format: how the compressed model's latents are stored; None for the factors' own
-            dtype.
+        plan: tells how the compressed model's latents are stored.
     """
 
     def __init__(
@@ -46,12 +45,12 @@ class OutputRefit:
         model: CausalLM,
         samples: torch.Tensor,
         device: str,
-        latent_format: LatentFormat | None = None,
+        plan: ModelPlan,
     ):
         self._layers = model.model.layers
         self._attention = attention_modules(model)
         self._device = device
-        self._latent_format = latent_format
+        self._plan = plan
         self._arguments = _layer_arguments(model, samples[:1])
         self._dense = [
             _input_of(self._layers[0], partial(model.model, sample[None], use_cache=False))
@@ -76,7 +75,7 @@ class OutputRefit:
         layer, attention = self._layers[index].to(self._device), self._attention[index]
         output = attention.o_proj
         dense = attention.k_proj, attention.v_proj
-        compressed = self._projections(attention, factors)
+        compressed = self._projections(index, attention, factors)
         heads_outer = torch.zeros(output.in_features, output.in_features, device=self._device)
         residual_outer = torch.zeros_like(output.weight, dtype=torch.float32)
         for i, hidden in enumerate(self._dense):
@@ -101,13 +100,14 @@ class OutputRefit:
         layer.to("cpu")
         return weight.cpu()
 
-    def _projections(self, attention: Attention, factors: LayerFactors) -> tuple[Any, Any]:
+    def _projections(
+        self, index: int, attention: Attention, factors: LayerFactors
+    ) -> tuple[Any, Any]:
         """The compressed model's key and value projections, heads in natural order."""
         order = factors.layout.head_order
-        if self._latent_format is not None:
-            return rounded_projections(
-                factors, self._latent_format, natural_order(order), attention
-            )
+        latent_format = self._plan.latent_format(index)
+        if latent_format is not None:
+            return rounded_projections(factors, latent_format, natural_order(order), attention)
         keys, values = (natural_rows(product, order) for product in factors.products())
         return _with_weight(attention.k_proj, keys), _with_weight(attention.v_proj, values)
 

@@ -1,16 +1,4 @@
-"""How latents are stored: chosen together with their ranks, for a budget of bytes.
-
-At a given size of the cache, fewer bits per element leave room for more elements. Quantizing a
-rotated latent of ``r`` elements costs, in the unit of the squared singular values ``s²`` that
-truncation discards,
-
-    ε · (Σ_{i ≤ r} s_i)² / r,
-
-``ε`` being the format's error relative to what it stores: with ``√S`` on both sides a latent has
-covariance ``S`` and its up factor the metric ``S``; after a random rotation each of the ``r``
-elements has the variance and the weight ``Σ s / r``. ``auto`` takes the format whose truncation and
-quantization together cost least. The budget of reconstruction stays that of 16-bit latents.
-"""
+"""How latents are stored, and what that leaves of a budget of bytes for their elements."""
 
 from __future__ import annotations
 
@@ -26,53 +14,56 @@ from recalkv_vllm.names import LATENT_DTYPES
 
 #: Elements per scale.
 GROUP_SIZE = 32
-#: What ``auto`` chooses from; None is the dtype of the factors. Not fp8: int8 is as small and
-#: twenty times more exact.
-AUTOMATIC = (None, "int8", "int4", "int3")
 #: Normal numbers on which a format's error is measured.
 SAMPLE = (1024, 1024)
 
 
-def candidates(
-    name: str, chooses: bool, compression: float, geometry: AttentionGeometry
-) -> list[LatentFormat | None]:
-    """Formats that ``--latent-dtype`` names; of ``auto``'s, those that fill the budget of bytes.
+def chosen_latent_dtype(name: str, chooses: bool, compression: float) -> str:
+    """What ``--latent-dtype`` stands for.
 
     Args:
-        name: one of :data:`recalkv_vllm.names.LATENT_DTYPES`; ``bf16`` stands for the dtype of
-            the factors, whatever it is.
-        chooses: the method knows what a format costs.
-        compression: fraction of 16-bit bytes to remove.
-        geometry: of the model.
+        name: one of :data:`recalkv_vllm.names.LATENT_DTYPES`. ``auto`` is ``bands`` where the
+            method knows what bits are worth, ``bf16`` elsewhere.
+        chooses: the method does.
+        compression: fraction of 16-bit bytes to remove; without any there is nothing to choose.
 
     Raises:
-        InputError: an unknown name, or ``auto`` for a method that cannot choose.
+        InputError: an unknown name, or ``bands`` where there is nothing to choose by.
     """
     if name not in LATENT_DTYPES:
         raise InputError(f"--latent-dtype {name}: expected one of {', '.join(LATENT_DTYPES)}")
-    if name == "auto" and not chooses:
-        raise InputError("--latent-dtype auto: only method kfac can choose; name one")
-    names = {"auto": AUTOMATIC, "bf16": (None,)}.get(name, (name,))
-    formats = [None if dtype is None else LatentFormat(dtype, GROUP_SIZE) for dtype in names]
-    if name != "auto":
-        return formats
-    # One that alone removes more than was asked for would leave bytes unused.
-    return [
-        latent_format
-        for latent_format in formats
-        if latent_format is None or rank_compression(compression, geometry, latent_format) > 0
-    ]
+    if name == "auto":
+        return "bands" if chooses and compression > 0 else "bf16"
+    if name == "bands" and not chooses:
+        raise InputError("--latent-dtype bands: only method kfac knows what bits are worth")
+    if name == "bands" and compression == 0:
+        raise InputError("--latent-dtype bands: expected a --compression above 0")
+    return name
+
+
+def budget_of(compression: float, geometry: AttentionGeometry, latent_dtype: str) -> Budget:
+    """What a plan for latents that are stored so may spend.
+
+    Args:
+        compression: fraction of 16-bit bytes to remove.
+        geometry: of the model.
+        latent_dtype: as :func:`chosen_latent_dtype` gives it; ``bf16`` stands for the dtype of the
+            factors, whatever it is.
+    """
+    if latent_dtype in ("bands", "bf16"):
+        return Budget(compression)
+    latent_format = LatentFormat(latent_dtype, GROUP_SIZE)
+    elements = rank_compression(compression, geometry, latent_format)
+    return Budget(elements, latent_format, rounding_error(latent_format))
 
 
 def rank_compression(
-    compression: float, geometry: AttentionGeometry, latent_format: LatentFormat | None
+    compression: float, geometry: AttentionGeometry, latent_format: LatentFormat
 ) -> float:
     """Fraction of cached elements to remove so that ``compression`` of 16-bit bytes is removed.
 
     Not below 0: a format may remove more than was asked for without any help.
     """
-    if latent_format is None:
-        return compression
     dense = geometry.dense_width * geometry.num_layers
     # A rank that ends inside a group pays for a scale that it uses only half: a byte.
     kept_bytes = (1 - compression) * 2 * dense - geometry.num_layers
@@ -80,22 +71,15 @@ def rank_compression(
     return max(0.0, 1 - kept_bytes * 8 / bits / dense)
 
 
-def budget_of(
-    compression: float, geometry: AttentionGeometry, latent_format: LatentFormat | None
-) -> Budget:
-    """What a plan for latents of this format may spend."""
-    return Budget(
-        rank_compression(compression, geometry, latent_format),
-        latent_format,
-        rounding_error(latent_format),
-    )
-
-
 @cache
-def rounding_error(latent_format: LatentFormat | None) -> float:
-    """Mean squared error of normal numbers that are stored and read, relative to their size."""
-    if latent_format is None:
-        return 0.0
+def rounding_error(latent_format: LatentFormat) -> float:
+    """Mean squared error of normal numbers that are stored and read, relative to their size.
+
+    Quantizing a rotated latent of ``r`` elements costs ``ε · (Σ_{i ≤ r} s_i)² / r``, in the unit
+    of the squared singular values ``s²`` that truncation discards: with ``√S`` on both sides a
+    latent has covariance ``S`` and its up factor the metric ``S``; after a random rotation each
+    element has the variance and the weight ``Σ s / r``.
+    """
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(SAMPLE, generator=generator)
     return float((latent_format.round_trip(z) - z).square().mean())

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 
+from recalkv_vllm.band_format import BLOCK_COLUMNS
 from recalkv_vllm.checkpoint import LatentLayout
 from recalkv_vllm.compression.layer import LayerFactors
 from recalkv_vllm.span import Span
@@ -24,12 +25,13 @@ SEED = 0
 def rotate_latents(factors: LayerFactors) -> LayerFactors:
     """The same layer with rotated latents: ``up Q``, ``Qᵀ down``.
 
-    Columns that the same groups read are rotated among each other, so that spans stay as they are.
+    Columns that the same groups read are rotated among each other, so that spans stay as they are;
+    of latents in bands, those that share a scale.
     """
     layout = factors.layout
     down, k_up, v_up = factors.down.clone(), factors.k_up.clone(), factors.v_up.clone()
     heads_per_v_group = len(v_up) // len(layout.v_spans)
-    for region in regions(layout):
+    for region in rotated_regions(layout):
         start, end = region
         rotation = random_rotation(region.width).to(down)
         down[start:end] = rotation.T @ down[start:end]
@@ -43,6 +45,39 @@ def rotate_latents(factors: LayerFactors) -> LayerFactors:
                 columns = slice(start - first, end - first)
                 v_up[head, :, columns] = v_up[head, :, columns] @ rotation
     return replace(factors, down=down, k_up=k_up, v_up=v_up)
+
+
+def rotated_regions(layout: LatentLayout) -> list[Span]:
+    """Columns that are rotated among each other, in order."""
+    if layout.bands is None:
+        return regions(layout)
+    return [Span(i, i + BLOCK_COLUMNS) for i in range(0, layout.rank, BLOCK_COLUMNS)]
+
+
+def unit_blocks(factors: LayerFactors, second_moment: torch.Tensor) -> LayerFactors:
+    """The same layer with columns that share a scale scaled to a mean square of 1.
+
+    Scales of latents in bands have few bits of exponent.
+
+    Args:
+        factors: of the layer.
+        second_moment: ``[H, H]`` of its input.
+    """
+    layout, down = factors.layout, factors.down
+    variance = torch.einsum("rh,hk,rk->r", down, second_moment, down).clamp(min=0)
+    blocks = variance.unflatten(0, (-1, BLOCK_COLUMNS)).mean(dim=1)
+    blocks = torch.where(blocks > 0, blocks, 1.0)
+    scale = blocks.sqrt().repeat_interleave(BLOCK_COLUMNS)
+    heads = len(factors.v_up)
+    return replace(
+        factors,
+        down=down / scale[:, None],
+        k_up=factors.k_up * torch.stack([scale[s.start : s.end] for s in layout.k_spans])[:, None],
+        v_up=factors.v_up
+        * torch.stack(
+            [scale[slice(*layout.v_spans[h * len(layout.v_spans) // heads])] for h in range(heads)]
+        )[:, None],
+    )
 
 
 def regions(layout: LatentLayout) -> list[Span]:

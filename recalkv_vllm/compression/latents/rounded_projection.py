@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.compression.base_model.attention import Attention
 from recalkv_vllm.compression.layer import LayerFactors
-from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.span import Span
 
 
@@ -29,7 +29,7 @@ class RoundedProjection(nn.Module):
 
     def __init__(
         self,
-        latent_format: LatentFormat,
+        latent_format: CacheFormat,
         down: torch.Tensor,
         up: torch.Tensor,
         spans: Sequence[Span],
@@ -51,7 +51,7 @@ class RoundedProjection(nn.Module):
 
 def rounded_projections(
     factors: LayerFactors,
-    latent_format: LatentFormat,
+    latent_format: CacheFormat,
     head_order: Sequence[int],
     attention: Attention,
 ) -> tuple[RoundedProjection, RoundedProjection]:

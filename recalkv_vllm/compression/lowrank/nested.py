@@ -33,16 +33,11 @@ def nested_latent(
     up, down = svd.truncated(width)
     if k_width == width:
         return up, down
-    n = len(up) // 2
-    scale = _latent_scale(svd, width)
+    scale = latent_scale(svd, width)
     whitened = up * scale  # of a latent of unit variance under A
-    _, rotation = torch.linalg.eigh(_key_energy(whitened, output_metric))
-    rotation = rotation.flip(1)
+    _, rotation = key_rotation(whitened, output_metric)
     up, down = whitened @ rotation, rotation.T @ (down / scale[:, None])
-    lost = up[:n, k_width:].clone()
-    up[:n, k_width:] = 0
-    # Values make up for the part of the loss that is shared: argmin over their rows of the metric.
-    up[n:, k_width:] += torch.linalg.solve(output_metric[n:, n:], output_metric[n:, :n] @ lost)
+    up[:, k_width:] = without_keys(up[:, k_width:], output_metric)
     # As √S on both sides: each column's cost split evenly between the factors.
     balance = torch.einsum("ir,ij,jr->r", up, output_metric, up).pow(0.25)
     balance = balance.clamp(min=FLOOR * float(balance.max()))
@@ -64,12 +59,31 @@ def nested_losses(
 
 
 def _dropped(svd: TwoSidedSvd, output_metric: torch.Tensor, k_width: int, width: int) -> float:
-    whitened = svd.up[:, :width] * _latent_scale(svd, width)
+    whitened = svd.up[:, :width] * latent_scale(svd, width)
     energy = torch.linalg.eigvalsh(_key_energy(whitened, output_metric))
     return float(energy[: width - k_width].clamp(min=0).sum())
 
 
-def _latent_scale(svd: TwoSidedSvd, width: int) -> torch.Tensor:
+def without_keys(up: torch.Tensor, output_metric: torch.Tensor) -> torch.Tensor:
+    """Columns ``[2n, columns]`` that keys no longer read.
+
+    Values make up for the part of the loss that is shared: argmin over their rows of the metric.
+    """
+    n = len(up) // 2
+    own = torch.linalg.solve(output_metric[n:, n:], output_metric[n:, :n] @ up[:n])
+    return torch.cat((torch.zeros_like(own), up[n:] + own))
+
+
+def key_rotation(
+    whitened: torch.Tensor, output_metric: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of taking each direction of a whitened latent from the keys, largest first, and the
+    rotation ``[width, width]`` to these directions."""
+    energy, rotation = torch.linalg.eigh(_key_energy(whitened, output_metric))
+    return energy.flip(0), rotation.flip(1)
+
+
+def latent_scale(svd: TwoSidedSvd, width: int) -> torch.Tensor:
     """Standard deviation of each element of the latent under the input metric: ``√S``."""
     squares = svd.squares[:width]
     return squares.clamp(min=FLOOR * float(squares[0])).pow(0.25)

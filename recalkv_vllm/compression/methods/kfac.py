@@ -27,7 +27,7 @@ from recalkv_vllm.compression.layer import (
 from recalkv_vllm.compression.lowrank.layer_metric import BOTH, KEYS, VALUES, LayerMetric
 from recalkv_vllm.compression.lowrank.linalg import truncated_factors
 from recalkv_vllm.compression.lowrank.nested import nested_latent
-from recalkv_vllm.compression.methods.base import Method, MethodOptions, divisors
+from recalkv_vllm.compression.methods.base import Measured, Method, MethodOptions, divisors
 from recalkv_vllm.compression.methods.measured_layer import (
     MeasuredLayer,
     consecutive_groups,
@@ -45,13 +45,8 @@ from recalkv_vllm.names import SPAN_KINDS
 MeasuredSizes = dict[int, list[MeasuredLayer]]
 
 
-class Kfac(Method[MeasuredSizes]):
-    """Two-sided Kronecker-factored metric, ranks by expected loss.
-
-    Span kinds: ``nested`` (one latent per group; keys read as many of its first columns as the
-    reconstruction budget pays for and keys need), ``joint`` (keys and values read all of it),
-    ``split`` (latents of their own).
-    """
+class KfacMethod(Method[Measured]):
+    """What ``kfac`` is in any latent format: its metric, options, and split spans."""
 
     name = "kfac"
     allocations = ("loss",)
@@ -70,15 +65,53 @@ class Kfac(Method[MeasuredSizes]):
         # Moments are for the report: relative errors of the outputs.
         return {"kronecker", "moments"} if compression > 0 else set()
 
-    def check(self, compression: float) -> None:
-        if compression == 0:
-            check_compression(compression, self.geometry, self._full_rank_size(), self.v_groups)
-            return
+    def settings(self, plan: ModelPlan) -> dict[str, Any]:
+        return {
+            **super().settings(plan),
+            "spans": plan.spans,
+            "flop_per_byte": self.flop_per_byte if math.isfinite(self.flop_per_byte) else None,
+            "expected_loss": plan.expected_loss,
+        }
+
+    def check_groups(self) -> None:
+        """Raise :class:`InputError` for V groups where values are grouped as keys are."""
         if self.spans != "split" and self._names_v_groups:
             raise InputError(
                 f"--v-groups {self.v_groups}: with {self.spans} spans values are grouped as keys "
                 "are; expected --k-group-size, or --spans split"
             )
+
+    def factor_split(self, metric: LayerMetric, layout: LatentLayout) -> LayerFactors:
+        """Latents of their own for every K group and every V group."""
+        order = layout.head_order
+        k_groups = consecutive_groups(order, layout.k_group_size)
+        v_groups = consecutive_groups(order, len(order) // len(layout.v_spans))
+        return split_factors(
+            [metric.svd(group, KEYS).truncated(layout.k_width) for group in k_groups],
+            [metric.svd(group, VALUES).truncated(layout.v_width) for group in v_groups],
+            layout,
+        )
+
+    def _sizes(self) -> list[int]:
+        """Group sizes to choose from."""
+        if self.k_group_size is not None:
+            return [self.k_group_size]
+        return divisors(self.geometry.num_kv_heads)
+
+
+class Kfac(KfacMethod[MeasuredSizes]):
+    """Two-sided Kronecker-factored metric, ranks by expected loss.
+
+    Span kinds: ``nested`` (one latent per group; keys read as many of its first columns as the
+    reconstruction budget pays for and keys need), ``joint`` (keys and values read all of it),
+    ``split`` (latents of their own).
+    """
+
+    def check(self, compression: float) -> None:
+        if compression == 0:
+            check_compression(compression, self.geometry, self._full_rank_size(), self.v_groups)
+            return
+        self.check_groups()
         sizes = [size for size in self._sizes() if self._widths(size)]
         if not sizes:
             raise InputError(
@@ -146,14 +179,8 @@ class Kfac(Method[MeasuredSizes]):
                 layout,
             )
         metric = LayerMetric(inputs, self.geometry.head_dim)
-        k_groups = consecutive_groups(order, layout.k_group_size)
         if plan.spans == "split":
-            v_groups = consecutive_groups(order, len(order) // len(layout.v_spans))
-            return split_factors(
-                [metric.svd(group, KEYS).truncated(layout.k_width) for group in k_groups],
-                [metric.svd(group, VALUES).truncated(layout.v_width) for group in v_groups],
-                layout,
-            )
+            return self.factor_split(metric, layout)
         latents = [
             nested_latent(
                 metric.svd(group, BOTH),
@@ -161,17 +188,9 @@ class Kfac(Method[MeasuredSizes]):
                 layout.k_width,
                 layout.v_width,
             )
-            for group in k_groups
+            for group in consecutive_groups(order, layout.k_group_size)
         ]
         return nested_factors(latents, layout)
-
-    def settings(self, plan: ModelPlan) -> dict[str, Any]:
-        return {
-            **super().settings(plan),
-            "spans": plan.spans,
-            "flop_per_byte": self.flop_per_byte if math.isfinite(self.flop_per_byte) else None,
-            "expected_loss": plan.expected_loss,
-        }
 
     def _layout(
         self, head_order: tuple[int, ...], k_group_size: int, widths: Widths
@@ -194,12 +213,6 @@ class Kfac(Method[MeasuredSizes]):
             v_group_size * geometry.head_dim,
         )
         return ModelPlan((layout,) * geometry.num_layers, "split", budget.latent_format)
-
-    def _sizes(self) -> list[int]:
-        """Group sizes to choose from."""
-        if self.k_group_size is not None:
-            return [self.k_group_size]
-        return divisors(self.geometry.num_kv_heads)
 
     def _full_rank_size(self) -> int:
         """The cheapest group size whose full rank is a multiple of 16."""

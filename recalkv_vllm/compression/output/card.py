@@ -26,9 +26,11 @@ def model_card(name: str, base: str, recalkv: RecalkvConfig, summary: dict[str, 
         )
     else:
         text = "none (not needed)"
-    latent_format = recalkv.latent_quantization
+    latent_format = recalkv.latent_format(0)
     latents = "in the dtype of the factors"
-    if latent_format is not None:
+    if recalkv.layers[0].bands is not None:
+        latents = "in bands of 2 to 8 bits, a scale for every 32 elements"
+    elif latent_format is not None:
         latents = f"{latent_format.dtype}, a scale for every {latent_format.group_size} elements"
     rows = "\n".join(
         f"| {layer['layer']} | {layer['rank']} | {layer['k_width']} | {layer['v_width']} "
@@ -67,15 +69,26 @@ model's accuracy (without the smaller cache).
 | V groups | {settings["v_groups"]} |
 | rank allocation | {settings["rank_allocation"]} |
 | calibration text | {text} |
+| healing | {_healing(settings.get("healing"))} |
 | reconstruction | {summary["reconstruct_flop_per_token"]} FLOP per cached token |
 | made with | {versions} |
 
 ## Layers
 
 Rank is the count of cached elements per token; widths are those of one K or V group. Errors are
-relative, of the {summary["error_of"]} of the key and value projections.
+relative, of the {summary["error_of"]} of the key and value projections, before any healing.
 
 | layer | rank | K width | V width | K error | V error |
 | --- | --- | --- | --- | --- | --- |
 {rows}
 """
+
+
+def _healing(record: dict[str, Any] | None) -> str:
+    """What came of healing, in words."""
+    if record is None:
+        return "none"
+    return (
+        f"{record['steps']} steps; divergence from the base model on held-out text "
+        f"{record['loss_after']:.4f} nats per token, {record['loss_before']:.4f} before"
+    )

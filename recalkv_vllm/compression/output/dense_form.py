@@ -41,13 +41,16 @@ def dense_form(factors: Sequence[LayerFactors], dtype: torch.dtype, convert: boo
         match found["projection"], found["parameter"]:
             case "qkv", "weight":
                 keys, values = (product.to(dtype) for product in layer.products())
-                queries = reorder_rows(tensor[: -2 * len(keys)], order)
+                queries = tensor[: -2 * len(keys)] if layer.query is None else layer.query
+                queries = reorder_rows(queries, order)
                 yield name, torch.cat((queries, keys, values))
             case "k" | "v", "weight" | "weight_packed" | "qweight":
                 keys, values = layer.products()
                 name = f"{name.rpartition('.')[0]}.weight"
                 yield name, (keys if found["projection"] == "k" else values).to(dtype)
-            case ("q" | "k" | "v", "bias") | ("q", "weight"):
+            case "q", "weight":
+                yield name, reorder_rows(tensor if layer.query is None else layer.query, order)
+            case "q" | "k" | "v", "bias":
                 yield name, reorder_rows(tensor, order)
             case "k" | "v", _:
                 return  # scales and zero points of what is dense now

@@ -22,18 +22,23 @@ def summarize(recalkv: RecalkvConfig, geometry: AttentionGeometry, itemsize: int
         itemsize: bytes of a cached element.
 
     Returns:
-        ``method``, ``latent_quantization`` (``dtype`` and ``group_size``, or None),
+        ``method``, ``latent_quantization`` (``dtype`` and ``group_size``, or None; dtype ``bands``
+        where layers have them),
         ``compression`` (reached) and ``compression_requested`` as fractions removed,
         ``kv_bytes_per_token`` over all layers, ``reconstruct_flop_per_token`` over all layers,
         ``error_of`` (``outputs`` or ``weights``: what the relative errors are of) and ``layers``.
     """
-    quantization = recalkv.latent_quantization
+    latent_format = recalkv.latent_format(0)
+    quantization = latent_format and {
+        "dtype": latent_format.dtype,
+        "group_size": latent_format.group_size,
+    }
     error_of, k_errors, v_errors = _recorded_errors(recalkv)
     return {
         "method": recalkv.method,
         "compression": compression_reached(recalkv, geometry),
         "compression_requested": recalkv.compression,
-        "latent_quantization": quantization and quantization.to_dict(),
+        "latent_quantization": quantization,
         "kv_bytes_per_token": kv_bytes_per_token(recalkv, geometry, itemsize),
         "reconstruct_flop_per_token": sum(
             layout.reconstruct_flop(geometry) for layout in recalkv.layers
@@ -48,6 +53,7 @@ def summarize(recalkv: RecalkvConfig, geometry: AttentionGeometry, itemsize: int
                 "k_spans": [list(span) for span in layout.k_spans],
                 "v_spans": [list(span) for span in layout.v_spans],
                 "head_order": list(layout.head_order),
+                **({} if layout.bands is None else {"bands": [list(b) for b in layout.bands]}),
                 "k_error": k_errors[i],
                 "v_error": v_errors[i],
             }

@@ -23,9 +23,8 @@ class Choice:
 def allocate_choices(layers: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
     """One choice per layer, of the least total loss within a budget.
 
-    Exact, by dynamic programming over the budget in steps of 16. Where losses are sums of squared
-    singular values this is the greedy list over all layers: the next 16 elements go where the
-    largest are.
+    Where losses are sums of squared singular values this is the greedy list over all layers: the
+    next 16 elements go where the largest are.
 
     Args:
         layers: the choices of each layer; all losses in one unit.
@@ -42,23 +41,34 @@ def allocate_choices(layers: Sequence[Sequence[Choice]], budget: int) -> list[Ch
         )
     if not all(np.isfinite(choice.loss) for choices in layers for choice in choices):
         raise InputError("rank allocation: the expected losses of some ranks are not finite")
-    steps = budget // SPAN_MULTIPLE
-    best = np.zeros(steps + 1)  # least loss of the layers so far within so many steps
-    picked = np.zeros((len(layers), steps + 1), dtype=np.int32)
-    for row, choices in zip(picked, layers, strict=True):
-        after = np.full(steps + 1, np.inf)
-        for i, choice in enumerate(choices):
-            cost = choice.widths.rank // SPAN_MULTIPLE
-            if cost <= steps:
-                total = best[: steps + 1 - cost] + choice.loss
+    costs = [[choice.widths.rank // SPAN_MULTIPLE for choice in choices] for choices in layers]
+    losses = [[choice.loss for choice in choices] for choices in layers]
+    picked = least_total(costs, losses, budget // SPAN_MULTIPLE)
+    return [choices[i] for choices, i in zip(layers, picked, strict=True)]
+
+
+def least_total(
+    costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int
+) -> list[int]:
+    """Index of one choice per layer: the least total loss at a total cost of at most ``budget``.
+
+    Exact, by dynamic programming over the budget. The least costs together must be within it.
+    """
+    best = np.zeros(budget + 1)  # least loss of the layers so far at such a cost
+    picked = np.zeros((len(costs), budget + 1), dtype=np.int32)
+    for row, layer_costs, layer_losses in zip(picked, costs, losses, strict=True):
+        after = np.full(budget + 1, np.inf)
+        for i, (cost, loss) in enumerate(zip(layer_costs, layer_losses, strict=True)):
+            if cost <= budget:
+                total = best[: budget + 1 - cost] + loss
                 better = total < after[cost:]
                 after[cost:][better] = total[better]
                 row[cost:][better] = i
         best = after
-    chosen: list[Choice] = []
-    for row, choices in zip(picked[::-1], layers[::-1], strict=True):
-        chosen.append(choices[row[steps]])
-        steps -= chosen[-1].widths.rank // SPAN_MULTIPLE
+    chosen: list[int] = []
+    for row, layer_costs in zip(picked[::-1], costs[::-1], strict=True):
+        chosen.append(int(row[budget]))
+        budget -= layer_costs[chosen[-1]]
     return chosen[::-1]
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from recalkv_vllm.compression.errors import InputError
 
 #: H100: 990 TFLOP/s (dense bf16) over 3.35 TB/s is 295 FLOP per byte at peak; 200 supposes that
@@ -17,6 +19,19 @@ from recalkv_vllm.compression.errors import InputError
 #: long as reading latents, so a half-size cache is still no slower than the dense one. CPU: the
 #: AVX-512 kernel takes about the time of the dense one for half the cache at 64.
 TARGETS = {"h100": 200.0, "a100": 200.0, "cpu": 64.0, "none": math.inf}
+
+
+def chosen_target(target: str) -> str:
+    """What ``--target`` stands for: of ``auto``, the device at hand.
+
+    ``h100`` for any GPU that is no A100, and for a processor that our kernels do not run on: nobody
+    will serve there.
+    """
+    if target != "auto":
+        return target
+    if torch.cuda.is_available():
+        return "a100" if torch.cuda.get_device_capability()[0] == 8 else "h100"
+    return "cpu" if torch.cpu.get_capabilities().get("avx2") else "h100"
 
 
 def flop_per_byte(target: str) -> float:
@@ -33,7 +48,7 @@ def flop_per_byte(target: str) -> float:
         budget = math.nan
     if not budget > 0:
         raise InputError(
-            f"target {target!r}: expected {', '.join(TARGETS)}, or a positive number of FLOP per "
-            "cached byte"
+            f"target {target!r}: expected auto, {', '.join(TARGETS)}, or a positive number of "
+            "FLOP per cached byte"
         )
     return budget

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer
-from recalkv_vllm.ops.cpu.layout import pack_layer
+from recalkv_vllm.ops.cpu.layout import pack_format, pack_layer
 from recalkv_vllm.ops.cpu.plan import instruction_set
 
 
@@ -17,17 +17,13 @@ class CpuLayer(BoundLayer):
         self._attend = pack_layer(layer, self._isa).attend
         self._v_up = layer.v_up.contiguous()
         self._v_bias = None if layer.v_bias is None else layer.v_bias.float().contiguous()
-        self._format = layer.latent_format
+        self._update = torch.ops.recalkv_cpu.latent_cache_update.default
+        self._format = pack_format(layer.latent_format)
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        dtype, group_size = "", 0
-        if self._format is not None:
-            dtype, group_size = self._format.dtype, self._format.group_size
-        torch.ops.recalkv_cpu.latent_cache_update.default(
-            z, kv_cache, slot_mapping, dtype, group_size
-        )
+        self._update(z, kv_cache, slot_mapping, *self._format)
 
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
+from recalkv_vllm.band_format import BandFormat, CacheFormat
 from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.cpu import tables
 from recalkv_vllm.ops.rotary import pair_order
@@ -24,6 +25,29 @@ class AttentionLayer(Protocol):
         /,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``recalkv_cpu::paged_latent_attention`` of this layer."""
+
+
+class PackedFormat(NamedTuple):
+    """How latents are stored, as arguments of the C++ ops.
+
+    Args:
+        latent_dtype: empty for latents as they are.
+        bands: ``[bands, 2]`` columns and bits; a tensor, since an op's lists take long to read.
+    """
+
+    latent_dtype: str
+    group_size: int
+    bands: torch.Tensor | None
+
+
+def pack_format(latent_format: CacheFormat | None) -> PackedFormat:
+    """A format as the C++ ops take it; None stores latents as they are."""
+    if latent_format is None:
+        return PackedFormat("", 0, None)
+    bands = None
+    if isinstance(latent_format, BandFormat):
+        bands = torch.tensor(latent_format.bands, dtype=torch.int64, device="cpu")
+    return PackedFormat(latent_format.dtype, latent_format.group_size, bands)
 
 
 def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
@@ -45,7 +69,6 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
         # A key norm needs the whole key.
         if bf16_products and norm is None:
             expansion = _expansion(k_factors, rope)
-    latent_format = layer.latent_format
     return classes.AttentionLayer(
         isa=isa,
         keys=classes.Keys(
@@ -66,8 +89,7 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
             soft_cap=layer.soft_cap or 0.0,
             window=layer.sliding_window or 0,
         ),
-        latent_dtype="" if latent_format is None else latent_format.dtype,
-        group_size=0 if latent_format is None else latent_format.group_size,
+        **pack_format(layer.latent_format)._asdict(),
     )
 
 

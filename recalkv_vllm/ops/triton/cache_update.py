@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 
+from recalkv_vllm.band_format import BLOCK_COLUMNS, BandFormat, CacheFormat, band_bytes
 from recalkv_vllm.kernels.cache_update import write_latents
-from recalkv_vllm.kernels.columns import next_power_of_2
+from recalkv_vllm.kernels.columns import cut_runs, next_power_of_2, runs_of
 from recalkv_vllm.kernels.quantize import write_quantized_latents
+from recalkv_vllm.kernels.quantize_bands import write_latents_in_bands
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops.triton.launch import Launch
 
@@ -16,9 +18,11 @@ def cache_update_launch(
     z: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    latent_format: LatentFormat | None = None,
+    latent_format: CacheFormat | None = None,
 ) -> Launch:
     """The launch of ``cache_update.py``; at least one slot."""
+    if isinstance(latent_format, BandFormat):
+        return band_update_launch(z, kv_cache, slot_mapping, latent_format)
     if latent_format is not None:
         return quantized_update_launch(z, kv_cache, slot_mapping, latent_format)
     rank = kv_cache.shape[2]
@@ -73,4 +77,33 @@ def quantized_update_launch(
             "BLOCK_SIZE": kv_cache.shape[1],
         },
         warps=1 if columns <= 256 else 4,
+    )
+
+
+def band_update_launch(
+    z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor, latent_format: BandFormat
+) -> Launch:
+    """The launch of ``quantize_bands.py``; at least one slot."""
+    codes, scales = latent_format.split_cache(kv_cache)
+    chunks = cut_runs(runs_of(latent_format.rank, latent_format), 0, latent_format.rank)
+    return Launch(
+        write_latents_in_bands,
+        (slot_mapping.shape[0], len(chunks)),
+        {
+            "z": z,
+            "codes": codes,
+            "scales": scales,
+            "slot_mapping": slot_mapping,
+            "stride_z": z.stride(0),
+            "stride_block": codes.stride(0),
+            "stride_slot": codes.stride(1),
+            "stride_scale_block": scales.stride(0),
+            "stride_scale_slot": scales.stride(1),
+            "CHUNKS": chunks,
+            "CODE_BYTES": latent_format.code_bytes,
+            "USED_BYTES": sum(map(band_bytes, latent_format.bands)),
+            "BLOCK_COLUMNS": BLOCK_COLUMNS,
+            "BLOCK_SIZE": kv_cache.shape[1],
+        },
+        warps=1,
     )

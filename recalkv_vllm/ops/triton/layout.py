@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from recalkv_vllm.band_format import BLOCK_COLUMNS, CODE_ALIGNMENT, BandFormat
 from recalkv_vllm.kernels.columns import next_power_of_2
+from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.rotary import pair_order
 
@@ -34,6 +37,7 @@ def kernel_constants(layer: LatentLayer) -> dict[str, Any]:
         "k_bias": packed(layer.k_bias),
         "k_norm_weight": packed(None if norm is None else norm[None]),
         "first_columns": starts.to(device),
+        **format_constants(layer),
         "head_columns": padded.to(device),
         "rope_table": None if rope is None else rope.contiguous(),
         "stride_rope": layer.rot_dim,
@@ -47,6 +51,28 @@ def kernel_constants(layer: LatentLayer) -> dict[str, Any]:
         "V_WIDTH": layer.v_width,
         "WINDOW": layer.sliding_window or 0,
     }
+
+
+def format_constants(layer: LatentLayer) -> dict[str, Any]:
+    """Of :func:`kernel_constants`, those that the format of latents fixes."""
+    latent_format = layer.latent_format
+    constants: dict[str, Any] = {
+        "first_codes": None,
+        "CODEC": None if latent_format is None else latent_format.dtype,
+        "SCALE_SHIFT": 0,
+        "CODE_UNIT": 0,
+    }
+    if isinstance(latent_format, LatentFormat):
+        constants["SCALE_SHIFT"] = latent_format.scale_shift
+    elif isinstance(latent_format, BandFormat):
+        spans = zip(layer.head_k_spans, layer.head_v_spans, strict=True)
+        offset = latent_format.code_offset
+        offsets = torch.tensor([(offset(k), offset(v)) for k, v in spans], dtype=torch.int32)
+        unit = math.gcd(CODE_ALIGNMENT, *offsets.flatten().tolist())
+        constants["first_codes"] = (offsets // unit).to(layer.k_up.device)
+        constants["SCALE_SHIFT"] = BLOCK_COLUMNS.bit_length() - 1
+        constants["CODE_UNIT"] = unit
+    return constants
 
 
 def padded_head_dim(layer: LatentLayer) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from recalkv_vllm.band_format import BandFormat, CacheFormat
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.columns import Columns, next_power_of_2, plan_columns
 from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
@@ -44,16 +45,25 @@ class LaunchPlan:
     """Parameters of a part's launch.
 
     Args:
-        columns: chunks of the spans.
+        columns: chunks of the spans for each launch, by the blocks of value columns that it owns.
         blocks: query blocks.
         search: programs find the sequence of their query block.
     """
 
     config: heuristics.AttentionConfig
-    columns: Columns
+    columns: tuple[tuple[range, Columns], ...]
     blocks: int
     splits: int
     search: bool
+
+
+def most_code_bits(latent_format: CacheFormat | None) -> int | None:
+    """Bits of the widest codes; None if latents are not quantized."""
+    if latent_format is None:
+        return None
+    if isinstance(latent_format, BandFormat):
+        return max(band.bits for band in latent_format.bands)
+    return latent_format.bits
 
 
 class AttentionPlanner:
@@ -68,7 +78,7 @@ class AttentionPlanner:
         self.num_kv_heads, self.v_width = layer.num_kv_heads, layer.v_width
         self._spans = (layer.head_k_spans, layer.head_v_spans)
         self._shapes: dict[int, heuristics.AttentionShape] = {}
-        self._columns: dict[int, Columns] = {}
+        self._columns: dict[int, tuple[tuple[range, Columns], ...]] = {}
 
     def plan(self, part: Part, num_heads: int, longest: int) -> LaunchPlan:
         """Parameters for a part whose sequences have up to ``longest`` tokens."""
@@ -87,10 +97,21 @@ class AttentionPlanner:
             self._shapes[num_heads] = self._shape(num_heads)
         return self._shapes[num_heads]
 
-    def columns(self, v_block: int) -> Columns:
-        """Chunks of the spans for programs that own ``v_block`` value columns."""
+    def columns(self, v_block: int) -> tuple[tuple[range, Columns], ...]:
+        """Chunks of the spans for programs that own ``v_block`` value columns.
+
+        Without bands all blocks of value columns are alike and one launch; bands, which kernels
+        are compiled for, differ from block to block.
+        """
         if v_block not in self._columns:
-            self._columns[v_block] = plan_columns(*self._spans, v_block)
+            blocks = range(self.v_width // v_block)
+            bands = self.layer.latent_format
+            if isinstance(bands, BandFormat):
+                self._columns[v_block] = tuple(
+                    (range(i, i + 1), plan_columns(*self._spans, v_block, i, bands)) for i in blocks
+                )
+            else:
+                self._columns[v_block] = ((blocks, plan_columns(*self._spans, v_block)),)
         return self._columns[v_block]
 
     def workspace_bytes(self, limits: BatchLimits) -> int:
@@ -114,7 +135,7 @@ class AttentionPlanner:
 
     def _shape(self, num_heads: int) -> heuristics.AttentionShape:
         layer = self.layer
-        columns = self.columns(self.v_width)
+        ((_, columns),) = self.columns(self.v_width)
         return heuristics.AttentionShape(
             queries_per_kv=num_heads // self.num_kv_heads,
             num_kv_heads=self.num_kv_heads,
@@ -124,12 +145,13 @@ class AttentionPlanner:
             k_width=layer.k_width,
             v_width=self.v_width,
             itemsize=layer.k_up.element_size(),
-            shared_columns=sum(size for _, size, shared in columns.k if shared >= 0),
+            shared_columns=sum(size for _, size, *_, shared in columns.k if shared >= 0),
             local_rope=self.local_rope,
             rope=layer.rot_dim > 0,
             key_bias=layer.k_bias is not None,
             key_norm=layer.k_norm_weight is not None,
-            code_bits=None if layer.latent_format is None else layer.latent_format.bits,
+            code_bits=most_code_bits(layer.latent_format),
+            bands=isinstance(layer.latent_format, BandFormat),
         )
 
     def _splits(self, config: heuristics.AttentionConfig, blocks: int, longest: int) -> int:

@@ -13,7 +13,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionType, max_decode_query_len
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.ops import BatchLimits
 from recalkv_vllm.serving.attention.backend import RecalkvBackend
 from recalkv_vllm.serving.attention.implementation import LatentAttentionImpl
@@ -36,7 +36,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         scale: float,
         rank: int,
         sliding_window: int | None,
-        latent_format: LatentFormat | None,
+        latent_format: CacheFormat | None,
         prefix: str,
     ):
         super().__init__()

@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
 from recalkv_vllm.serving.factor_files import SEPARATE_FACTORS, locate_factors
-from recalkv_vllm.serving.latent_dtype import model_dtype, served_format
+from recalkv_vllm.serving.latent_dtype import model_dtype, served_config
 from recalkv_vllm.serving.model.reload import (
     check_graphs,
     config_beside,
@@ -79,8 +79,8 @@ class LatentAttentionMixin(_Stock):
         self.recalkv_vllm_config = vllm_config
         if mapper := getattr(self.model, "hf_to_vllm_mapper", None):
             self.model.hf_to_vllm_mapper = without_kv_projections(mapper)
-        latent_format = served_format(
-            self.recalkv_config.latent_quantization,
+        served = served_config(
+            self.recalkv_config,
             vllm_config.cache_config.cache_dtype,
             model_dtype(vllm_config.model_config),
         )
@@ -88,10 +88,10 @@ class LatentAttentionMixin(_Stock):
             layer = self.model.layers[i]
             layer.self_attn = LatentSelfAttention(
                 layer.self_attn,
-                self.recalkv_config.layers[i],
+                served.layers[i],
                 self.recalkv_geometry,
                 vllm_config,
-                latent_format,
+                served.latent_quantization,
             )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

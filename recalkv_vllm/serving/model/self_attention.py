@@ -14,6 +14,7 @@ from vllm.distributed import (
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 
+from recalkv_vllm.band_format import stored_format
 from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import LatentLayer
@@ -28,6 +29,9 @@ class LatentSelfAttention(nn.Module):
 
     Queries come from ``q_proj`` as ever; keys and values come from one latent ``down · x``, cached
     before RoPE. It takes the stock module's parts and drops its fused ``qkv_proj``.
+
+    Args:
+        uniform_format: how all layers' latents are stored, of a layout without bands.
     """
 
     def __init__(
@@ -36,7 +40,7 @@ class LatentSelfAttention(nn.Module):
         layout: LatentLayout,
         geometry: AttentionGeometry,
         vllm_config: VllmConfig,
-        latent_format: LatentFormat | None,
+        uniform_format: LatentFormat | None,
     ):
         super().__init__()
         name = stock.attn.layer_name
@@ -77,7 +81,7 @@ class LatentSelfAttention(nn.Module):
             stock.scaling,
             shard.rank,
             stock.attn.sliding_window,
-            latent_format,
+            stored_format(shard.bands, uniform_format),
             prefix=name,
         )
         self.attn.process_weights_after_loading = self.bind_factors

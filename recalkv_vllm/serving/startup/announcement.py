@@ -30,9 +30,9 @@ def announce(config: VllmConfig, served: Served) -> None:
         model.max_model_len,
     )
     plain_dtype = str(dtype).removeprefix("torch.")
-    latent_format = served.cached.latent_quantization
-    latent_dtype = plain_dtype if latent_format is None else latent_format.dtype
+    latent_dtype = served.cached.latent_dtype or plain_dtype
     publish(str(model.served_model_name), served.stored, latent_dtype, sizes)
+    latent_format = served.cached.latent_quantization
     if latent_format is not None and latent_format != served.stored.latent_quantization:
         plain = kv_bytes_per_token(served.stored, served.geometry, dtype.itemsize)["compressed"]
         logger.info(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vllm.config import VllmConfig
 
@@ -19,7 +19,7 @@ from recalkv_vllm.serving.factor_files import (
     locate_factors,
     names_separate_factors,
 )
-from recalkv_vllm.serving.latent_dtype import model_dtype, served_format
+from recalkv_vllm.serving.latent_dtype import model_dtype, served_config
 from recalkv_vllm.serving.names import ARCHITECTURES, BACKEND_NAME
 from recalkv_vllm.serving.sharding import shard_latent
 from recalkv_vllm.serving.startup.cache_size import check_cache_size
@@ -100,9 +100,7 @@ def _check_checkpoint(config: VllmConfig) -> Served:
     model = config.model_config
     hf_config = model.hf_config.to_dict()
     stored = RecalkvConfig.from_hf_config(hf_config, f"{model.model}/config.json")
-    latent_format = served_format(
-        stored.latent_quantization, config.cache_config.cache_dtype, model_dtype(model)
-    )
+    cached = served_config(stored, config.cache_config.cache_dtype, model_dtype(model))
     geometry = AttentionGeometry.from_hf_config(hf_config)
     if hf_config.get(SEPARATE_FACTORS) and config.quant_config is not None:
         for i, layout in enumerate(stored.layers):
@@ -119,7 +117,6 @@ def _check_checkpoint(config: VllmConfig) -> Served:
                 f"tensor_parallel_size: with {tp_size} ranks, layer {i} would cache "
                 f"{' and '.join(map(str, sorted(ranks)))} elements per token on different ranks"
             )
-    cached = replace(stored, latent_quantization=latent_format)
     check_cache_size(config, cached, geometry)
     if config.load_config.load_format != "dummy":
         with FactorReader(locate_factors(model), stored, geometry) as reader:

@@ -152,6 +152,20 @@ def test_factors_are_those_of_the_dense_form(quantized, tmp_path, method):
         torch.testing.assert_close(ours[key], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_factors_alone_heal(quantized, tmp_path):
+    """Towards the dense form, as if the model were that."""
+    told = []
+    for source in quantized("int4"):
+        out = tmp_path / source.name
+        options = {"heal": 10, "k_group_size": 1, "factors_only": True, **FEW}
+        compress(CompressOptions(str(source), out, 0.6, method="svd", **options))
+        told.append(read(out)[0].settings["healing"])
+    ours, expected = told
+    assert ours["weights"] is expected["weights"] is False
+    for name in ("loss_before", "loss_after"):
+        assert ours[name] == pytest.approx(expected[name], rel=1e-2)
+
+
 @pytest.mark.parametrize("method", ["kfac", "recalkv"])
 def test_heads_are_reordered_only_where_weights_are_not_quantized(
     quantized, tmp_path, method, monkeypatch

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recalkv_vllm.compression.base_model.model import BaseModel
-from recalkv_vllm.compression.calibration.calibration_pass import _logits
+from recalkv_vllm.compression.calibration.calibration_pass import output_logits
 from tests.e2e.architectures import CONFIGS, save_random_model
 
 
@@ -15,4 +15,4 @@ def test_gradient_is_that_of_the_models_own_logits(tmp_path, name):
     with torch.no_grad():
         hidden = model.model(ids).last_hidden_state
         expected = model(ids).logits[0]
-    torch.testing.assert_close(_logits(model, hidden[0]), expected)
+    torch.testing.assert_close(output_logits(model, hidden[0]), expected)

@@ -22,7 +22,7 @@ from tests.e2e.architectures import CONFIGS, save_random_model
 def factor_at_full_rank(base: BaseModel, model, refit: OutputRefit, out) -> list[LayerFactors]:
     """Factors of method kfac that lose nothing."""
     layers = ModelLayers(model, base.geometry, None)
-    method = choose_method(options(base.directory, out, 0.0), base.geometry)
+    method = choose_method(options(base.directory, out, 0.0), 0.0, base.geometry, "none")
     plan = method.plan(method.measure(0.0, layers, None), Budget(0.0))
     factors, _ = factor_layers(method, plan, layers, torch.float32, refit)
     return factors

@@ -1,4 +1,4 @@
-"""Quantized latents: rotation changes nothing, budgets hold, ``auto`` picks what loses least."""
+"""Quantized latents: rotation changes nothing, budgets hold, bands lose least."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ from recalkv_vllm.checkpoint import (
 from recalkv_vllm.cli import main
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.latents.format_choice import (
-    candidates,
+    budget_of,
+    chosen_latent_dtype,
     rank_compression,
     rounding_error,
 )
-from recalkv_vllm.compression.latents.rotation import random_rotation, regions, rotate_latents
+from recalkv_vllm.compression.latents.rotation import (
+    random_rotation,
+    regions,
+    rotate_latents,
+    unit_blocks,
+)
 from recalkv_vllm.compression.layer import LayerFactors
 from recalkv_vllm.latent_format import BITS, LatentFormat
 
@@ -75,16 +81,16 @@ def test_errors_of_formats() -> None:
         step = 2.47 / 2 ** (BITS[dtype] - 1)
         error = rounding_error(LatentFormat(dtype, 32))
         assert error == pytest.approx(step**2 / 12, rel=0.05)
-    assert rounding_error(None) == 0
     assert rounding_error(LatentFormat("int8", 32)) < rounding_error(LatentFormat("fp8", 32)) / 10
 
 
-@given(st.floats(0, 0.97), st.sampled_from([None, *(LatentFormat(dtype, 32) for dtype in BITS)]))
-def test_budget_of_bytes_is_never_exceeded(
-    compression: float, latent_format: LatentFormat | None
-) -> None:
+@given(st.floats(0, 0.97), st.sampled_from(["bf16", *BITS]))
+def test_budget_of_bytes_is_never_exceeded(compression: float, latent_dtype: str) -> None:
     """Even if every rank ends inside a group of 32."""
-    of_elements = rank_compression(compression, GEOMETRY, latent_format)
+    budget = budget_of(compression, GEOMETRY, latent_dtype)
+    of_elements, latent_format = budget.compression, budget.latent_format
+    if latent_format is not None:
+        assert of_elements == rank_compression(compression, GEOMETRY, latent_format)
     assert 0 <= of_elements < 1
     elements = rank_budget(of_elements, GEOMETRY)
     each = elements // 6 // 32 * 32 - 16
@@ -101,19 +107,48 @@ def test_budget_of_bytes_is_never_exceeded(
 
 
 def test_names() -> None:
-    assert candidates("bf16", False, 0.5, GEOMETRY) == [None]
-    assert candidates("int4", False, 0.5, GEOMETRY) == [LatentFormat("int4", 32)]
-    assert None in candidates("auto", True, 0.1, GEOMETRY)
-    with pytest.raises(InputError, match="--latent-dtype auto: only method kfac can choose"):
-        candidates("auto", False, 0.5, GEOMETRY)
+    assert chosen_latent_dtype("bf16", False, 0.5) == "bf16"
+    assert chosen_latent_dtype("int4", False, 0.5) == "int4"
+    assert chosen_latent_dtype("auto", True, 0.5) == "bands"
+    assert chosen_latent_dtype("auto", True, 0.0) == "bf16"
+    assert chosen_latent_dtype("auto", False, 0.5) == "bf16"
+    with pytest.raises(InputError, match="--latent-dtype bands: only method kfac knows"):
+        chosen_latent_dtype("bands", False, 0.5)
+    with pytest.raises(InputError, match="--latent-dtype bands: expected a --compression above 0"):
+        chosen_latent_dtype("bands", True, 0.0)
     with pytest.raises(InputError, match="--latent-dtype int2: expected one of"):
-        candidates("int2", True, 0.5, GEOMETRY)
+        chosen_latent_dtype("int2", True, 0.5)
 
 
-def test_automatic_formats_fill_the_budget() -> None:
-    """At 60 % int4 alone, at full rank, removes more than was asked for; int8 does not."""
-    offered = candidates("auto", True, 0.6, GEOMETRY)
-    assert offered == [None, LatentFormat("int8", 32)]
+BANDED = {
+    "joint": LatentLayout(
+        128, 2, ((0, 64), (64, 128)), ((0, 64), (64, 128)), (0, 1, 2, 3), ((32, 8), (32, 3)) * 2
+    ),
+    "nested": LatentLayout(
+        96, 4, ((0, 32),), ((0, 96),), (0, 1, 2, 3), ((32, 6), (32, 6), (32, 2))
+    ),
+    "split": LatentLayout(
+        128, 2, ((0, 32), (32, 64)), ((64, 128),), (0, 1, 2, 3), ((32, 4), (32, 4), (64, 2))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BANDED)
+def test_bands_are_rotated_and_scaled_block_by_block(name: str) -> None:
+    layout = BANDED[name]
+    layout.validate(GEOMETRY, name)
+    shapes = layout.factor_shapes(GEOMETRY).values()
+    factors = LayerFactors(layout, *(torch.randn(*s, dtype=torch.float64) for s in shapes))
+    inputs = torch.randn(512, GEOMETRY.hidden_size, dtype=torch.float64) * 1e-3
+    rotated = rotate_latents(factors)
+    for start in range(0, layout.rank, 32):
+        part, turned = factors.down[start : start + 32], rotated.down[start : start + 32]
+        torch.testing.assert_close(turned.T @ turned, part.T @ part, rtol=1e-9, atol=1e-9)
+    scaled = unit_blocks(rotated, inputs.T @ inputs / len(inputs))
+    for before, after in zip(factors.products(), scaled.products(), strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)  # float32
+    mean_squares = (inputs @ scaled.down.T).square().mean(dim=0).unflatten(0, (-1, 32)).mean(dim=1)
+    torch.testing.assert_close(mean_squares, torch.ones_like(mean_squares))
 
 
 def compress(tiny: Path, out: Path, capsys: pytest.CaptureFixture, *args: str) -> dict:
@@ -133,20 +168,19 @@ def test_quantized_checkpoint_keeps_its_budget(tiny, tmp_path, capsys, method, d
     assert made["compression"] >= 0.8
 
 
-def test_auto_takes_the_least_expected_loss(tiny, tmp_path, capsys) -> None:
+@pytest.mark.parametrize("compression", ["0.6", "0.75"])
+def test_bands_lose_less_than_uniform_bits(tiny, tmp_path, capsys, compression) -> None:
     losses = {}
     for dtype in ("bf16", "int8", "int4", "int3", "auto"):
         out = tmp_path / dtype
-        compress(tiny, out, capsys, "--compression", "0.75", "--latent-dtype", dtype)
+        made = compress(tiny, out, capsys, "--compression", compression, "--latent-dtype", dtype)
+        size = made["kv_bytes_per_token"]
+        assert size["compressed"] <= (1 - float(compression)) * size["dense"] + 1e-6
         config = json.loads((out / "config.json").read_text())["recalkv"]
-        latent_format = config["latent_quantization"]
-        losses[dtype] = (
-            config["settings"]["expected_loss"],
-            latent_format and latent_format["dtype"],
-        )
-    best = min((value for name, value in losses.items() if name != "auto"), key=lambda v: v[0])
-    assert losses["auto"] == best
-    assert len({loss for loss, _ in losses.values()}) == 4
+        losses[dtype] = config["settings"]["expected_loss"]
+    assert config["format_version"] == 2
+    assert made["latent_quantization"] == {"dtype": "bands", "group_size": 32}
+    assert losses["auto"] == min(losses.values())
 
 
 def test_format_that_needs_no_truncation_keeps_full_rank(tiny, tmp_path, capsys) -> None:

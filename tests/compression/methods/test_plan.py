@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 
+from recalkv_vllm.band_format import BLOCK_COLUMNS
 from recalkv_vllm.compression.base_model.model import BaseModel
 from recalkv_vllm.compression.calibration.statistics import collect
+from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.factoring.factor_layers import ModelLayers
 from recalkv_vllm.compression.latents.format_choice import budget_of
-from recalkv_vllm.compression.methods import METHODS, MethodOptions
+from recalkv_vllm.compression.lowrank.layer_metric import BOTH, LayerMetric
+from recalkv_vllm.compression.methods import METHODS, KfacBands, MethodOptions
 from recalkv_vllm.compression.plan import Budget
+from recalkv_vllm.compression.ranks.bands import quantizer_error
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.names import METHOD_NAMES
 
@@ -37,7 +42,7 @@ def test_planning_leaves_no_trace(name, layers):
     budgets = [
         Budget(0.0),
         Budget(0.5),
-        budget_of(0.5, layers.geometry, LatentFormat("int8", 32)),
+        budget_of(0.5, layers.geometry, "int8"),
         Budget(0.8 if name == "kfac" else 0.6),
     ]
     plans = [method.plan(measured, budget) for budget in budgets]
@@ -47,7 +52,7 @@ def test_planning_leaves_no_trace(name, layers):
         method.settings(plan) for plan in again[1:]
     ]
     assert len({plan.layouts for plan in plans}) == len(plans)
-    assert plans[2].latent_format == LatentFormat("int8", 32)
+    assert plans[2].latent_format(0) == LatentFormat("int8", 32)
     for layer in layers:
         assert method.factor(layer, plans[3]).layout == plans[3].layouts[layer.index]
     assert vars(method) == before
@@ -64,7 +69,7 @@ def test_each_format_has_its_own_group_size(layers):
     """A plan for one latent format does not narrow the choice of the next."""
     free = METHODS["kfac"](layers.geometry, MethodOptions())
     measured = free.measure(0.5, layers, layers.statistics)
-    for budget in (Budget(0.5), budget_of(0.75, layers.geometry, LatentFormat("int4", 32))):
+    for budget in (Budget(0.5), budget_of(0.75, layers.geometry, "int4")):
         plan = free.plan(measured, budget)
         losses = []
         for size in (1, 2, 4):
@@ -72,3 +77,72 @@ def test_each_format_has_its_own_group_size(layers):
             only = fixed.measure(0.5, layers, layers.statistics)
             losses.append(fixed.plan(only, budget).expected_loss)
         assert plan.expected_loss == pytest.approx(min(losses), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("spans", "size", "target"),
+    [
+        *(("nested", size, target) for size in (2, 4) for target in (40.0, math.inf)),
+        *(("split", size, target) for size in (2, 4) for target in (40.0, math.inf)),
+        ("joint", 2, 40.0),
+        ("joint", 4, math.inf),
+    ],
+)
+def test_bands_within_both_budgets(layers, spans, size, target):
+    geometry = layers.geometry
+    options = MethodOptions(k_group_size=size, spans=spans, flop_per_byte=target)
+    method = KfacBands(geometry, options)
+    method.check(0.7)
+    measured = method.measure(0.7, layers, layers.statistics)
+    losses = []
+    for compression in (0.5, 0.7, 0.85):
+        plan = method.plan(measured, Budget(compression))
+        again = method.plan(measured, Budget(compression))
+        assert plan == again
+        stored = 0
+        for layer, layout in zip(layers, plan.layouts, strict=True):
+            layout.validate(geometry, spans)
+            latent_format = plan.latent_format(layer.index)
+            stored += latent_format.slot_bytes(layout.rank)
+            assert layout.reconstruct_flop(geometry) <= target * geometry.dense_width
+            factors = method.factor(layer, plan)
+            shapes = layout.factor_shapes(geometry)
+            for name, shape in shapes.items():
+                assert tuple(getattr(factors, name).shape) == shape
+        dense = 2 * geometry.dense_width * geometry.num_layers
+        assert stored <= (1 - compression) * dense
+        losses.append(plan.expected_loss)
+    assert losses == sorted(losses)
+
+
+def test_expected_loss_of_bands_is_that_of_the_factors(layers):
+    """With as many bits as there are, what is left is what was dropped."""
+    geometry = layers.geometry
+    method = KfacBands(geometry, MethodOptions(k_group_size=4, spans="joint"))
+    plan = method.plan(method.measure(0.8, layers, layers.statistics), Budget(0.8))
+    lost = 0.0
+    for layer in layers:
+        layout = plan.layouts[layer.index]
+        metric = LayerMetric(layer, geometry.head_dim)
+        (group,) = (layout.head_order,)
+        svd = metric.svd(group, BOTH)
+        lost += float(svd.squares[layout.rank :].sum())
+        values, start = svd.squares.sqrt(), 0
+        for band in layout.bands:
+            blocks = values[start : start + band.columns].unflatten(0, (-1, BLOCK_COLUMNS))
+            noise = blocks.sum(dim=1).square().sum() / BLOCK_COLUMNS
+            lost += float(noise) * quantizer_error(band.bits)
+            start += band.columns
+    assert plan.expected_loss == pytest.approx(lost / 2)
+
+
+def test_bands_that_reconstruct_too_much(layers):
+    method = KfacBands(layers.geometry, MethodOptions(flop_per_byte=24))
+    with pytest.raises(InputError, match=r"--target: .* expected a budget of 32 or more, found 24"):
+        method.check(0.7)
+
+
+def test_too_few_bytes_for_bands(layers):
+    method = KfacBands(layers.geometry, MethodOptions(k_group_size=1))
+    with pytest.raises(InputError, match=r"largest possible compression with these groups is 0\.8"):
+        method.check(0.95)

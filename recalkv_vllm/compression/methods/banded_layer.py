@@ -1,0 +1,146 @@
+"""The ways to store one layer in bands, and what each loses under its Fisher metric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from recalkv_vllm.band_format import BLOCK_COLUMNS
+from recalkv_vllm.compression.lowrank.layer_metric import BOTH, KEYS, VALUES, LayerMetric
+from recalkv_vllm.compression.lowrank.regions import NestedRegions, joint_region, nested_regions
+from recalkv_vllm.compression.lowrank.two_sided import TwoSidedSvd
+from recalkv_vllm.compression.methods.measured_layer import consecutive_groups
+from recalkv_vllm.compression.ranks.bands import RegionBits, band_choices
+
+#: Widths of the region that keys read, at most, that are looked at.
+KEY_REGIONS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class BandedWay:
+    """One way to store a layer.
+
+    Args:
+        key_region: columns that keys might read, of a nested latent before any were dropped; None
+            if keys and values read all of it, or have latents of their own.
+        regions: what is kept: of all columns, of the two regions, or of keys and of values.
+        token_bytes: stored per token.
+        loss: in the unit of squared singular values.
+    """
+
+    key_region: int | None
+    regions: tuple[RegionBits, ...]
+    token_bytes: int
+    loss: float
+
+    @property
+    def k_width(self) -> int:
+        """Columns that a K group reads."""
+        return self.regions[0].width
+
+
+@dataclass(frozen=True, slots=True)
+class BandedLayer:
+    """All ways to store a layer with its heads in one order, none beaten in bytes and loss."""
+
+    head_order: tuple[int, ...]
+    ways: list[BandedWay]
+
+
+def measure_bands(
+    metric: LayerMetric,
+    head_order: tuple[int, ...],
+    k_group_size: int,
+    v_groups: int,
+    spans: str,
+    widest_keys: float,
+) -> BandedLayer:
+    """Ways to store a layer.
+
+    Args:
+        metric: of the layer.
+        head_order: groups are of neighbors in it.
+        k_group_size: KV heads per K group.
+        v_groups: V groups, of ``split`` spans.
+        spans: one of :data:`recalkv_vllm.names.SPAN_KINDS`.
+        widest_keys: columns that a K group may read, at least 32.
+    """
+    groups = consecutive_groups(head_order, k_group_size)
+    ways: list[BandedWay] = []
+    if spans == "split":
+        v_size = len(head_order) // v_groups
+        keys = [metric.svd(group, KEYS) for group in groups]
+        values = [metric.svd(group, VALUES) for group in consecutive_groups(head_order, v_size)]
+        spectra = [_spectra(keys), _spectra(values)]
+        ways = _ways(None, spectra, (True, True), 0.0)
+    else:
+        svds = [metric.svd(group, BOTH) for group in groups]
+        outputs = [metric.group_metric(group, BOTH) for group in groups]
+        for key_region in _key_regions(metric, k_group_size, spans, widest_keys):
+            parts = [
+                regions_of(svd, output, key_region)
+                for svd, output in zip(svds, outputs, strict=True)
+            ]
+            spectra = [
+                _spectra([part.regions[i] for part in parts]) for i in range(len(parts[0].regions))
+            ]
+            ways += _ways(key_region, spectra, (True, False), sum(p.dropped for p in parts))
+    return BandedLayer(head_order, _unbeaten(way for way in ways if way.k_width <= widest_keys))
+
+
+def regions_of(
+    svd: TwoSidedSvd, output_metric: torch.Tensor, key_region: int | None
+) -> NestedRegions:
+    """The regions of one group's latent; see :class:`BandedWay` for ``key_region``."""
+    width = _whole_blocks(len(svd.squares), svd.down.shape[1])
+    if key_region is None:
+        return joint_region(svd)
+    return nested_regions(svd, output_metric, key_region, width)
+
+
+def _key_regions(
+    metric: LayerMetric, k_group_size: int, spans: str, widest_keys: float
+) -> list[int | None]:
+    """None for a joint latent, and for nested ones some widths that keys might read."""
+    if spans == "joint":
+        return [None]
+    rows = k_group_size * metric.head_dim
+    blocks = _whole_blocks(2 * rows, metric.weight.shape[1]) // BLOCK_COLUMNS
+    needed = -(-rows // BLOCK_COLUMNS)  # keys of n elements need no more than n columns
+    most = int(min(needed, blocks - 1, widest_keys // BLOCK_COLUMNS))
+    if most < 1:
+        return [None]
+    fractions = np.arange(1, KEY_REGIONS + 1) / KEY_REGIONS
+    widths = {max(1, round(most * fraction)) for fraction in fractions}
+    return [None, *(BLOCK_COLUMNS * width for width in sorted(widths))]
+
+
+def _whole_blocks(rows: int, inputs: int) -> int:
+    return min(rows, inputs) // BLOCK_COLUMNS * BLOCK_COLUMNS
+
+
+def _spectra(svds: Sequence[TwoSidedSvd]) -> np.ndarray:
+    """Singular values ``[groups, columns]`` of one region."""
+    width = _whole_blocks(len(svds[0].squares), svds[0].down.shape[1])
+    return torch.stack([svd.squares[:width].sqrt() for svd in svds]).numpy()
+
+
+def _ways(
+    key_region: int | None, spectra: list[np.ndarray], required: Sequence[bool], dropped: float
+) -> list[BandedWay]:
+    return [
+        BandedWay(key_region, choice.regions, choice.token_bytes, choice.loss + dropped)
+        for choice in band_choices(spectra, required[: len(spectra)])
+    ]
+
+
+def _unbeaten(ways: Iterable[BandedWay]) -> list[BandedWay]:
+    """Those that no other beats in both bytes and loss, from fewest bytes to most."""
+    best: list[BandedWay] = []
+    for way in sorted(ways, key=lambda each: (each.token_bytes, each.loss)):
+        if not best or way.loss < best[-1].loss:
+            best.append(way)
+    return best

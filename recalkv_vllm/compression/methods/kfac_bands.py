@@ -1,0 +1,188 @@
+"""``kfac`` with latents in bands: ranks and bits of all layers at once, by the loss they leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from recalkv_vllm.band_format import BLOCK_COLUMNS, PLANES, Band, BandFormat
+from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
+from recalkv_vllm.compression.calibration.statistics import Statistics
+from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.layer import (
+    LayerFactors,
+    LayerInputs,
+    nested_factors,
+    nested_layout,
+    split_layout,
+)
+from recalkv_vllm.compression.lowrank.layer_metric import BOTH, KEYS, LayerMetric
+from recalkv_vllm.compression.lowrank.regions import stack_regions
+from recalkv_vllm.compression.methods.banded_layer import (
+    BandedLayer,
+    BandedWay,
+    measure_bands,
+    regions_of,
+)
+from recalkv_vllm.compression.methods.kfac import KfacMethod
+from recalkv_vllm.compression.methods.measured_layer import consecutive_groups
+from recalkv_vllm.compression.plan import Budget, ModelPlan
+from recalkv_vllm.compression.progress import track
+from recalkv_vllm.compression.ranks.least_loss import least_total
+
+#: Steps of the budget of bytes, at most, that layers are chosen in.
+BUDGET_STEPS = 8192
+#: Columns that bands keep for each 16 bits: about 4 bits for each.
+COLUMNS_PER_16_BITS = 4
+
+#: Measured layers by group size.
+MeasuredBands = dict[int, list[BandedLayer]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BandedPlan(ModelPlan):
+    """A plan of layouts with bands.
+
+    Args:
+        key_regions: of all layers, see :class:`BandedWay`.
+    """
+
+    key_regions: tuple[int | None, ...]
+
+
+class KfacBands(KfacMethod[MeasuredBands]):
+    """As ``Kfac``, with every block of columns in as many bits as it is worth.
+
+    Span kinds as there. ``nested`` latents are in two regions, one that keys and values read and
+    one of the values' own; a layer that keys can afford to read whole may have a joint one.
+    """
+
+    def check(self, compression: float) -> None:
+        self.check_groups()
+        if self._widest < BLOCK_COLUMNS:
+            raise InputError(
+                f"--target: latents in bands reconstruct keys from {BLOCK_COLUMNS} columns or "
+                f"more, with as many FLOP per byte of half the dense cache; expected a budget of "
+                f"{BLOCK_COLUMNS} or more, found {self.flop_per_byte:g}"
+            )
+        geometry = self.geometry
+        # One block of the fewest bits in every group.
+        groups = min(geometry.num_kv_heads // size for size in self._sizes())
+        spans = groups + self.v_groups if self.spans == "split" else groups
+        narrowest = BandFormat((Band(BLOCK_COLUMNS, min(PLANES)),) * spans)
+        least = narrowest.slot_bytes(narrowest.rank) * geometry.num_layers
+        token_bytes = budget_bytes(compression, geometry)
+        if token_bytes < least:
+            dense = 2 * geometry.dense_width * geometry.num_layers
+            # Rounded down to four digits: the fraction named must itself be accepted.
+            possible = math.floor((1 - least / dense) * 1e4) / 1e4
+            raise InputError(
+                f"compression {compression}: leaves {token_bytes} bytes per token, less than the "
+                f"{least} of the narrowest bands; the largest possible compression with these "
+                f"groups is {possible:g}"
+            )
+
+    def measure(
+        self, compression: float, layers: Sequence[LayerInputs], statistics: Statistics | None
+    ) -> MeasuredBands:
+        """All ways to store all layers, for every group size."""
+        kept = min(1.0, COLUMNS_PER_16_BITS * (1 - compression))
+        which = KEYS if self.spans == "split" else BOTH  # what a group's heads share
+        measured: MeasuredBands = {size: [] for size in self._sizes()}
+        for inputs in track(layers, "choosing bits", total=len(layers)):
+            metric = LayerMetric(inputs, self.geometry.head_dim)
+            for size, banded in measured.items():
+                order = tuple(range(inputs.num_kv_heads))
+                if self.allow_head_reordering:
+                    order = metric.head_order(size, kept, which)
+                banded.append(
+                    measure_bands(metric, order, size, self.v_groups, self.spans, self._widest)
+                )
+        return measured
+
+    def plan(self, measured: MeasuredBands, budget: Budget) -> BandedPlan:
+        token_bytes = budget_bytes(budget.compression, self.geometry)
+        chosen = {
+            size: ways
+            for size, layers in measured.items()
+            if (ways := _allocate(layers, token_bytes)) is not None
+        }
+        if not chosen:
+            raise InputError(
+                f"compression {budget.compression}: leaves {token_bytes} bytes per token, less "
+                f"than the narrowest bands of {self.spans} spans take; expected a lower "
+                "--compression, or another --k-group-size"
+            )
+        losses = {size: sum(way.loss for way in ways) for size, ways in chosen.items()}
+        # Of losses that differ by rounding only, the smaller group: it is cheaper to reconstruct.
+        best = min(chosen, key=lambda size: (float(f"{losses[size]:.9g}"), size))
+        layouts = (
+            self._banded_layout(layer.head_order, best, way)
+            for layer, way in zip(measured[best], chosen[best], strict=True)
+        )
+        return BandedPlan(
+            tuple(layouts),
+            self.spans,
+            expected_loss=losses[best] / 2,
+            key_regions=tuple(way.key_region for way in chosen[best]),
+        )
+
+    def factor(self, inputs: LayerInputs, plan: ModelPlan) -> LayerFactors:
+        assert isinstance(plan, BandedPlan)
+        layout, key_region = plan.layouts[inputs.index], plan.key_regions[inputs.index]
+        metric = LayerMetric(inputs, self.geometry.head_dim)
+        if plan.spans == "split":
+            return self.factor_split(metric, layout)
+        widths = [layout.k_width]
+        if key_region is not None:
+            widths.append(layout.v_width - layout.k_width)
+        latents = []
+        for group in consecutive_groups(layout.head_order, layout.k_group_size):
+            svd, outputs = metric.svd(group, BOTH), metric.group_metric(group, BOTH)
+            latents.append(stack_regions(regions_of(svd, outputs, key_region).regions, widths))
+        return nested_factors(latents, layout)
+
+    @property
+    def _widest(self) -> float:
+        """Columns that a K group may read, for reconstruction to hide behind half the reads of the
+        dense cache: ``2 · w_k · h_kv · d`` FLOP for ``2 · h_kv · d`` of its bytes.
+
+        Not behind those of the latent: the fewer bits it has, the less would be left for the
+        keys, and a cache that is small enough is fast enough.
+        """
+        return self.flop_per_byte
+
+    def _banded_layout(
+        self, head_order: tuple[int, ...], k_group_size: int, way: BandedWay
+    ) -> LatentLayout:
+        first, *rest = way.regions
+        if self.spans == "split":
+            (values,) = rest
+            layout = split_layout(
+                head_order, k_group_size, self.v_groups, first.width, values.width
+            )
+            return replace(layout, bands=first.bands * first.groups + values.bands * values.groups)
+        width = sum(region.width for region in way.regions)
+        bands = tuple(band for region in way.regions for band in region.bands)
+        layout = nested_layout(head_order, k_group_size, first.width, width)
+        return replace(layout, bands=bands * first.groups)
+
+
+def budget_bytes(compression: float, geometry: AttentionGeometry) -> int:
+    """Bytes per token, over all layers, that are left of a cache of 16-bit elements."""
+    # 1e-9: a product that is a whole number must not fall below it by rounding of the float.
+    return int((1 - compression) * 2 * geometry.dense_width * geometry.num_layers + 1e-9)
+
+
+def _allocate(layers: Sequence[BandedLayer], token_bytes: int) -> list[BandedWay] | None:
+    """A way to store each layer, of the least loss together; None if none are small enough."""
+    if not all(layer.ways for layer in layers):
+        return None
+    step = -(-token_bytes // BUDGET_STEPS)
+    costs = [[-(-way.token_bytes // step) for way in layer.ways] for layer in layers]
+    if sum(map(min, costs)) > token_bytes // step:
+        return None
+    losses = [[way.loss for way in layer.ways] for layer in layers]
+    picked = least_total(costs, losses, token_bytes // step)
+    return [layer.ways[i] for layer, i in zip(layers, picked, strict=True)]
