@@ -19,7 +19,7 @@ from recalkv_vllm.evaluation import transformers_engine
 from recalkv_vllm.evaluation.perplexity import perplexity
 
 #: On what it writes itself, no model can do better than the dense one.
-FEW = {"num_samples": 16, "seq_len": 32, "dataset": "self"}
+FEW = {"num_samples": 16, "seq_len": 128, "datasets": ("self",)}
 BUDGET = 0.05
 
 

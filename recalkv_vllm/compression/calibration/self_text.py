@@ -29,7 +29,7 @@ ROW_TOKENS = 512
 #: A text that has not ended after so many tokens is cut off.
 TEXT_TOKENS = 256
 #: Of a batch's rows in turn: 1 is the model's own distribution; below, text is more coherent.
-TEMPERATURES = (0.85, 1.0)
+TEMPERATURES = (0.7, 1.0)
 
 
 def sample_self(
