@@ -105,7 +105,7 @@ class OutputRefit:
     ) -> tuple[Any, Any]:
         """The compressed model's key and value projections, heads in natural order."""
         order = factors.layout.head_order
-        latent_format = self._plan and self._plan.latent_format(index)
+        latent_format = None if self._plan is None else self._plan.latent_format(index)
         if latent_format is not None:
             return rounded_projections(factors, latent_format, natural_order(order), attention)
         keys, values = (natural_rows(product, order) for product in factors.products())
