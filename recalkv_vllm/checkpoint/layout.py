@@ -54,7 +54,8 @@ class LatentLayout:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> LatentLayout:
-        check_keys(cls, {"bands": None, **raw}, where)
+        optional = {"bands": None}
+        check_keys(cls, {**optional, **raw} if isinstance(raw, Mapping) else raw, where)
         require(
             is_int(raw["rank"]), f"{where}.rank: expected an integer, found {brief(raw['rank'])}"
         )

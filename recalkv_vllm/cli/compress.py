@@ -133,8 +133,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         const=200,
         default=0,
         help="train factors, and q_proj and o_proj where weights may change, to predict as the "
-        "dense model does; one sample a step (default: not at all; 200 steps if no number is "
-        "given)",
+        "dense model does; one sample a step; 200 steps if no number is given",
     )
     return parser
 

@@ -73,6 +73,7 @@ def test_compression_not_a_number(tiny, compress_fails):
 def test_ranks_that_round_to_nothing(tiny, compress_fails):
     """Refused before the calibration text is read, let alone run."""
     arguments = ["--compression", 0.9, "--k-group-size", 1, "--dataset", "/nowhere/text.txt"]
+    arguments += ["--latent-dtype", "bf16"]
     for method, possible in (("recalkv", 0.375), ("kfac", 0.5)):
         error = compress_fails(tiny, *arguments, "--method", method)
         assert f"largest possible compression with these groups is {possible}" in error

@@ -46,4 +46,4 @@ def test_everything_is_explained(command):
 def test_defaults_are_shown():
     text = " ".join(PARSERS["recalkv bench kernel"].format_help().split())
     assert "(default: 0.5 0.75)" in text
-    assert "(default: h100)" in " ".join(PARSERS["recalkv compress"].format_help().split())
+    assert "(default: kfac)" in " ".join(PARSERS["recalkv compress"].format_help().split())

@@ -55,7 +55,8 @@ def weights(directory) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", ["kfac", "recalkv", "palu", "svd"])
 def test_checkpoint_holds_what_it_says(tiny_models, tmp_path, family, method):
     base, out = tiny_models[family], tmp_path / "out"
-    summary = compress(CompressOptions(str(base), out, 0.5, method=method, k_group_size=2, **FEW))
+    options = {"method": method, "k_group_size": 2, "latent_dtype": "bf16", **FEW}
+    summary = compress(CompressOptions(str(base), out, 0.5, **options))
     recalkv, geometry, factors = read(out)
     assert {len(layout.v_spans) for layout in recalkv.layers} == {
         2 if method in ("kfac", "palu") else 1

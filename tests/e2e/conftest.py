@@ -63,8 +63,9 @@ def half(model, tmp_path_factory) -> Path:
     """The test model at half its cache, calibrated on little text: any factors will do here."""
     output = tmp_path_factory.mktemp("half") / "model"
     run_recalkv(
-        "compress", model, "-o", output, "--compression", 0.5, "--num-samples", 8, "--seq-len", 128
-    )
+        "compress", model, "-o", output, "--compression", 0.5, "--latent-dtype", "bf16",
+        "--num-samples", 8, "--seq-len", 128,
+    )  # fmt: skip
     return output
 
 

@@ -117,4 +117,4 @@ def test_newer_format(broken):
     config = json.loads((broken / "config.json").read_text())
     config["recalkv"]["format_version"] = 99
     (broken / "config.json").write_text(json.dumps(config))
-    assert "format_version: expected 1, found 99" in refusal(broken)
+    assert "format_version: expected 1 or 2, found 99" in refusal(broken)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -19,34 +18,14 @@ from recalkv_vllm.ops import reference
 from recalkv_vllm.ops import triton as ops
 from recalkv_vllm.ops.triton.layout import format_constants
 from recalkv_vllm.span import Span
+from tests.kernels.test_attention import DEVICE, change_config, check
 from tests.ops.band_cases import BAND_CASES
-from tests.ops.cases import AttentionCase, AttentionInputs, build, caching_layer, paged_cache
-from tests.ops.checks import assert_matches_oracle
+from tests.ops.cases import AttentionCase, build, caching_layer, paged_cache
 
 BY_NAME = {case.name: case for case in BAND_CASES}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_BITS = BandFormat(((96, 8), (224, 6), (32, 4), (32, 4), (96, 3), (64, 2)))
 
 bands = st.tuples(st.integers(1, 6).map(lambda n: n * BLOCK_COLUMNS), st.sampled_from([*PLANES]))
-
-
-@cache
-def inputs_of(case: AttentionCase, dtype: torch.dtype) -> AttentionInputs:
-    return build(case, dtype, DEVICE)
-
-
-def check(case: AttentionCase, dtype: torch.dtype = torch.float32, **hints: int) -> None:
-    inputs = inputs_of(case, dtype).change(**hints)
-    assert_matches_oracle(ops.bind(inputs.layer).attend(*inputs.call), case, dtype)
-
-
-def change_config(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
-    chosen = heuristics.attention_config
-    monkeypatch.setattr(
-        heuristics,
-        "attention_config",
-        lambda *arguments: replace(chosen(*arguments), **changes),
-    )
 
 
 def codes_at(packed: torch.Tensor, size: int, planes: Sequence[int]) -> torch.Tensor:

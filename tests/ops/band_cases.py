@@ -6,7 +6,15 @@ from dataclasses import replace
 
 from recalkv_vllm.band_format import BandFormat
 from recalkv_vllm.span import Span
-from tests.ops.cases import DECODE_LENGTHS, MIXED, AttentionCase, joint, spanned, split_spans
+from tests.ops.cases import (
+    DECODE_LENGTHS,
+    EVERY_OPTION,
+    MIXED,
+    AttentionCase,
+    joint,
+    spanned,
+    split_spans,
+)
 
 
 def banded(case: AttentionCase, *spans: tuple[tuple[int, int], ...]) -> AttentionCase:
@@ -108,16 +116,8 @@ BAND_CASES: tuple[AttentionCase, ...] = (
             (6, 2, 64),
             2,
             224,
-            batch=(*MIXED, (25, 90)),
-            block_size=32,
-            rot_dim=48,
-            is_neox=False,
-            key_bias=True,
-            key_norm=True,
-            sliding_window=40,
-            soft_cap=5.0,
             cache="blocks",
-            padding_rows=2,
+            **EVERY_OPTION,
         ),
         FINE,
     ),

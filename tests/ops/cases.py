@@ -114,6 +114,18 @@ def quantized(
 
 DECODE_LENGTHS = tuple((1, n) for n in (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 77))
 MIXED = ((1, 45), (3, 50), (0, 0), (20, 20), (13, 47), (1, 1))
+#: Of cases with all that a layer may have.
+EVERY_OPTION: dict[str, Any] = {
+    "batch": (*MIXED, (25, 90)),
+    "block_size": 32,
+    "rot_dim": 48,
+    "is_neox": False,
+    "key_bias": True,
+    "key_norm": True,
+    "sliding_window": 40,
+    "soft_cap": 5.0,
+    "padding_rows": 2,
+}
 
 CASES: tuple[AttentionCase, ...] = (
     # Lengths and batches.
@@ -184,16 +196,8 @@ CASES: tuple[AttentionCase, ...] = (
         1,
         48,
         overlap=16,
-        batch=(*MIXED, (25, 90)),
-        block_size=32,
-        rot_dim=48,
-        is_neox=False,
-        key_bias=True,
-        key_norm=True,
-        sliding_window=40,
-        soft_cap=5.0,
         cache="tokens",
-        padding_rows=2,
+        **EVERY_OPTION,
     ),
 )
 

@@ -37,7 +37,7 @@ class OutputRefit:
         model: the base model; its layers are changed one after the other.
         samples: ``[samples, seq_len]`` token ids.
         device: where layers run, one at a time.
-        plan: tells how the compressed model's latents are stored.
+        plan: tells how the compressed model's latents are stored; as plain elements without.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class OutputRefit:
         model: CausalLM,
         samples: torch.Tensor,
         device: str,
-        plan: ModelPlan,
+        plan: ModelPlan | None = None,
     ):
         self._layers = model.model.layers
         self._attention = attention_modules(model)
@@ -105,7 +105,7 @@ class OutputRefit:
     ) -> tuple[Any, Any]:
         """The compressed model's key and value projections, heads in natural order."""
         order = factors.layout.head_order
-        latent_format = self._plan.latent_format(index)
+        latent_format = None if self._plan is None else self._plan.latent_format(index)
         if latent_format is not None:
             return rounded_projections(factors, latent_format, natural_order(order), attention)
         keys, values = (natural_rows(product, order) for product in factors.products())

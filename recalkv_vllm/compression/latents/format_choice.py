@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
-
 from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.latents.rounding_error import rounding_error
 from recalkv_vllm.compression.plan import Budget
 from recalkv_vllm.latent_format import SCALE_BYTES, LatentFormat
 from recalkv_vllm.names import LATENT_DTYPES
 
 #: Elements per scale.
 GROUP_SIZE = 32
-#: Normal numbers on which a format's error is measured.
-SAMPLE = (1024, 1024)
 
 
 def chosen_latent_dtype(name: str, chooses: bool, compression: float) -> str:
@@ -69,17 +64,3 @@ def rank_compression(
     kept_bytes = (1 - compression) * 2 * dense - geometry.num_layers
     bits = latent_format.bits + 8 * SCALE_BYTES / latent_format.group_size
     return max(0.0, 1 - kept_bytes * 8 / bits / dense)
-
-
-@cache
-def rounding_error(latent_format: LatentFormat) -> float:
-    """Mean squared error of normal numbers that are stored and read, relative to their size.
-
-    Quantizing a rotated latent of ``r`` elements costs ``ε · (Σ_{i ≤ r} s_i)² / r``, in the unit
-    of the squared singular values ``s²`` that truncation discards: with ``√S`` on both sides a
-    latent has covariance ``S`` and its up factor the metric ``S``; after a random rotation each
-    element has the variance and the weight ``Σ s / r``.
-    """
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(SAMPLE, generator=generator)
-    return float((latent_format.round_trip(z) - z).square().mean())

@@ -68,15 +68,15 @@ def unit_blocks(factors: LayerFactors, second_moment: torch.Tensor) -> LayerFact
     blocks = variance.unflatten(0, (-1, BLOCK_COLUMNS)).mean(dim=1)
     blocks = torch.where(blocks > 0, blocks, 1.0)
     scale = blocks.sqrt().repeat_interleave(BLOCK_COLUMNS)
-    heads = len(factors.v_up)
+    of_keys, of_values = (
+        torch.stack([scale[span.start : span.end] for span in spans]) for spans in layout.all_spans
+    )
+    per_group = len(factors.v_up) // len(layout.v_spans)
     return replace(
         factors,
         down=down / scale[:, None],
-        k_up=factors.k_up * torch.stack([scale[s.start : s.end] for s in layout.k_spans])[:, None],
-        v_up=factors.v_up
-        * torch.stack(
-            [scale[slice(*layout.v_spans[h * len(layout.v_spans) // heads])] for h in range(heads)]
-        )[:, None],
+        k_up=factors.k_up * of_keys[:, None],
+        v_up=factors.v_up * of_values.repeat_interleave(per_group, dim=0)[:, None],
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,38 +30,54 @@ class NestedRegions:
     dropped: float
 
 
-def joint_region(svd: TwoSidedSvd) -> NestedRegions:
-    """Keys and values read all columns."""
-    return NestedRegions((svd,), 0.0)
-
-
-def nested_regions(
-    svd: TwoSidedSvd, output_metric: torch.Tensor, k_width: int, width: int
-) -> NestedRegions:
-    """Turn a group's full latent until ``k_width`` columns hold what keys need most.
-
-    Keys read the first region only; values make up for their part of what that loses. Both losses
-    add up: latents of the two regions are uncorrelated under the input metric.
+class GroupLatent:
+    """The full latent of a head group, to be cut into regions.
 
     Args:
-        svd: of a group's stacked ``[W_k; W_v]``, each ``[n, H]``.
+        svd: of the group's stacked ``[W_k; W_v]``, each ``[n, H]``.
         output_metric: ``G: [2n, 2n]``.
-        k_width: columns of the first region, fewer than ``width``.
         width: columns of the latent, at most ``2n`` and ``H``.
     """
-    up, down = svd.truncated(width)
-    scale = latent_scale(svd, width)
-    whitened = up * scale
-    energy, rotation = key_rotation(whitened, output_metric)
-    up, down = whitened @ rotation, rotation.T @ (down / scale[:, None])
-    dropped = float(energy[k_width:].clamp(min=0).sum())
-    up[:, k_width:] = without_keys(up[:, k_width:], output_metric)
-    half, _ = roots(output_metric)
-    regions = tuple(
-        _diagonalized(up[:, part], down[part], half)
-        for part in (slice(0, k_width), slice(k_width, width))
-    )
-    return NestedRegions(regions, dropped)
+
+    def __init__(self, svd: TwoSidedSvd, output_metric: torch.Tensor, width: int):
+        self._svd, self._output_metric, self._width = svd, output_metric, width
+
+    def regions(self, k_width: int | None) -> NestedRegions:
+        """The latent turned until ``k_width`` columns hold what keys need most.
+
+        Keys read the first region only; values make up for their part of what that loses. Both
+        losses add up: latents of the two regions are uncorrelated under the input metric.
+
+        Args:
+            k_width: columns of the first region, fewer than all; None: keys and values read all
+                columns, which stay as they are.
+        """
+        if k_width is None:
+            return NestedRegions((self._svd,), 0.0)
+        up, down, energy = self._keys_first
+        own = without_keys(up[:, k_width:], self._output_metric)
+        return NestedRegions(
+            (
+                _diagonalized(up[:, :k_width], down[:k_width], self._half),
+                _diagonalized(own, down[k_width:], self._half),
+            ),
+            float(energy[k_width:].clamp(min=0).sum()),
+        )
+
+    @cached_property
+    def _keys_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Factors whose columns keys need most come first, and the loss of taking each from them;
+        the same wherever the first region ends."""
+        up, down = self._svd.truncated(self._width)
+        scale = latent_scale(self._svd, self._width)
+        whitened = up * scale
+        energy, rotation = key_rotation(whitened, self._output_metric)
+        return whitened @ rotation, rotation.T @ (down / scale[:, None]), energy
+
+    @cached_property
+    def _half(self) -> torch.Tensor:
+        half, _ = roots(self._output_metric)
+        return half
 
 
 def _diagonalized(up: torch.Tensor, down: torch.Tensor, half: torch.Tensor) -> TwoSidedSvd:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +10,10 @@ import torch
 
 from recalkv_vllm.band_format import BLOCK_COLUMNS
 from recalkv_vllm.compression.lowrank.layer_metric import BOTH, KEYS, VALUES, LayerMetric
-from recalkv_vllm.compression.lowrank.regions import NestedRegions, joint_region, nested_regions
+from recalkv_vllm.compression.lowrank.regions import GroupLatent
 from recalkv_vllm.compression.lowrank.two_sided import TwoSidedSvd
 from recalkv_vllm.compression.methods.measured_layer import consecutive_groups
-from recalkv_vllm.compression.ranks.bands import RegionBits, band_choices
+from recalkv_vllm.compression.ranks.bands import RegionBits, band_choices, unbeaten
 
 #: Widths of the region that keys read, at most, that are looked at.
 KEY_REGIONS = 4
@@ -77,28 +77,21 @@ def measure_bands(
         spectra = [_spectra(keys), _spectra(values)]
         ways = _ways(None, spectra, (True, True), 0.0)
     else:
-        svds = [metric.svd(group, BOTH) for group in groups]
-        outputs = [metric.group_metric(group, BOTH) for group in groups]
+        latents = [group_latent(metric, group) for group in groups]
         for key_region in _key_regions(metric, k_group_size, spans, widest_keys):
-            parts = [
-                regions_of(svd, output, key_region)
-                for svd, output in zip(svds, outputs, strict=True)
-            ]
+            parts = [latent.regions(key_region) for latent in latents]
             spectra = [
                 _spectra([part.regions[i] for part in parts]) for i in range(len(parts[0].regions))
             ]
             ways += _ways(key_region, spectra, (True, False), sum(p.dropped for p in parts))
-    return BandedLayer(head_order, _unbeaten(way for way in ways if way.k_width <= widest_keys))
+    return BandedLayer(head_order, unbeaten(way for way in ways if way.k_width <= widest_keys))
 
 
-def regions_of(
-    svd: TwoSidedSvd, output_metric: torch.Tensor, key_region: int | None
-) -> NestedRegions:
-    """The regions of one group's latent; see :class:`BandedWay` for ``key_region``."""
+def group_latent(metric: LayerMetric, group: Sequence[int]) -> GroupLatent:
+    """The latent that keys and values of a group share, in whole blocks of columns."""
+    svd = metric.svd(group, BOTH)
     width = _whole_blocks(len(svd.squares), svd.down.shape[1])
-    if key_region is None:
-        return joint_region(svd)
-    return nested_regions(svd, output_metric, key_region, width)
+    return GroupLatent(svd, metric.group_metric(group, BOTH), width)
 
 
 def _key_regions(
@@ -135,12 +128,3 @@ def _ways(
         BandedWay(key_region, choice.regions, choice.token_bytes, choice.loss + dropped)
         for choice in band_choices(spectra, required[: len(spectra)])
     ]
-
-
-def _unbeaten(ways: Iterable[BandedWay]) -> list[BandedWay]:
-    """Those that no other beats in both bytes and loss, from fewest bytes to most."""
-    best: list[BandedWay] = []
-    for way in sorted(ways, key=lambda each: (each.token_bytes, each.loss)):
-        if not best or way.loss < best[-1].loss:
-            best.append(way)
-    return best

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,14 +21,15 @@ from recalkv_vllm.compression.lowrank.regions import stack_regions
 from recalkv_vllm.compression.methods.banded_layer import (
     BandedLayer,
     BandedWay,
+    group_latent,
     measure_bands,
-    regions_of,
 )
 from recalkv_vllm.compression.methods.kfac import KfacMethod
 from recalkv_vllm.compression.methods.measured_layer import consecutive_groups
 from recalkv_vllm.compression.plan import Budget, ModelPlan
 from recalkv_vllm.compression.progress import track
 from recalkv_vllm.compression.ranks.least_loss import least_total
+from recalkv_vllm.compression.ranks.reachable import largest_compression
 
 #: Steps of the budget of bytes, at most, that layers are chosen in.
 BUDGET_STEPS = 8192
@@ -74,9 +74,7 @@ class KfacBands(KfacMethod[MeasuredBands]):
         least = narrowest.slot_bytes(narrowest.rank) * geometry.num_layers
         token_bytes = budget_bytes(compression, geometry)
         if token_bytes < least:
-            dense = 2 * geometry.dense_width * geometry.num_layers
-            # Rounded down to four digits: the fraction named must itself be accepted.
-            possible = math.floor((1 - least / dense) * 1e4) / 1e4
+            possible = largest_compression(least, 2 * geometry.dense_width * geometry.num_layers)
             raise InputError(
                 f"compression {compression}: leaves {token_bytes} bytes per token, less than the "
                 f"{least} of the narrowest bands; the largest possible compression with these "
@@ -137,10 +135,10 @@ class KfacBands(KfacMethod[MeasuredBands]):
         widths = [layout.k_width]
         if key_region is not None:
             widths.append(layout.v_width - layout.k_width)
-        latents = []
-        for group in consecutive_groups(layout.head_order, layout.k_group_size):
-            svd, outputs = metric.svd(group, BOTH), metric.group_metric(group, BOTH)
-            latents.append(stack_regions(regions_of(svd, outputs, key_region).regions, widths))
+        latents = [
+            stack_regions(group_latent(metric, group).regions(key_region).regions, widths)
+            for group in consecutive_groups(layout.head_order, layout.k_group_size)
+        ]
         return nested_factors(latents, layout)
 
     @property

@@ -9,19 +9,30 @@ what it stores: with ``√S`` on both sides a latent has covariance ``S`` and it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from typing import Protocol, TypeVar
 
 import numpy as np
-import torch
 
 from recalkv_vllm.band_format import BLOCK_COLUMNS, PLANES, Band, BandFormat, bands_of
+from recalkv_vllm.compression.latents.rounding_error import rounding_error
 
-#: Blocks of normal numbers on which the quantizer's errors are measured.
-SAMPLE_BLOCKS = 1 << 15
 #: Bits that a block may get; none drops it.
 WIDTHS = (0, *PLANES)
+
+
+class Stored(Protocol):
+    """A way to store a layer, as far as it has a price."""
+
+    @property
+    def token_bytes(self) -> int: ...
+
+    @property
+    def loss(self) -> float: ...
+
+
+Way = TypeVar("Way", bound=Stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +73,9 @@ class BandChoice:
     loss: float
 
 
-@cache
 def quantizer_error(bits: int) -> float:
-    """Mean squared error of normal numbers stored in ``bits`` bits, relative to their size.
-
-    1 if they are not stored at all.
-    """
-    if bits == 0:
-        return 1.0
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(SAMPLE_BLOCKS, BLOCK_COLUMNS, generator=generator)
-    stored = BandFormat((Band(BLOCK_COLUMNS, bits),)).round_trip(z)
-    return float((stored - z).square().mean())
+    """Mean squared error of a block in ``bits`` bits, relative to what it stores; 1 in none."""
+    return 1.0 if bits == 0 else rounding_error(BandFormat((Band(BLOCK_COLUMNS, bits),)))
 
 
 def band_choices(spectra: Sequence[np.ndarray], required: Sequence[bool]) -> list[BandChoice]:
@@ -86,16 +88,14 @@ def band_choices(spectra: Sequence[np.ndarray], required: Sequence[bool]) -> lis
         required: of each region, whether it must keep a block.
     """
     unit = math.gcd(*(len(values) for values in spectra))
-    costs, losses, regions = _blocks(spectra, unit)
+    costs, losses, regions = _blocks(spectra, required, unit)
     states = int(costs.max(axis=1).sum()) + 1
     best = np.full(states, np.inf)
     best[0] = 0
     picked = np.zeros((len(costs), states), dtype=np.int8)
-    for row, cost, loss, first in zip(picked, costs, losses, _firsts(regions), strict=True):
+    for row, cost, loss in zip(picked, costs, losses, strict=True):
         after = np.full(states, np.inf)
         for i, (c, lost) in enumerate(zip(cost, loss, strict=True)):
-            if i == 0 and first and required[first - 1]:
-                continue
             total = best[: states - c] + lost
             better = total < after[c:]
             after[c:][better] = total[better]
@@ -109,30 +109,26 @@ def band_choices(spectra: Sequence[np.ndarray], required: Sequence[bool]) -> lis
         least = best[state]
         bits = _backtrack(picked, costs, int(state))
         choices.append(_choice(spectra, regions, bits, float(least)))
-    return _least(choices)
+    return unbeaten(choices)
 
 
-def _blocks(spectra: Sequence[np.ndarray], unit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _blocks(
+    spectra: Sequence[np.ndarray], required: Sequence[bool], unit: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Costs in ``unit`` bytes and losses ``[blocks, widths]``, and each block's region."""
     errors = np.array([quantizer_error(bits) for bits in WIDTHS[1:]])
     costs, losses, regions = [], [], []
     for region, values in enumerate(spectra):
         blocks = values.reshape(len(values), -1, BLOCK_COLUMNS)
         dropped = np.square(blocks).sum(axis=(0, 2))
+        if required[region]:
+            dropped[0] = np.inf
         noise = np.square(blocks.sum(axis=2)).sum(axis=0) / BLOCK_COLUMNS
         losses.append(np.concatenate((dropped[:, None], noise[:, None] * errors), axis=1))
         cost = [0, *(len(values) // unit * (BLOCK_COLUMNS * b // 8 + 1) for b in WIDTHS[1:])]
         costs += [cost] * len(dropped)
         regions += [region] * len(dropped)
     return np.array(costs), np.concatenate(losses), np.array(regions)
-
-
-def _firsts(regions: np.ndarray) -> list[int]:
-    """For the first block of a region the region's number plus one; 0 for the others."""
-    return [
-        int(region) + 1 if i == 0 or regions[i - 1] != region else 0
-        for i, region in enumerate(regions)
-    ]
 
 
 def _backtrack(picked: np.ndarray, costs: np.ndarray, state: int) -> list[int]:
@@ -157,10 +153,10 @@ def _choice(
     return BandChoice(tuple(kept), stored.slot_bytes(stored.rank), loss)
 
 
-def _least(choices: list[BandChoice]) -> list[BandChoice]:
-    """Those that no other beats in both bytes and loss."""
-    best: list[BandChoice] = []
-    for choice in sorted(choices, key=lambda each: (each.token_bytes, each.loss)):
-        if not best or choice.loss < best[-1].loss:
-            best.append(choice)
+def unbeaten(ways: Iterable[Way]) -> list[Way]:
+    """Those that no other beats in both bytes and loss, from fewest bytes to most."""
+    best: list[Way] = []
+    for way in sorted(ways, key=lambda each: (each.token_bytes, each.loss)):
+        if not best or way.loss < best[-1].loss:
+            best.append(way)
     return best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
 from recalkv_vllm.checkpoint import SPAN_MULTIPLE, AttentionGeometry, rank_budget
 from recalkv_vllm.compression.errors import InputError
@@ -38,11 +38,17 @@ def check_budget(compression: float, geometry: AttentionGeometry, kinds: str, gr
     budget = rank_budget(compression, geometry)
     least = geometry.num_layers * SPAN_MULTIPLE * groups
     if budget < least:
-        dense = geometry.dense_width * geometry.num_layers
-        # Rounded down to four digits: the fraction named must itself be accepted.
-        possible = np.floor((1 - least / dense) * 1e4) / 1e4
+        possible = largest_compression(least, geometry.dense_width * geometry.num_layers)
         raise InputError(
             f"compression {compression}: leaves {budget} cached elements per token, less than the "
             f"{least} of rank {SPAN_MULTIPLE} in each of {kinds} groups per layer; the largest "
             f"possible compression with these groups is {possible:g}"
         )
+
+
+def largest_compression(least: int, dense: int) -> float:
+    """Fraction of ``dense`` to remove that leaves ``least``.
+
+    Rounded down to four digits: the fraction named in a message must itself be accepted.
+    """
+    return math.floor((1 - least / dense) * 1e4) / 1e4

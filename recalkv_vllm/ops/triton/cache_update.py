@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
@@ -60,21 +62,12 @@ def quantized_update_launch(
         write_quantized_latents,
         (slot_mapping.shape[0], triton.cdiv(groups, groups_per_program)),
         {
-            "z": z,
-            "codes": codes,
-            "scales": scales,
-            "slot_mapping": slot_mapping,
-            "stride_z": z.stride(0),
-            "stride_block": codes.stride(0),
-            "stride_slot": codes.stride(1),
-            "stride_scale_block": scales.stride(0),
-            "stride_scale_slot": scales.stride(1),
+            **_paged(z, codes, scales, slot_mapping),
             "RANK": rank,
             "CODEC": latent_format.dtype,
             "GROUP": group,
             "GROUPS": groups,
             "GROUPS_PER_PROGRAM": groups_per_program,
-            "BLOCK_SIZE": kv_cache.shape[1],
         },
         warps=1 if columns <= 256 else 4,
     )
@@ -90,20 +83,29 @@ def band_update_launch(
         write_latents_in_bands,
         (slot_mapping.shape[0], len(chunks)),
         {
-            "z": z,
-            "codes": codes,
-            "scales": scales,
-            "slot_mapping": slot_mapping,
-            "stride_z": z.stride(0),
-            "stride_block": codes.stride(0),
-            "stride_slot": codes.stride(1),
-            "stride_scale_block": scales.stride(0),
-            "stride_scale_slot": scales.stride(1),
+            **_paged(z, codes, scales, slot_mapping),
             "CHUNKS": chunks,
             "CODE_BYTES": latent_format.code_bytes,
             "USED_BYTES": sum(map(band_bytes, latent_format.bands)),
             "BLOCK_COLUMNS": BLOCK_COLUMNS,
-            "BLOCK_SIZE": kv_cache.shape[1],
         },
         warps=1,
     )
+
+
+def _paged(
+    z: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, slot_mapping: torch.Tensor
+) -> dict[str, Any]:
+    """Arguments of both kernels that quantize: what is read, and where codes and scales go."""
+    return {
+        "z": z,
+        "codes": codes,
+        "scales": scales,
+        "slot_mapping": slot_mapping,
+        "stride_z": z.stride(0),
+        "stride_block": codes.stride(0),
+        "stride_slot": codes.stride(1),
+        "stride_scale_block": scales.stride(0),
+        "stride_scale_slot": scales.stride(1),
+        "BLOCK_SIZE": codes.shape[1],
+    }

@@ -67,9 +67,10 @@ def format_constants(layer: LatentLayer) -> dict[str, Any]:
     elif isinstance(latent_format, BandFormat):
         spans = zip(layer.head_k_spans, layer.head_v_spans, strict=True)
         offset = latent_format.code_offset
-        offsets = torch.tensor([(offset(k), offset(v)) for k, v in spans], dtype=torch.int32)
-        unit = math.gcd(CODE_ALIGNMENT, *offsets.flatten().tolist())
-        constants["first_codes"] = (offsets // unit).to(layer.k_up.device)
+        offsets = [(offset(k), offset(v)) for k, v in spans]
+        unit = math.gcd(CODE_ALIGNMENT, *(each for pair in offsets for each in pair))
+        first_codes = torch.tensor(offsets, dtype=torch.int32) // unit
+        constants["first_codes"] = first_codes.to(layer.k_up.device)
         constants["SCALE_SHIFT"] = BLOCK_COLUMNS.bit_length() - 1
         constants["CODE_UNIT"] = unit
     return constants

@@ -24,7 +24,6 @@ from recalkv_vllm.compression.latents.format_choice import (
     budget_of,
     chosen_latent_dtype,
     rank_compression,
-    rounding_error,
 )
 from recalkv_vllm.compression.latents.rotation import (
     random_rotation,
@@ -32,6 +31,7 @@ from recalkv_vllm.compression.latents.rotation import (
     rotate_latents,
     unit_blocks,
 )
+from recalkv_vllm.compression.latents.rounding_error import rounding_error
 from recalkv_vllm.compression.layer import LayerFactors
 from recalkv_vllm.latent_format import BITS, LatentFormat
 

@@ -11,7 +11,8 @@ from tests.compression.test_compress import FEW, logits, read, weights
 
 
 def options(base, out, compression=0.5, **changes):
-    return CompressOptions(str(base), out, compression, **{**FEW, **changes})
+    plain = {"latent_dtype": "bf16", "target": "h100"}
+    return CompressOptions(str(base), out, compression, **{**FEW, **plain, **changes})
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_a_joint_latent_never_needs_more_than_the_hidden_state(tiny, tmp_path):
         ({"spans": "joint", "target": "15"}, "no choice of joint spans"),
         ({"v_groups": 2}, "with nested spans values are grouped as keys are"),
         ({"rank_allocation": "fisher"}, "not known to method kfac; expected loss"),
-        ({"target": "tpu"}, "target 'tpu': expected h100"),
+        ({"target": "tpu"}, "target 'tpu': expected auto, h100"),
         ({"num_samples": 3}, "96 tokens are too few; expected at least 128"),
         ({"method": "palu", "spans": "joint"}, "not known to method palu; expected split"),
     ],
