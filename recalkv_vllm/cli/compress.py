@@ -79,8 +79,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--output-refit",
         action=argparse.BooleanOptionalAction,
-        help="kfac only: refit o_proj to the dense model's attention output (default: on, unless "
-        "the model's weights are quantized or only factors are written)",
+        help="kfac only: refit o_proj to the dense model's attention output (default: if much is "
+        "expected to be lost, and the model's weights are not quantized, nor only factors written)",
     )
     add(
         "--rank-allocation",

@@ -120,9 +120,9 @@ def within_loss(
 
 
 def load_layers(job: Job, calibration: Calibration | None) -> ModelLayers:
-    """The model's layers in memory; a refit runs them, in the precision of the calibration."""
+    """The model's layers in memory; a refit may run them, in the precision of the calibration."""
     model = job.model
-    dtype = calibration_dtype(model.dtype, job.device) if job.refits_output else model.dtype
+    dtype = calibration_dtype(model.dtype, job.device) if job.may_refit_output else model.dtype
     statistics = calibration.statistics if calibration else None
     return ModelLayers(model.load(dtype, "cpu"), model.geometry, statistics)
 
@@ -138,7 +138,7 @@ def factor(
 ) -> tuple[list[LayerFactors], dict[str, Any]]:
     """Factors of all layers and their relative errors, as :func:`factor_layers` gives them."""
     refit = None
-    if calibration and job.refits_output:
+    if calibration and job.refits_output(plan):
         device = single_device(job.device)
         refit = OutputRefit(layers.model, calibration.samples, device, plan)
     return factor_layers(job.method, plan, layers, job.dtype, refit)
@@ -156,7 +156,7 @@ def describe(made: Made, calibration: Calibration | None) -> RecalkvConfig:
             "base_model": job.model.name,
             **job.method.settings(plan),
             **({"target": job.target} if job.method.knows_loss else {}),
-            "output_refit": job.refits_output,
+            "output_refit": job.refits_output(plan),
             "rank_allocation": job.method.rank_allocation if job.compression else "full",
             "relative_error": made.errors,
             **{name: value for name, value in optional.items() if value is not None},

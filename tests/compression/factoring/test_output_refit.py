@@ -7,12 +7,12 @@ from recalkv_vllm.compression import pipeline
 from recalkv_vllm.compression.base_model.model import BaseModel
 from recalkv_vllm.compression.calibration.samples import draw_samples
 from recalkv_vllm.compression.calibration.text import documents
-from recalkv_vllm.compression.check import choose_method
+from recalkv_vllm.compression.check import check, choose_method
 from recalkv_vllm.compression.factoring.factor_layers import ModelLayers, factor_layers
 from recalkv_vllm.compression.factoring.output_refit import OutputRefit, _ridge_regression
 from recalkv_vllm.compression.layer import LayerFactors
 from recalkv_vllm.compression.pipeline import compress
-from recalkv_vllm.compression.plan import Budget
+from recalkv_vllm.compression.plan import Budget, ModelPlan
 from recalkv_vllm.evaluation.transformers_engine import load_served
 from tests.compression.methods.test_kfac import options
 from tests.compression.test_compress import read, weights
@@ -46,6 +46,15 @@ def test_output_refit(tiny, tmp_path):
     changed = {name for name in plain if not torch.equal(plain[name], refitted[name])}
     assert changed == {f"model.layers.{i}.self_attn.o_proj.weight" for i in range(2)}
     assert errors[True] < 0.99 * errors[False]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected_loss", "refits"),
+    [(None, 0.01, False), (None, 0.1, True), (True, 0.01, True), (False, 0.1, False)],
+)
+def test_refit_is_the_default_where_much_is_lost(tiny, tmp_path, asked, expected_loss, refits):
+    job = check(options(tiny, tmp_path / "out", 0.7, output_refit=asked))
+    assert job.refits_output(ModelPlan((), "joint", expected_loss=expected_loss)) is refits
 
 
 @pytest.mark.parametrize("family", ["tiny", "phi3"])
