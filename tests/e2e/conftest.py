@@ -64,7 +64,7 @@ def half(model, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("half") / "model"
     run_recalkv(
         "compress", model, "-o", output, "--compression", 0.5, "--latent-dtype", "bf16",
-        "--num-samples", 8, "--seq-len", 128,
+        "--dataset", "builtin", "--num-samples", 8, "--seq-len", 128,
     )  # fmt: skip
     return output
 
@@ -145,6 +145,7 @@ def compressed(tmp_path_factory):
                 "compression": 0.0,
                 "method": "recalkv",
                 "k_group_size": 2,
+                "datasets": ("builtin",),
                 "num_samples": 2,
                 "seq_len": 64,
                 **options,

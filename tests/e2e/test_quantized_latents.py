@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
+from recalkv_vllm.checkpoint import RecalkvConfig
 from recalkv_vllm.latent_format import LatentFormat
 from tests.e2e.conftest import run_engines, run_recalkv
 from tests.e2e.prompts import LONG_TEXT
@@ -32,7 +34,14 @@ def quantize(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(small, make_small, compressed, small_prompts, quantize):
+def bands(compressed):
+    """``bands(model)``: compressed to bands of several bit widths, as ``kfac`` does by default."""
+    settings = {"compression": 0.8, "target": "none", "k_group_size": None, "num_samples": 16}
+    return partial(compressed, method="kfac", **settings)
+
+
+@pytest.fixture(scope="module")
+def runs(small, make_small, compressed, small_prompts, quantize, bands):
     """The same prompts as scheduled in several ways, and on caches of several formats."""
     plain = compressed(small)
     int4 = quantize(plain, INT4)
@@ -48,6 +57,8 @@ def runs(small, make_small, compressed, small_prompts, quantize):
         "repeated": small_prompts.job(int4, repeat, repeat, **RECALKV),
         "windows": small_prompts.job(windows, **RECALKV),
         "windows whole": small_prompts.job(windows, max_num_batched_tokens=512, **RECALKV),
+        "bands": small_prompts.job(bands(small), **RECALKV),
+        "bands whole": small_prompts.job(bands(small), max_num_batched_tokens=512, **RECALKV),
         # 12 blocks of 32 tokens hold the long request alone.
         "tight": small_prompts.job(int4, num_gpu_blocks_override=13, max_model_len=352, **RECALKV),
     }
@@ -57,6 +68,7 @@ def runs(small, make_small, compressed, small_prompts, quantize):
 def test_chunked_prefill(runs):
     assert runs["chunked"]["tokens"] == runs["whole"]["tokens"]
     assert runs["windows"]["tokens"] == runs["windows whole"]["tokens"]
+    assert runs["bands"]["tokens"] == runs["bands whole"]["tokens"]
 
 
 def test_prefix_caching(runs, small_prompts):
@@ -90,8 +102,22 @@ def test_capacity(runs, compressed, small, name, latent_format):
     assert found == pytest.approx(expected, rel=0.01)
 
 
-def test_perplexity_is_that_of_rounded_latents(half, quantize, tmp_path):
-    checkpoint = quantize(half, INT4)
+def test_capacity_of_bands(runs, bands, compressed, small):
+    """Several bit widths, with scales and padding: each layer has slots of its own size."""
+    plain, banded = (
+        RecalkvConfig.from_hf_config(json.loads((checkpoint / "config.json").read_text()))
+        for checkpoint in (compressed(small), bands(small))
+    )
+    slots = [banded.latent_format(i).slot_bytes(at.rank) for i, at in enumerate(banded.layers)]
+    assert len({band.bits for layer in banded.layers for band in layer.bands}) > 1
+    expected = 4 * plain.cached_elements_per_token() / sum(slots)
+    tokens = {run: runs[run]["metrics"]["kv_cache_tokens"] for run in ("plain", "bands")}
+    assert tokens["bands"] / tokens["plain"] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("latents", ["int4", "bands"])
+def test_perplexity_is_that_of_rounded_latents(half, model, quantize, bands, latents, tmp_path):
+    checkpoint = quantize(half, INT4) if latents == "int4" else bands(model)
     text = tmp_path / "text.txt"
     text.write_text(LONG_TEXT)
     perplexity = {}
