@@ -8,8 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .cache/SmolLM2-135M-Instruct
-CHECKPOINT := .cache/SmolLM2-135M-Instruct-recalkv-50
-COMPRESS := --compression 0.5 --num-samples 64 --seq-len 512
+CHECKPOINT := .cache/SmolLM2-135M-Instruct-recalkv-75
 
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 STACK := $(VENV)/.stack-$(if $(HAS_GPU),cuda,cpu)
@@ -28,7 +27,7 @@ CXX_FILES := $(wildcard csrc/*/*) $(wildcard tests/cuda/emulation/*.h tests/cuda
 .DELETE_ON_ERROR:
 
 demo: install model
-	@$(BIN)/python -m recalkv_vllm.benchmarks.demo $(MODEL) $(CHECKPOINT) -- $(COMPRESS)
+	@$(BIN)/python -m recalkv_vllm.benchmarks.demo $(MODEL) $(CHECKPOINT) -- --compression 0.75
 
 test: install model lint
 	$(PARALLEL_PYTEST) -m "not slow"

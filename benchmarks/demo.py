@@ -3,6 +3,9 @@
 ``python -m recalkv_vllm.benchmarks.demo MODEL CHECKPOINT`` compresses ``MODEL`` into ``CHECKPOINT``
 unless that is there, serves first one and then the other with the same KV-cache memory, and prints
 answers and capacity side by side. The last line on stdout is one JSON object.
+
+Greedy answers part at the first token where two candidates are near, and say little from there on.
+So both models also read stock's answers, and it is counted where they would write the same token.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +37,63 @@ QUESTIONS = [
     "Name three animals that live on a farm.",
 ]
 MAX_TOKENS = 48
+ANSWERING = ("stock", "compressed")
 KV_CACHE_BYTES = 256 * 2**20
 SERVE_ARGS = ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
 
 
 def serve_args() -> list[str]:
     """Server options for this machine's hardware."""
-    if torch.cuda.is_available():
-        return SERVE_ARGS
-    # Compilation only adds start-up time on CPU. In bf16 the model's first token is a near-tie
-    # between two languages, so that a comparison of answers needs float32.
-    return [*SERVE_ARGS, "--enforce-eager", "--dtype", "float32"]
+    # Compilation only adds start-up time on CPU.
+    return SERVE_ARGS if torch.cuda.is_available() else [*SERVE_ARGS, "--enforce-eager"]
 
 
-def ask(server: VllmServer) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A model's ``text``, and token ids of what it read and wrote."""
+
+    text: str
+    prompt: list[int]
+    written: list[int]
+
+
+def ask(server: VllmServer) -> list[Answer]:
     """Greedy answers to the fixed questions over the OpenAI chat API."""
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
     answers = []
     for question in QUESTIONS:
-        completion = client.chat.completions.create(
+        completion = _client(server).chat.completions.create(
             model=server.model,
             messages=[{"role": "user", "content": question}],
             max_completion_tokens=MAX_TOKENS,
             temperature=0,
+            extra_body={"return_token_ids": True},
         )
-        answers.append((completion.choices[0].message.content or "").strip())
+        choice = completion.choices[0]
+        ids = completion.prompt_token_ids, choice.token_ids
+        answers.append(Answer((choice.message.content or "").strip(), *ids))
     return answers
+
+
+def agreement(server: VllmServer, answers: list[Answer]) -> float:
+    """Share of the answers' tokens that the model would have written after what is before them."""
+    first, total = 0, 0
+    for answer in answers:
+        completion = _client(server).completions.create(
+            model=server.model,
+            prompt=answer.prompt + answer.written,
+            max_tokens=1,
+            temperature=0,
+            extra_body={"prompt_logprobs": 0},
+        )
+        read = completion.choices[0].prompt_logprobs[len(answer.prompt) :]
+        for token, candidates in zip(answer.written, read, strict=True):
+            first += candidates[str(token)]["rank"] == 1
+            total += 1
+    return first / total
+
+
+def _client(server: VllmServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
 
 def compress(model: Path, checkpoint: Path, options: list[str]) -> None:
@@ -74,13 +109,13 @@ def compress(model: Path, checkpoint: Path, options: list[str]) -> None:
 def run(model: Path, checkpoint: Path) -> dict[str, Any]:
     """Serve both models one after the other; returns the demonstration's JSON object."""
     hf_config = read_hf_config(checkpoint)
-    itemsize = 2 if torch.cuda.is_available() else 4
     sizes = kv_bytes_per_token(
         RecalkvConfig.from_hf_config(hf_config),
         AttentionGeometry.from_hf_config(hf_config),
-        itemsize,
+        getattr(torch, hf_config["dtype"]).itemsize,
     )
-    answers, tokens = {}, {}
+    answers: dict[str, list[Answer]] = {}
+    tokens, agreed = {}, {}
     servers = {
         "stock": (model, serve_args()),
         "compressed": (checkpoint, [*serve_args(), "--attention-backend", "recalkv"]),
@@ -91,8 +126,10 @@ def run(model: Path, checkpoint: Path) -> dict[str, Any]:
         with VllmServer(path, args, log) as server:
             tokens[name] = server.kv_cache_tokens()
             answers[name] = ask(server)
+            agreed[name] = agreement(server, answers["stock"])
     return {
-        "answers": answers,
+        "answers": {name: [answer.text for answer in given] for name, given in answers.items()},
+        "agreement": agreed,
         "kv_bytes_per_token": {"stock": sizes["dense"], "compressed": sizes["compressed"]},
         "kv_cache_tokens": tokens,
     }
@@ -107,11 +144,13 @@ def show(result: dict[str, Any]) -> None:
         QUESTIONS, result["answers"]["stock"], result["answers"]["compressed"], strict=True
     ):
         table.add_row(question, *pair)
+    label = "share of the tokens of stock's answers that it would have written too"
+    table.add_row(label, *(f"{100 * result['agreement'][name]:.0f} %" for name in ANSWERING))
     for label, key in (
         ("KV-cache bytes per token", "kv_bytes_per_token"),
         (f"tokens in a KV cache of {KV_CACHE_BYTES >> 20} MiB", "kv_cache_tokens"),
     ):
-        table.add_row(label, *(f"{result[key][name]:,}" for name in ("stock", "compressed")))
+        table.add_row(label, *(f"{result[key][name]:,}" for name in ANSWERING))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
