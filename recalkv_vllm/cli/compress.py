@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from recalkv_vllm.cli.help import HelpFormatter
+from recalkv_vllm.cli.shared_options import (
+    add_calibration_options,
+    add_target_option,
+    compress_options,
+)
 from recalkv_vllm.names import (
     LATENT_DTYPES,
     METHOD_NAMES,
@@ -65,14 +70,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "read as many columns as --target allows; joint: one latent, all of it; split: a latent "
         "each (default: nested)",
     )
-    add(
-        "--target",
-        metavar="NAME|N",
-        default="auto",
-        help="kfac only: limit on the FLOP spent reconstructing keys per cached byte (of bands: "
-        "per byte of half the dense cache): the limit of the device that will serve (h100, a100 "
-        "or cpu; auto: the one at hand), a number, or none, for the best accuracy at any speed",
-    )
+    add_target_option(parser)
     add(
         "--output-refit",
         action=argparse.BooleanOptionalAction,
@@ -91,24 +89,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="how to store latents; auto: kfac gives every column as many bits as it is worth "
         "(bands), other methods store bf16: unquantized, in the dtype of the factors",
     )
-    add(
-        "--dataset",
-        metavar="NAME|PATH",
-        default="builtin",
-        help="calibration text: a .txt, .jsonl or .parquet file; NAME[:CONFIG[:SPLIT]] of the "
-        "datasets library; builtin (the Python language reference, needs no network); or self "
-        "(text that the model writes)",
-    )
-    add("--text-column", metavar="C", default="text", help="column of the dataset with the text")
-    add("--num-samples", metavar="N", type=int, default=256, help="calibration samples")
-    add("--seq-len", metavar="N", type=int, default=2048, help="tokens per sample")
-    add("--seed", metavar="N", type=int, default=42, help="random seed for drawing samples")
-    add(
-        "--device",
-        default="auto",
-        help="where to calibrate; auto: a GPU if available; spread: layers on all GPUs, then in "
-        "memory, then on disk, for models too large for one GPU",
-    )
+    add_calibration_options(parser)
     add(
         "--dtype",
         choices=("auto", *WEIGHT_DTYPES),
@@ -141,16 +122,11 @@ def group_size(text: str) -> int | None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the sub-command; the JSON object."""
     from recalkv_vllm.cli.libraries import quiet_libraries
-    from recalkv_vllm.compression.options import CompressOptions
     from recalkv_vllm.compression.pipeline import compress
 
     quiet_libraries()
-    names = CompressOptions.__dataclass_fields__
-    return {
-        "out": str(options.out),
-        **compress(CompressOptions(**{name: getattr(options, name) for name in names})),
-        "serve": serve_command(options),
-    }
+    made = compress(compress_options(options))
+    return {"out": str(options.out), **made, "serve": serve_command(options)}
 
 
 def serve_command(options: argparse.Namespace) -> str:
