@@ -113,7 +113,7 @@ def reachable_jobs(
                 method = choose_method(own, compression, geometry, base.target, keeps_order)
                 job = replace(base, options=own, compression=compression, method=method)
                 try:
-                    jobs.append(at_compression(job, compression))
+                    jobs.append(_with_known_loss(at_compression(job, compression)))
                 except InputError as error:
                     left_out.append((job, error))
     if not jobs:
@@ -123,11 +123,19 @@ def reachable_jobs(
     return jobs
 
 
+def _with_known_loss(job: Job) -> Job:
+    """The job. Raises :class:`InputError` for one of full rank, which has no expected loss."""
+    if job.budget.compression == 0:
+        raise InputError(
+            f"compression {job.compression:g}: {job.options.latent_dtype} removes more than that "
+            "at full rank; expected a higher one"
+        )
+    return job
+
+
 def _leave_out(job: Job, error: InputError) -> None:
     options = job.options
-    log.info(
-        "left out: %s, %s heads per group: %s", options.latent_dtype, options.k_group_size, error
-    )
+    log.info("left out: %s, k_group_size %s: %s", options.latent_dtype, options.k_group_size, error)
 
 
 def _compared(planned: Sequence[tuple[Job, ModelPlan]]) -> list[Explored]:
