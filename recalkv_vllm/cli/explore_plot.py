@@ -70,5 +70,5 @@ def plot_front(result: dict[str, Any], path: Path) -> None:
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     name = Path(result["model"]).name
-    figure.suptitle(f"{name}, --target {result['target']} (filled: not beaten in everything)")
+    figure.suptitle(f"{name}, --target {result['target']} (filled: on the front; hollow: beaten)")
     write_figure(figure, path)

@@ -51,7 +51,7 @@ def write_figure(figure: Figure, path: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=path.absolute().parent) as partial:
             written = Path(partial) / path.name
-            figure.savefig(written, dpi=150)
+            figure.savefig(written)
             written.replace(path)
     except (OSError, ValueError) as error:
         raise InputError(f"--plot {path}: cannot be written ({error})") from error
