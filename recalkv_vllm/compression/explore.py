@@ -72,13 +72,13 @@ def explore(
         try:
             plan = job.method.plan(measured[key], job.budget)
         except InputError as error:  # only the measured widths tell
+            if job is jobs[-1] and not planned:
+                raise
             _leave_out(job, error)
         else:
             # A format may remove more than was asked for: of one plan, the largest compression.
             planned.pop((job.options.latent_dtype, plan), None)
             planned[job.options.latent_dtype, plan] = job
-    if not planned:
-        raise InputError("--compression: none can be reached; expected lower ones")
     return _compared([(job, plan) for (_, plan), job in planned.items()])
 
 

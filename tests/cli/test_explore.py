@@ -2,8 +2,10 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from recalkv_vllm.checkpoint import read_hf_config
 from recalkv_vllm.cli import main
@@ -129,3 +131,13 @@ def test_bad_input_of_calibration(tiny, fails, tmp_path):
     assert "/nowhere/text.txt: no such file" in error
     assert not plot.exists()
     assert "no config.json" in fails("explore", tmp_path)
+
+
+def test_model_that_overflows(tiny, fails, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(tiny, directory)
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.input_layernorm.weight"].fill_(float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "of layer 0 are not finite" in fails("explore", directory, *FEW)
