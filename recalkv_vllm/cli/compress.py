@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from recalkv_vllm.cli.help import HelpFormatter
+from recalkv_vllm.cli.shared_options import (
+    add_calibration_options,
+    add_target_option,
+    compress_options,
+)
 from recalkv_vllm.names import (
-    CPU_SAMPLES,
-    DEFAULT_DATASETS,
-    GPU_SAMPLES,
     LATENT_DTYPES,
     METHOD_NAMES,
     RANK_ALLOCATIONS,
@@ -68,14 +70,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "read as many columns as --target allows; joint: one latent, all of it; split: a latent "
         "each (default: nested)",
     )
-    add(
-        "--target",
-        metavar="NAME|N",
-        default="auto",
-        help="kfac only: limit on the FLOP spent reconstructing keys per cached byte (of bands: "
-        "per byte of half the dense cache): the limit of the device that will serve (h100, a100 "
-        "or cpu; auto: the one at hand), a number, or none, for the best accuracy at any speed",
-    )
+    add_target_option(parser)
     add(
         "--output-refit",
         action=argparse.BooleanOptionalAction,
@@ -94,26 +89,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="how to store latents; auto: kfac gives every column as many bits as it is worth "
         "(bands), other methods store bf16: unquantized, in the dtype of the factors",
     )
-    add(
-        "--dataset",
-        metavar="NAME|PATH",
-        dest="datasets",
-        action="append",
-        help="calibration text: a .txt, .jsonl or .parquet file; NAME[:CONFIG[:SPLIT]] of the "
-        "datasets library; builtin (the Python language reference, needs no network); or self "
-        "(text that the model writes); give it several times for a mix in equal shares (default: "
-        f"{' and '.join(DEFAULT_DATASETS)})",
-    )
-    add("--text-column", metavar="C", default="text", help="column of the dataset with the text")
-    add("--num-samples", metavar="N", type=int, help=f"calibration samples ({sizes(0)})")
-    add("--seq-len", metavar="N", type=int, help=f"tokens per sample ({sizes(1)})")
-    add("--seed", metavar="N", type=int, default=42, help="random seed for drawing samples")
-    add(
-        "--device",
-        default="auto",
-        help="where to calibrate; auto: a GPU if available; spread: layers on all GPUs, then in "
-        "memory, then on disk, for models too large for one GPU",
-    )
+    add_calibration_options(parser)
     add(
         "--dtype",
         choices=("auto", *WEIGHT_DTYPES),
@@ -138,11 +114,6 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return parser
 
 
-def sizes(index: int) -> str:
-    """Default size of the calibration text, for help."""
-    return f"default: {CPU_SAMPLES[index]} on a CPU, {GPU_SAMPLES[index]} on a GPU"
-
-
 def group_size(text: str) -> int | None:
     """``N``, or None for ``auto``."""
     return None if text == "auto" else int(text)
@@ -151,22 +122,11 @@ def group_size(text: str) -> int | None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the sub-command; the JSON object."""
     from recalkv_vllm.cli.libraries import quiet_libraries
-    from recalkv_vllm.compression.base_model.devices import choose_device
-    from recalkv_vllm.compression.options import CompressOptions
     from recalkv_vllm.compression.pipeline import compress
 
     quiet_libraries()
-    on_cpu = choose_device(options.device).startswith("cpu")
-    num_samples, seq_len = CPU_SAMPLES if on_cpu else GPU_SAMPLES
-    given = {name: getattr(options, name) for name in CompressOptions.__dataclass_fields__}
-    given["datasets"] = tuple(options.datasets or DEFAULT_DATASETS)
-    given["num_samples"] = num_samples if options.num_samples is None else options.num_samples
-    given["seq_len"] = seq_len if options.seq_len is None else options.seq_len
-    return {
-        "out": str(options.out),
-        **compress(CompressOptions(**given)),
-        "serve": serve_command(options),
-    }
+    made = compress(compress_options(options))
+    return {"out": str(options.out), **made, "serve": serve_command(options)}
 
 
 def serve_command(options: argparse.Namespace) -> str:

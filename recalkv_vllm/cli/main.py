@@ -17,6 +17,7 @@ from recalkv_vllm.cli import (
     bench_serve,
     compress,
     evaluate,
+    explore,
     inspect,
     plan,
 )
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure speed against stock vLLM.",
     )
     benchmarks = bench.add_subparsers(metavar="BENCHMARK", required=True)
-    modules = [(module, commands) for module in (compress, evaluate, inspect, plan)]
+    modules = [(module, commands) for module in (compress, evaluate, explore, inspect, plan)]
     modules += [(module, benchmarks) for module in (bench_kernel, bench_offline, bench_serve)]
     for module, group in modules:
         command = module.add_parser(group)

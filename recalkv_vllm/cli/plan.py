@@ -7,9 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from recalkv_vllm.cli.help import HelpFormatter
-from recalkv_vllm.cli.sizes import size
-
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from recalkv_vllm.cli.memory import (
+    DTYPES,
+    add_memory_options,
+    check_at_least_one,
+    compressed_weight_bytes,
+    kv_cache_bytes,
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -27,16 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="MODEL_OR_CHECKPOINT",
         help="directory with a config.json, or a Hugging Face name owner/name",
     )
-    memory = parser.add_mutually_exclusive_group(required=True)
-    memory.add_argument(
-        "--memory", type=size, metavar="SIZE", help="memory of one device, such as 80GiB"
-    )
-    memory.add_argument(
-        "--kv-cache-memory-bytes",
-        type=size,
-        metavar="SIZE",
-        help="KV-cache size per device, as in vLLM",
-    )
+    add_memory_options(parser, required=True)
     add("--max-model-len", type=int, required=True, metavar="N", help="tokens of a full request")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="number of devices")
     add(
@@ -45,22 +40,6 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="C",
         help="for a model that is not compressed yet: the compression to assume",
     )
-    add(
-        "--gpu-memory-utilization",
-        type=float,
-        default=0.92,
-        metavar="F",
-        help="fraction of --memory to use, as in vLLM",
-    )
-    add(
-        "--overhead",
-        type=size,
-        default="3GiB",
-        metavar="SIZE",
-        help="memory per device for activations and graphs; an estimate (vLLM measures it at "
-        "start-up)",
-    )
-    add("--block-size", type=int, default=16, metavar="N", help="tokens per block (CPU: 128)")
     add(
         "--dtype",
         choices=("auto", *DTYPES),
@@ -81,10 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from recalkv_vllm.compression.errors import InputError
     from recalkv_vllm.serving import capacity
 
-    for name in ("max_model_len", "tensor_parallel_size", "block_size"):
-        if getattr(options, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {getattr(options, name)}: expected at least 1")
+    check_at_least_one(options, "max_model_len", "tensor_parallel_size", "block_size")
     directory = find_model(options.model)
     hf_config = read_hf_config(directory)
     geometry = AttentionGeometry.from_hf_config(hf_config)
@@ -107,21 +83,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     weights = {"dense": capacity.weight_bytes(directory, hf_config, itemsize) // tp_size}
     if recalkv is not None:
-        factors = capacity.factor_bytes(recalkv, geometry, itemsize)
-        saved = capacity.projection_bytes(geometry, itemsize)
-        weights["compressed"] = weights["dense"] + (factors - saved) // tp_size
+        weights["compressed"] = compressed_weight_bytes(
+            weights["dense"], recalkv, geometry, itemsize, tp_size
+        )
     plans = {}
     for kind, weight in weights.items():
-        cache_bytes = options.kv_cache_memory_bytes
-        if cache_bytes is None:
-            usable = int(options.memory * options.gpu_memory_utilization)
-            cache_bytes = usable - weight - options.overhead
-            if cache_bytes <= 0:
-                raise InputError(
-                    f"--memory {options.memory}: expected more than {weight} bytes of weights and "
-                    f"{options.overhead} of overhead, found {usable} bytes to use "
-                    f"({options.gpu_memory_utilization:.0%}) on each of {tp_size} devices"
-                )
+        cache_bytes = kv_cache_bytes(options, weight, tp_size)
         plans[kind] = {
             "weight_bytes": weight,
             "kv_cache_bytes": cache_bytes,

@@ -1,11 +1,60 @@
-"""The plot that ``recalkv inspect --plot`` writes."""
+"""The plot that ``recalkv inspect --plot`` writes, and how any plot is written."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recalkv_vllm.compression.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(figsize: tuple[float, float]) -> Figure:
+    """An empty figure of a size in inches.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise InputError("--plot: matplotlib is not installed; pip install matplotlib") from error
+    return Figure(figsize=figsize, layout="constrained")
+
+
+def check_plot(path: Path) -> None:
+    """Raise :class:`InputError`, before the work that a plot shows, if it cannot be written."""
+    known = new_figure((1, 1)).canvas.get_supported_filetypes()
+    folder = path.absolute().parent
+    if path.suffix.removeprefix(".") not in known:
+        reason = f"expected a name that ends in .png or in {', '.join(sorted(known))}"
+    elif path.is_dir():
+        reason = "a directory"
+    elif not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = f"no directory {folder} to write to"
+    else:
+        return
+    raise InputError(f"--plot {path}: cannot be written ({reason})")
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all; the suffix of ``path`` chooses the format.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    check_plot(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.absolute().parent) as partial:
+            written = Path(partial) / path.name
+            figure.savefig(written)
+            written.replace(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--plot {path}: cannot be written ({error})") from error
 
 
 def plot_layers(summary: dict[str, Any], path: Path) -> None:
@@ -18,14 +67,9 @@ def plot_layers(summary: dict[str, Any], path: Path) -> None:
     Raises:
         InputError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise InputError("--plot: matplotlib is not installed; pip install matplotlib") from error
-
     layers = summary["layers"]
     index = [layer["layer"] for layer in layers]
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = new_figure(figsize=(9, 6))
     ranks, errors = figure.subplots(2, 1, sharex=True)
     # Spans may overlap: keys and values together read the whole rank.
     keys, values = ([_covered(layer[name]) for layer in layers] for name in ("k_spans", "v_spans"))
@@ -43,10 +87,7 @@ def plot_layers(summary: dict[str, Any], path: Path) -> None:
     errors.set_ylabel(f"relative error of {summary['error_of']}")
     errors.set_xlabel("layer")
     figure.suptitle(f"{summary['method']}, {summary['compression']:.1%} of the KV cache removed")
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--plot {path}: cannot be written ({error})") from error
+    write_figure(figure, path)
 
 
 def _covered(spans: list[list[int]]) -> int:

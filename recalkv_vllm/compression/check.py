@@ -91,6 +91,12 @@ def check(options: CompressOptions) -> Job:
         InputError: bad input.
         CheckpointError: an unusable ``config.json``.
     """
+    check_absent(options.out)
+    return check_inputs(options)
+
+
+def check_inputs(options: CompressOptions) -> Job:
+    """As :func:`check`, for a job that writes nothing: ``options.out`` is not looked at."""
     compression = check_budgets(options)
     for name, least in (("num_samples", 1), ("seq_len", 2)):
         if getattr(options, name) < least:
@@ -101,7 +107,6 @@ def check(options: CompressOptions) -> Job:
         raise InputError(f"--heal {options.heal}: expected a number of steps")
     if options.heal and compression == 0:
         raise InputError("--heal: full rank is exact; expected a --compression above 0")
-    check_absent(options.out)
     model = BaseModel.find(options.model)
     model.architecture  # noqa: B018 (refuses what is not supported)
     if model.weight_format is not None:

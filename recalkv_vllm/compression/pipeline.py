@@ -63,6 +63,7 @@ class Made:
 
     Args:
         job: of the compression.
+        measured: of the layers by the job's method, for other compressions.
         plan: that was carried out.
         factors: of all layers.
         errors: relative errors of the factors, before healing.
@@ -71,6 +72,7 @@ class Made:
     """
 
     job: Job
+    measured: Any
     plan: ModelPlan
     factors: list[LayerFactors]
     errors: dict[str, Any]
@@ -83,14 +85,23 @@ def make_factors(
     calibration: Calibration | None,
     text: CalibrationText,
     meter: LossMeter | None = None,
+    measured: Any = None,
 ) -> Made:
-    """Plan, factor and, as far as they are asked for, heal and measure.
+    """Plan, factor and, as far as they are asked for, heal and measure the loss.
+
+    Args:
+        job: of the compression.
+        calibration: None where none was needed.
+        text: to heal on.
+        meter: of losses; None measures none.
+        measured: by the job's method at another compression.
 
     Raises:
         InputError: factors or losses that are not finite.
     """
     layers = load_layers(job, calibration)
-    plan = plan_layers(job, layers)
+    measured = job.method.measure(job.budget.compression, layers, layers.statistics, measured)
+    plan = job.method.plan(measured, job.budget)
     factors, errors = factor(job, calibration, layers, plan)
     formats = [plan.latent_format(i) for i in range(len(factors))]
     healing = loss = None
@@ -98,7 +109,7 @@ def make_factors(
         factors, healing = heal(job, layers.model, factors, formats, text)
     if meter is not None:
         loss = meter.loss(layers.model, factors, formats)
-    return Made(job, plan, factors, errors, healing, loss)
+    return Made(job, measured, plan, factors, errors, healing, loss)
 
 
 def within_loss(
@@ -110,9 +121,12 @@ def within_loss(
         InputError: none do.
     """
     meter = LossMeter(job, text.held_out)
+    measured = None
 
     def attempt(compression: float) -> tuple[Made, float]:
-        made = make_factors(at_compression(job, compression), calibration, text, meter)
+        nonlocal measured
+        made = make_factors(at_compression(job, compression), calibration, text, meter, measured)
+        measured = made.measured
         assert made.loss is not None
         return made, made.loss
 
@@ -125,12 +139,6 @@ def load_layers(job: Job, calibration: Calibration | None) -> ModelLayers:
     dtype = calibration_dtype(model.dtype, job.device) if job.may_refit_output else model.dtype
     statistics = calibration.statistics if calibration else None
     return ModelLayers(model.load(dtype, "cpu"), model.geometry, statistics)
-
-
-def plan_layers(job: Job, layers: ModelLayers) -> ModelPlan:
-    """The plan of the job's budget."""
-    measured = job.method.measure(job.budget.compression, layers, layers.statistics)
-    return job.method.plan(measured, job.budget)
 
 
 def factor(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from recalkv_vllm.band_format import CacheFormat, stored_format
+from recalkv_vllm.band_format import CacheFormat, stored_format, token_bytes
 from recalkv_vllm.checkpoint import LatentLayout
 from recalkv_vllm.latent_format import LatentFormat
 
@@ -47,6 +47,13 @@ class ModelPlan:
     def latent_format(self, layer: int) -> CacheFormat | None:
         """How a layer's latents are stored; None: as plain elements."""
         return stored_format(self.layouts[layer].bands, self.uniform_format)
+
+    def token_bytes(self, itemsize: int) -> int:
+        """KV-cache bytes per token, with plain elements of ``itemsize`` bytes."""
+        return sum(
+            token_bytes(self.latent_format(layer), layout.rank, itemsize)
+            for layer, layout in enumerate(self.layouts)
+        )
 
     @property
     def k_group_size(self) -> int:

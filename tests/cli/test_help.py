@@ -29,6 +29,7 @@ def test_every_command_is_looked_at():
         "recalkv bench serve",
         "recalkv compress",
         "recalkv eval",
+        "recalkv explore",
         "recalkv inspect",
         "recalkv plan",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,7 +36,11 @@ class LayerMetric:
         self.weight = torch.cat((inputs.k_weight, inputs.v_weight))
         self.input_metric = damped(inputs.fisher.inputs)
         self.output_metric = damped(inputs.fisher.outputs, GRADIENT_DAMPING)
-        self.moment = output_moment(self.weight, self.input_metric)
+
+    @cached_property
+    def moment(self) -> torch.Tensor:
+        """``W A Wᵀ`` of the stack; only the order of heads takes it whole."""
+        return output_moment(self.weight, self.input_metric)
 
     def _rows(self, heads: Sequence[int], which: Sequence[int]) -> torch.Tensor:
         """Row indices of heads in the stack: K heads in the order given, then V heads."""

@@ -94,7 +94,11 @@ class Method(ABC, Generic[Measured]):
 
     @abstractmethod
     def measure(
-        self, compression: float, layers: Sequence[LayerInputs], statistics: Statistics | None
+        self,
+        compression: float,
+        layers: Sequence[LayerInputs],
+        statistics: Statistics | None,
+        before: Measured | None = None,
     ) -> Measured:
         """What :meth:`plan` has to know of the layers.
 
@@ -102,6 +106,8 @@ class Method(ABC, Generic[Measured]):
             compression: fraction of cached elements to remove, of the first plan to be made.
             layers: what there is to factor.
             statistics: what :meth:`observers` named.
+            before: measured of the same layers at another compression; what is the same at this
+                one is taken from it. It changes no result.
         """
 
     @abstractmethod

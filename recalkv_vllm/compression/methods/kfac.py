@@ -34,6 +34,7 @@ from recalkv_vllm.compression.methods.measured_layer import (
     measure_nested,
     measure_split,
 )
+from recalkv_vllm.compression.methods.measured_sizes import HeadGrouping, measure_sizes
 from recalkv_vllm.compression.plan import Budget, ModelPlan
 from recalkv_vllm.compression.progress import track
 from recalkv_vllm.compression.ranks.least_loss import allocate_choices
@@ -81,6 +82,11 @@ class KfacMethod(Method[Measured]):
                 "are; expected --k-group-size, or --spans split"
             )
 
+    def head_grouping(self, kept: float) -> HeadGrouping:
+        """How heads are put into groups where ``kept`` of the cache's columns are kept."""
+        which = KEYS if self.spans == "split" else BOTH  # what a group's heads share
+        return HeadGrouping(self.geometry.head_dim, which, kept, self.allow_head_reordering)
+
     def factor_split(self, metric: LayerMetric, layout: LatentLayout) -> LayerFactors:
         """Latents of their own for every K group and every V group."""
         order = layout.head_order
@@ -126,26 +132,25 @@ class Kfac(KfacMethod[MeasuredSizes]):
             check_budget(compression, self.geometry, f"{k_groups} joint", k_groups)
 
     def measure(
-        self, compression: float, layers: Sequence[LayerInputs], statistics: Statistics | None
+        self,
+        compression: float,
+        layers: Sequence[LayerInputs],
+        statistics: Statistics | None,
+        before: MeasuredSizes | None = None,
     ) -> MeasuredSizes:
         """All widths of all layers, for every group size; nothing for full rank."""
         if compression == 0:
             return {}
         widths_of = {size: widths for size in self._sizes() if (widths := self._widths(size))}
-        measured: MeasuredSizes = {size: [] for size in widths_of}
-        which = KEYS if self.spans == "split" else BOTH  # what a group's heads share
-        for inputs in track(layers, "choosing ranks", total=len(layers)):
-            metric = LayerMetric(inputs, self.geometry.head_dim)
-            for size, widths in widths_of.items():
-                order = tuple(range(inputs.num_kv_heads))
-                if self.allow_head_reordering:
-                    order = metric.head_order(size, 1 - compression, which)
-                if self.spans == "split":
-                    layer = measure_split(metric, order, size, self.v_groups, widths)
-                else:
-                    layer = measure_nested(metric, order, size, widths)
-                measured[size].append(layer)
-        return measured
+
+        def measure_layer(metric: LayerMetric, order: tuple[int, ...], size: int) -> MeasuredLayer:
+            if self.spans == "split":
+                return measure_split(metric, order, size, self.v_groups, widths_of[size])
+            return measure_nested(metric, order, size, widths_of[size])
+
+        grouping = self.head_grouping(1 - compression)
+        tracked = track(layers, "choosing ranks", total=len(layers))
+        return measure_sizes(tracked, widths_of, grouping, measure_layer, before)
 
     def plan(self, measured: MeasuredSizes, budget: Budget) -> ModelPlan:
         if budget.compression == 0:
@@ -158,6 +163,12 @@ class Kfac(KfacMethod[MeasuredSizes]):
             for size, layers in measured.items()
             if sum(min(widths.rank for widths in layer.widths) for layer in layers) <= elements
         }
+        if not chosen:
+            raise InputError(
+                f"compression {budget.compression:g}: leaves {elements} cached elements per token, "
+                f"less than the narrowest {self.spans} spans that --target allows; expected a "
+                "lower --compression, a larger --target, or another --k-group-size"
+            )
         losses = {size: sum(choice.loss for choice in choices) for size, choices in chosen.items()}
         # Of losses that differ by rounding only, the smaller group: it is cheaper to reconstruct.
         best = min(chosen, key=lambda size: (float(f"{losses[size]:.9g}"), size))

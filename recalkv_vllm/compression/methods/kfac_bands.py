@@ -16,7 +16,7 @@ from recalkv_vllm.compression.layer import (
     nested_layout,
     split_layout,
 )
-from recalkv_vllm.compression.lowrank.layer_metric import BOTH, KEYS, LayerMetric
+from recalkv_vllm.compression.lowrank.layer_metric import LayerMetric
 from recalkv_vllm.compression.lowrank.regions import stack_regions
 from recalkv_vllm.compression.methods.banded_layer import (
     BandedLayer,
@@ -26,6 +26,7 @@ from recalkv_vllm.compression.methods.banded_layer import (
 )
 from recalkv_vllm.compression.methods.kfac import KfacMethod
 from recalkv_vllm.compression.methods.measured_layer import consecutive_groups
+from recalkv_vllm.compression.methods.measured_sizes import measure_sizes
 from recalkv_vllm.compression.plan import Budget, ModelPlan
 from recalkv_vllm.compression.progress import track
 from recalkv_vllm.compression.ranks.least_loss import least_total
@@ -82,22 +83,20 @@ class KfacBands(KfacMethod[MeasuredBands]):
             )
 
     def measure(
-        self, compression: float, layers: Sequence[LayerInputs], statistics: Statistics | None
+        self,
+        compression: float,
+        layers: Sequence[LayerInputs],
+        statistics: Statistics | None,
+        before: MeasuredBands | None = None,
     ) -> MeasuredBands:
         """All ways to store all layers, for every group size."""
-        kept = min(1.0, COLUMNS_PER_16_BITS * (1 - compression))
-        which = KEYS if self.spans == "split" else BOTH  # what a group's heads share
-        measured: MeasuredBands = {size: [] for size in self._sizes()}
-        for inputs in track(layers, "choosing bits", total=len(layers)):
-            metric = LayerMetric(inputs, self.geometry.head_dim)
-            for size, banded in measured.items():
-                order = tuple(range(inputs.num_kv_heads))
-                if self.allow_head_reordering:
-                    order = metric.head_order(size, kept, which)
-                banded.append(
-                    measure_bands(metric, order, size, self.v_groups, self.spans, self._widest)
-                )
-        return measured
+
+        def measure_layer(metric: LayerMetric, order: tuple[int, ...], size: int) -> BandedLayer:
+            return measure_bands(metric, order, size, self.v_groups, self.spans, self._widest)
+
+        grouping = self.head_grouping(min(1.0, COLUMNS_PER_16_BITS * (1 - compression)))
+        tracked = track(layers, "choosing bits", total=len(layers))
+        return measure_sizes(tracked, self._sizes(), grouping, measure_layer, before)
 
     def plan(self, measured: MeasuredBands, budget: Budget) -> BandedPlan:
         token_bytes = budget_bytes(budget.compression, self.geometry)

@@ -64,7 +64,11 @@ class SplitMethod(Method[MeasuredHeads]):
         check_compression(compression, self.geometry, self.k_group_size, self.v_groups)
 
     def measure(
-        self, compression: float, layers: Sequence[LayerInputs], statistics: Statistics | None
+        self,
+        compression: float,
+        layers: Sequence[LayerInputs],
+        statistics: Statistics | None,
+        before: MeasuredHeads | None = None,
     ) -> MeasuredHeads:
         sensitivity = np.ones((self.geometry.num_layers, 2))
         if self._by_fisher(compression):

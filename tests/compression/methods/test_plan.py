@@ -58,6 +58,43 @@ def test_planning_leaves_no_trace(name, layers):
     assert vars(method) == before
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "most"),
+    [
+        (KfacBands, MethodOptions(), 0.85),
+        (KfacBands, MethodOptions(allow_head_reordering=False), 0.85),
+        (METHODS["kfac"], MethodOptions(), 0.85),
+        (METHODS["kfac"], MethodOptions(spans="split"), 0.7),
+    ],
+)
+def test_what_was_measured_at_another_compression_changes_nothing(layers, method, options, most):
+    """Compressions at which heads come in different orders, forth and back."""
+    method = method(layers.geometry, options)
+    before, orders = None, set()
+    for compression in (0.5, 0.6, most, 0.5):
+        before = method.measure(compression, layers, layers.statistics, before)
+        plan = method.plan(before, Budget(compression))
+        assert plan == method.plan(method.measure(compression, layers, None), Budget(compression))
+        orders.add(tuple(layer.head_order for layer in before[2]))
+    assert len(orders) > 1 or not options.allow_head_reordering or options.spans == "split"
+
+
+def test_layers_are_measured_once_for_every_order_of_heads(layers, monkeypatch):
+    svds = []
+
+    def svd(self, heads, which, svd=LayerMetric.svd):
+        svds.append(heads)
+        return svd(self, heads, which)
+
+    monkeypatch.setattr(LayerMetric, "svd", svd)
+    method = KfacBands(layers.geometry, MethodOptions(allow_head_reordering=False))
+    measured = method.measure(0.5, layers, layers.statistics)
+    assert len(svds) == len(layers) * (4 + 2 + 1)
+    again = method.measure(0.8, layers, layers.statistics, measured)
+    assert len(svds) == len(layers) * (4 + 2 + 1)
+    assert again == measured
+
+
 def test_plans_are_frozen(layers):
     method = METHODS["svd"](layers.geometry, MethodOptions())
     plan = method.plan(method.measure(0.5, layers, None), Budget(0.5))
@@ -140,6 +177,15 @@ def test_bands_that_reconstruct_too_much(layers):
     method = KfacBands(layers.geometry, MethodOptions(flop_per_byte=24))
     with pytest.raises(InputError, match=r"--target: .* expected a budget of 32 or more, found 24"):
         method.check(0.7)
+
+
+def test_too_few_elements_for_the_target(layers):
+    """Keys that may read a few columns only need a latent of more than the least rank."""
+    method = METHODS["kfac"](layers.geometry, MethodOptions(k_group_size=4, flop_per_byte=16))
+    method.check(0.85)
+    measured = method.measure(0.85, layers, layers.statistics)
+    with pytest.raises(InputError, match=r"compression 0\.85: leaves 32 cached elements"):
+        method.plan(measured, Budget(0.85))
 
 
 def test_too_few_bytes_for_bands(layers):
