@@ -32,9 +32,9 @@ from recalkv_vllm.checkpoint import (
 )
 
 QUESTIONS = [
-    "What is the capital of France?",
     "What color is a clear sky during the day?",
-    "Name three animals that live on a farm.",
+    "What is photosynthesis?",
+    "Write a Python function that adds two numbers.",
 ]
 MAX_TOKENS = 48
 ANSWERING = ("stock", "compressed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,23 @@ def show(result: dict[str, Any]) -> None:
 
     size = result["kv_bytes_per_token"]
     table = Table(title=f"{result['checkpoint']}: {result['method']}")
-    for heading in ("layer", "rank", "K spans", "V spans", "K error", "V error"):
+    in_bands = any("bands" in layer for layer in result["layers"])
+    headings = [
+        "layer",
+        "rank",
+        *["columns × bits"] * in_bands,
+        "K spans",
+        "V spans",
+        "K error",
+        "V error",
+    ]
+    for heading in headings:
         table.add_column(heading, justify="right")
     for layer in result["layers"]:
         table.add_row(
             str(layer["layer"]),
             str(layer["rank"]),
+            *([_bits(layer["bands"])] if in_bands else []),
             _spans(layer["k_spans"]),
             _spans(layer["v_spans"]),
             _number(layer["k_error"]),
@@ -82,6 +94,14 @@ def show(result: dict[str, Any]) -> None:
 
 def _spans(spans: list[list[int]]) -> str:
     return " ".join(f"{start}:{end}" for start, end in spans)
+
+
+def _bits(bands: list[list[int]]) -> str:
+    """How many columns have how many bits each, most bits first."""
+    columns = Counter[int]()
+    for width, bits in bands:
+        columns[bits] += width
+    return " ".join(f"{columns[bits]}×{bits}" for bits in sorted(columns, reverse=True))
 
 
 def _number(value: float | None) -> str:

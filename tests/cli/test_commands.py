@@ -94,6 +94,19 @@ def test_text_output(tiny, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "512 bytes per token, 512 dense" in shown
     assert "calibration: none" in shown
+    assert "bits" not in shown
+
+
+def test_text_output_of_bands(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["compress", str(tiny), "-o", str(out), "--compression", "0.6", *FEW]) == 0
+    bands = json.loads((out / "config.json").read_text())["recalkv"]["layers"][0]["bands"]
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "latents: dtype bands" in shown
+    bits = max(bits for _, bits in bands)
+    assert f"{sum(width for width, each in bands if each == bits)}×{bits}" in shown
 
 
 def test_plot(tiny, tmp_path, run):
