@@ -74,9 +74,10 @@ def train(
     """
     parameters = student.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
+    expected = predictions(student, held_out)
     state = state_file.load(parameters, optimizer)
     if state is None:
-        loss = held_out_loss(student, held_out)
+        loss = held_out_loss(student, held_out, expected)
         if not math.isfinite(loss):
             raise InputError(
                 f"--heal: the compressed model's loss is {loss} before training; it overflows in "
@@ -95,7 +96,7 @@ def train(
         state.step += 1
         evaluated = state.step % every == 0 or state.step == steps
         if evaluated:
-            loss = held_out_loss(student, held_out)
+            loss = held_out_loss(student, held_out, expected)
             state.keep(parameters, loss)
             log.info(
                 "healing: step %d of %d: held-out loss %.4f nats, at best %.4f, at first %.4f; "
@@ -147,20 +148,33 @@ def _step(
     # The model stays compressed in the backward pass, which may compute activations again.
     with student.compressed():
         hidden = hidden_states(model, sample, gradient=True)
-        loss, gradient = divergence(model, teacher, hidden)
-        hidden.backward(gradient)
+        predicting = hidden.detach().requires_grad_(True)
+        loss = divergence(model, teacher, predicting)
+        hidden.backward(predicting.grad)
     torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT * len(sample))
     if math.isfinite(loss):
         optimizer.step()
     return loss / len(sample)
 
 
-def held_out_loss(student: Student, held_out: torch.Tensor) -> float:
-    """Mean divergence per token of the compressed model from the dense one, in nats."""
-    total = 0.0
-    for sample in held_out:
-        teacher = hidden_states(student.model, sample, gradient=False)
-        with student.compressed():
-            hidden = hidden_states(student.model, sample, gradient=False)
-        total += divergence(student.model, teacher, hidden)[0]
-    return total / held_out.numel()
+def predictions(student: Student, samples: torch.Tensor) -> list[torch.Tensor]:
+    """What the dense model makes of every sample: its last hidden states ``[tokens, H]``."""
+    return [hidden_states(student.model, sample, gradient=False) for sample in samples]
+
+
+def held_out_loss(
+    student: Student, held_out: torch.Tensor, expected: Sequence[torch.Tensor]
+) -> float:
+    """Mean divergence per token of the compressed model from the dense one, in nats.
+
+    Args:
+        student: of a frozen model.
+        held_out: ``[samples, seq_len]`` token ids.
+        expected: :func:`predictions` of them.
+    """
+    with student.compressed():
+        losses = [
+            divergence(student.model, dense, hidden_states(student.model, sample, gradient=False))
+            for sample, dense in zip(held_out, expected, strict=True)
+        ]
+    return sum(losses) / held_out.numel()

@@ -17,7 +17,8 @@ from recalkv_vllm.compression.calibration.calibration_pass import freeze
 from recalkv_vllm.compression.calibration.calibration_text import draw_text
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.healing import state, training
-from recalkv_vllm.compression.healing.distillation import divergence
+from recalkv_vllm.compression.healing.distillation import divergence, hidden_states
+from recalkv_vllm.compression.healing.projections import TrainedFactors
 from recalkv_vllm.compression.healing.student import Student
 from recalkv_vllm.compression.layer import LayerFactors, nested_layout
 from recalkv_vllm.compression.options import CompressOptions
@@ -107,18 +108,45 @@ def test_gradients_pass_the_rounding_of_latents(student, name, index):
     torch.testing.assert_close(rounded.down.unit.grad, plain.down.unit.grad)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_keys_and_values_share_latents(student, checkpointing, monkeypatch):
+    """They are computed once a layer and pass; gradients those of latents that are not shared."""
+    computed, latents = [], TrainedFactors.latents
+
+    def counted(self, x):
+        computed.append(self)
+        return latents(self, x)
+
+    def gradients():
+        made = student(*FORMATS["bands"])
+        if checkpointing:
+            made.model.train()
+            made.model.gradient_checkpointing_enable({"use_reentrant": False})
+        with made.compressed():
+            hidden_states(made.model, IDS[0], gradient=True).square().sum().backward()
+        return [parameter.grad for parameter in made.parameters()]
+
+    monkeypatch.setattr(TrainedFactors, "latents", counted)
+    found = gradients()
+    assert len(computed) == (4 if checkpointing else 2)
+    monkeypatch.setattr(TrainedFactors, "shared_latents", latents)
+    for shared, own in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(shared, own)
+
+
 def test_divergence_and_its_gradient(load, monkeypatch):
     monkeypatch.setattr("recalkv_vllm.compression.healing.distillation.LOGIT_CHUNK", 5)
     model = load().double()
     teacher, hidden = torch.randn(2, 12, 96, dtype=torch.float64)
     hidden.requires_grad_(True)
-    found, gradient = divergence(model, teacher, hidden)
+    student = hidden.detach().requires_grad_(True)
+    found, gradient = divergence(model, teacher, student), student.grad
     target, predicted = (F.softmax(model.lm_head(x), dim=-1) for x in (teacher, hidden))
     expected = (target * (target / predicted).log()).sum()
     expected.backward()
     assert found == pytest.approx(float(expected.detach()), rel=1e-4)
     torch.testing.assert_close(gradient, hidden.grad, rtol=1e-3, atol=1e-5)
-    assert divergence(model, teacher, teacher)[0] == pytest.approx(0, abs=1e-6)
+    assert divergence(model, teacher, teacher) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -130,7 +158,10 @@ def test_training_gets_better(student, factors, state_file, name, monkeypatch):
     assert found.steps == 40
     assert found.tokens == 40 * IDS.shape[1]
     assert found.loss_after < 0.9 * found.loss_before
-    assert training.held_out_loss(made, IDS[4:]) == pytest.approx(found.loss_after, rel=1e-5)
+    expected = training.predictions(made, IDS[4:])
+    assert training.held_out_loss(made, IDS[4:], expected) == pytest.approx(
+        found.loss_after, rel=1e-5
+    )
     for before, after in zip(factors, made.rounded(factors), strict=True):
         assert not torch.equal(before.down, after.down)
         assert after.query is not None
