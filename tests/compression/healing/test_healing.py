@@ -168,6 +168,23 @@ def test_training_gets_better(student, factors, state_file, name, monkeypatch):
         assert after.output is not None
 
 
+def test_steps_go_with_the_root_of_the_loss(student, factors, state_file, monkeypatch):
+    """Of the first step every element has the size of the rate."""
+
+    def moved(loss):
+        monkeypatch.setattr(training, "held_out_loss", lambda *_: next(losses))
+        losses = iter([loss, loss / 2])
+        made = student()
+        before = [parameter.detach().clone() for parameter in made.parameters()]
+        training.train(made, IDS[:4], IDS[4:], 1, 0, state_file())
+        pairs = zip(before, made.parameters(), strict=True)
+        return max(float((after - start).abs().max().detach()) for start, after in pairs)
+
+    expected = training.LEARNING_RATE / training.WARM_UP
+    assert moved(1.0) == pytest.approx(expected, rel=1e-2)
+    assert moved(0.09) == pytest.approx(0.3 * expected, rel=1e-2)
+
+
 def test_frozen_weights_stay(student, factors, state_file):
     made = student(train_weights=False)
     training.train(made, IDS[:4], IDS[4:], 3, 0, state_file())
