@@ -99,7 +99,7 @@ $(VENV)/.stack-cpu: | $(VENV)/bin/python
 	touch $@
 
 # No build isolation: the extension must be built against the torch that will load it.
-$(PACKAGE): $(STACK) setup.py pyproject.toml $(wildcard csrc/*/*)
+$(PACKAGE): $(STACK) setup.py cuda_build.py pyproject.toml $(wildcard csrc/*/*)
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 

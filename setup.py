@@ -11,6 +11,9 @@ from setuptools import Extension, find_packages, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # pip does not
+from cuda_build import package_folders, packaged_runtime  # noqa: E402
+
 CPU_HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.h"))
 CPU_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
 CUDA_ROOT = ROOT / "csrc" / "cuda"
@@ -45,24 +48,27 @@ def cuda_extensions() -> list[Extension]:
     def files(*patterns: str) -> list[str]:
         return sorted(str(p.relative_to(ROOT)) for name in patterns for p in CUDA_ROOT.glob(name))
 
-    return [
-        CUDAExtension(
-            "recalkv_vllm._cuda",
-            files("*.cu", "*.cpp"),
-            depends=files("*.h", "*.cuh"),
-            # Neither Python's nor torch's ABI: one build serves several releases of both.
-            py_limited_api=True,
-            extra_compile_args={
-                "cxx": ["-O3", "-std=c++17", "-DUSE_CUDA"],
-                "nvcc": [
-                    "-O3",
-                    "-std=c++17",
-                    "-gencode=arch=compute_80,code=[sm_80,compute_80]",
-                    "-gencode=arch=compute_90a,code=sm_90a",
-                ],
-            },
-        )
-    ]
+    extension = CUDAExtension(
+        "recalkv_vllm._cuda",
+        files("*.cu", "*.cpp"),
+        depends=files("*.h", "*.cuh"),
+        # Neither Python's nor torch's ABI: one build serves several releases of both.
+        py_limited_api=True,
+        extra_compile_args={
+            "cxx": ["-O3", "-std=c++17", "-DUSE_CUDA"],
+            "nvcc": [
+                "-O3",
+                "-std=c++17",
+                "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+                "-gencode=arch=compute_90a,code=sm_90a",
+            ],
+        },
+    )
+    major = torch.version.cuda.split(".")[0]
+    if runtime := packaged_runtime(Path(CUDA_HOME), package_folders(), major):
+        extension.libraries.remove("cudart")
+        extension.extra_link_args.append(str(runtime))
+    return [extension]
 
 
 setup(
