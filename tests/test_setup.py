@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import cuda_build
 from cuda_build import packaged_runtime
 
 ROOT = Path(__file__).parents[1]
@@ -32,10 +34,11 @@ NVCC_13 = "Cuda compilation tools, release 13.1, V13.1.80"
         ("13.0", NVCC_13, {"_cpu", "_cuda"}, ""),
         ("12.8", NVCC_13, {"_cpu"}, "expected CUDA 12"),
         ("12.8", "something else", {"_cpu"}, "found something else"),
+        ("12.8", "'; exit 1; '", {"_cpu"}, "does not run"),
         ("12.8", None, {"_cpu"}, "no nvcc"),
         ("", NVCC_13, {"_cpu"}, "without CUDA"),
     ],
-    ids=["same", "other-major", "unknown", "none", "cpu-torch"],
+    ids=["same", "other-major", "unknown", "broken", "none", "cpu-torch"],
 )
 def test_cuda_kernels_are_built_where_they_can_be(
     torch_cuda: str, nvcc: str | None, expected: set[str], told: str, tmp_path: Path
@@ -100,3 +103,42 @@ def test_where_the_cuda_runtime_is_found(tmp_path: Path) -> None:
     (home / "lib64").mkdir(parents=True)
     (home / "lib64" / "libcudart.so").touch()
     assert packaged_runtime(home, [packages], "13") is None
+
+
+@pytest.mark.parametrize(
+    ("listed", "devices", "expected"),
+    [
+        (None, [], ["80,code=[sm_80,compute_80]", "90,code=sm_90"]),
+        ("", [(9, 0)], ["90,code=compute_90", "90,code=sm_90"]),
+        (None, [(8, 6), (8, 9)], ["86,code=sm_86", "89,code=compute_89", "89,code=sm_89"]),
+        (None, [(7, 5)], []),
+        ("7.5 8.0 9.0+PTX", [], ["80,code=sm_80", "90,code=compute_90", "90,code=sm_90"]),
+        ("Hopper", [(8, 0)], ["90,code=compute_90", "90,code=sm_90"]),
+        ("7.0;7.5", [(9, 0)], []),
+    ],
+    ids=str,
+)
+def test_architectures(
+    listed: str | None,
+    devices: list[tuple[int, int]],
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the list, else of the GPUs there, else of common ones; never those too old."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: devices[i])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90", "sm_120"])
+    assert cuda_build.architecture_flags() == [f"-gencode=arch=compute_{x}" for x in expected]
+
+
+def test_list_of_old_architectures_costs_only_the_cuda_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    done = run_setup("13.0", NVCC_13, tmp_path)
+    assert "_cuda" not in done.stdout
+    assert "8.0 or newer, found TORCH_CUDA_ARCH_LIST=7.5" in done.stderr

@@ -59,6 +59,22 @@ def test_missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.implementation(CPU, torch.float32, 64)
 
 
+def test_gpu_without_the_cuda_extension_runs_triton(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No nvcc, or another CUDA's, costs the CUDA kernels; one line says so."""
+    pytest.importorskip("triton")
+    from recalkv_vllm.kernels.heuristics import Target
+    from recalkv_vllm.ops import cuda, triton
+
+    monkeypatch.setattr(cuda.extension, "load_error", "not built")
+    monkeypatch.setattr(triton, "target_of", lambda device: Target(90, 132))
+    with caplog.at_level(logging.INFO, logger="recalkv_vllm"):
+        assert dispatch.implementation(torch.device("cuda"), torch.bfloat16, 128) is triton
+    (record,) = caplog.records
+    assert record.message.endswith("not cuda: the CUDA extension cannot be loaded (not built))")
+
+
 def test_unknown_device() -> None:
     with pytest.raises(KernelUnavailableError, match="float32 on meta: unknown device"):
         dispatch.implementation(torch.device("meta"), torch.float32)
