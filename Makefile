@@ -2,7 +2,7 @@
 # make test-all: the same, plus the slow end-to-end tests.
 # make test-reliability: fuzzers, faults and a 15-minute soak, with figures at the end.
 # make test-asan: the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer.
-# make gpu: build, test and measure the kernels on a GPU.
+# make gpu: build, test and measure the kernels on a GPU, in calls of at most 8 minutes.
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,6 +20,7 @@ export RECALKV_TEST_MODEL ?= $(abspath $(MODEL))
 PARALLEL_PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 OUT ?= .cache/gpu
+MINUTES ?= 7.5
 SANITIZED := build/sanitized
 CXX_FILES := $(wildcard csrc/*/*) $(wildcard tests/cuda/emulation/*.h tests/cuda/emulation/*.cpp)
 
@@ -57,18 +58,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
-# Needs an NVIDIA GPU, nvcc and a CUDA build of torch, but not vLLM.
+# Needs an NVIDIA GPU and a CUDA build of torch; neither vLLM nor nvcc. In stages, which a next call
+# goes on with: logs and results are in OUT, SKIP="test bench-all" leaves out what begins so.
 gpu:
-	mkdir -p $(OUT)
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	$(PYTHON) -m pytest -q tests/ops tests/kernels tests/cuda
-	recalkv bench kernel --geometry llama-3.1-8b --compression 0.5 0.75 --group-size 1 2 \
-		--spans split joint --context 1024 8192 32768 131072 --batch 1 8 32 --seconds 0.3 \
-		--plot $(OUT)/llama.png --json > $(OUT)/llama.json
-	recalkv bench kernel --geometry all --compression 0.5 0.7 --spans split joint \
-		--context 32768 --batch 8 --seconds 0.3 --plot $(OUT)/all.png --json > $(OUT)/all.json
-	RECALKV_KERNEL=triton recalkv bench kernel --geometry llama-3.1-8b --group-size 1 2 \
-		--spans split joint --context 32768 --batch 8 --seconds 0.3 --json > $(OUT)/triton.json
+	$(PYTHON) -m benchmarks.gpu --output $(OUT) --model $(MODEL) --minutes $(MINUTES) --skip $(SKIP)
 
 install: $(PACKAGE)
 
@@ -99,7 +92,7 @@ $(VENV)/.stack-cpu: | $(VENV)/bin/python
 	touch $@
 
 # No build isolation: the extension must be built against the torch that will load it.
-$(PACKAGE): $(STACK) setup.py pyproject.toml $(wildcard csrc/*/*)
+$(PACKAGE): $(STACK) setup.py cuda_build.py pyproject.toml $(wildcard csrc/*/*)
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 

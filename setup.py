@@ -1,8 +1,6 @@
 """Packages, the C++ and the CUDA extension; everything else is in pyproject.toml."""
 
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,14 @@ from setuptools import Extension, find_packages, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # pip does not
+from cuda_build import (  # noqa: E402
+    architecture_flags,
+    package_folders,
+    packaged_runtime,
+    reason_against_cuda,
+)
+
 CPU_HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.h"))
 CPU_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
 CUDA_ROOT = ROOT / "csrc" / "cuda"
@@ -18,22 +24,6 @@ CUDA_ROOT = ROOT / "csrc" / "cuda"
 #: RECALKV_SANITIZE=1 builds the C++ extension for "make test-asan": an error ends the process.
 SANITIZE = os.environ.get("RECALKV_SANITIZE") == "1"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-
-
-def reason_against_cuda() -> str | None:
-    """Why the CUDA kernels cannot be built here, or None."""
-    if torch.version.cuda is None:
-        return "torch is a build without CUDA"
-    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
-    if not nvcc.is_file():
-        return f"no nvcc (CUDA_HOME={CUDA_HOME})"
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release (\d+)\.\d+", told)
-    major = torch.version.cuda.split(".")[0]
-    if release is None or release[1] != major:
-        found = release[0] if release else told.strip()
-        return f"{nvcc}: expected CUDA {major}, as torch's, found {found}"
-    return None
 
 
 def cuda_extensions() -> list[Extension]:
@@ -45,24 +35,22 @@ def cuda_extensions() -> list[Extension]:
     def files(*patterns: str) -> list[str]:
         return sorted(str(p.relative_to(ROOT)) for name in patterns for p in CUDA_ROOT.glob(name))
 
-    return [
-        CUDAExtension(
-            "recalkv_vllm._cuda",
-            files("*.cu", "*.cpp"),
-            depends=files("*.h", "*.cuh"),
-            # Neither Python's nor torch's ABI: one build serves several releases of both.
-            py_limited_api=True,
-            extra_compile_args={
-                "cxx": ["-O3", "-std=c++17", "-DUSE_CUDA"],
-                "nvcc": [
-                    "-O3",
-                    "-std=c++17",
-                    "-gencode=arch=compute_80,code=[sm_80,compute_80]",
-                    "-gencode=arch=compute_90a,code=sm_90a",
-                ],
-            },
-        )
-    ]
+    extension = CUDAExtension(
+        "recalkv_vllm._cuda",
+        files("*.cu", "*.cpp"),
+        depends=files("*.h", "*.cuh"),
+        # Neither Python's nor torch's ABI: one build serves several releases of both.
+        py_limited_api=True,
+        extra_compile_args={
+            "cxx": ["-O3", "-std=c++17", "-DUSE_CUDA"],
+            "nvcc": ["-O3", "-std=c++17", *architecture_flags()],
+        },
+    )
+    major = torch.version.cuda.split(".")[0]
+    if runtime := packaged_runtime(Path(CUDA_HOME), package_folders(), major):
+        extension.libraries.remove("cudart")
+        extension.extra_link_args.append(str(runtime))
+    return [extension]
 
 
 setup(

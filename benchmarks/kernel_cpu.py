@@ -25,7 +25,15 @@ from .runs import Runs
 BLOCK_SIZE = 128
 #: Layers take turns up to this much memory per kernel.
 CACHE_BYTES = 1 << 30
-LARGEST_CACHE_BYTES = 4 << 30
+
+
+def largest_cache_bytes() -> int:
+    """Largest uncompressed cache of one layer that is measured."""
+    return 4 << 30
+
+
+def clean_up() -> None:
+    """Nothing is left behind by a combination."""
 
 
 def build(

@@ -1,11 +1,13 @@
 """The GPU side of the kernel benchmark: our attention against stock kernels on the same GPU.
 
-A timed call is a CUDA graph of all layers in turn, as serving replays it: no launch overhead, and
-each layer's cache comes from memory, not from the L2 of the call before.
+A timed call is a CUDA graph of many layers' caches in turn, as serving replays it: no launch
+overhead, and each cache comes from memory, not from the L2 of the call before. Factors are those of
+one layer, so they may stay in L2.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 
@@ -23,9 +25,48 @@ from .runs import Runs
 from .stock_gpu import MAKERS, Attend, Problem, UnavailableError
 
 BLOCK_SIZE = 16
-#: Layers take turns up to this much memory per kernel: several times any L2.
+#: Caches that take turns have at least this many times the bytes of L2, ours as well as stock's.
+TIMES_L2 = 4
+#: Uncompressed caches take turns up to this much memory, and this share of the device's.
 CACHE_BYTES = 4 << 30
+CACHE_SHARE = 0.25
 LARGEST_CACHE_BYTES = 24 << 30
+LARGEST_CACHE_SHARE = 0.35
+
+
+def largest_cache_bytes() -> int:
+    """Largest uncompressed cache of one layer that is measured: beside it there must be room for
+    the compressed one and for what kernels need."""
+    total = torch.cuda.get_device_properties().total_memory
+    return min(LARGEST_CACHE_BYTES, int(LARGEST_CACHE_SHARE * total))
+
+
+def clean_up() -> None:
+    """Give back the memory of a combination's graphs.
+
+    Raises:
+        RuntimeError: the device is lost, so that no other combination can be measured.
+    """
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def cache_copies(layers: int, dense_bytes: int, latent_bytes: int, l2: int, total: int) -> int:
+    """How many caches take turns.
+
+    As many as the model has layers, or more where those of latents would fit L2; never more than
+    uncompressed ones fit their share of memory.
+
+    Args:
+        layers: of the model.
+        dense_bytes: one layer's uncompressed cache.
+        latent_bytes: one layer's compressed cache.
+        l2: bytes of the device's L2.
+        total: bytes of its memory.
+    """
+    fitting = min(CACHE_BYTES, int(CACHE_SHARE * total)) // dense_bytes
+    return max(1, min(fitting, max(layers, -(-TIMES_L2 * l2 // latent_bytes))))
 
 
 def build(
@@ -47,8 +88,6 @@ def build(
         InputError: no stock kernel runs here.
     """
     blocks = -(-context // BLOCK_SIZE)
-    layers = max(1, CACHE_BYTES // geometry.cache_bytes(context, num_seqs, dtype))
-    layers = min(layers, geometry.layers)
     batch = Batch(
         block_table=_shuffled(blocks * num_seqs, device).view(num_seqs, blocks),
         seq_lens=torch.full((num_seqs,), context, dtype=torch.int32, device=device),
@@ -65,6 +104,12 @@ def build(
     ours, slow = ops.bind(layer), reference.bind(layer)
     ours.reserve(BatchLimits(geometry.num_heads, num_seqs, queries, context))
     one = latent_cache(blocks * num_seqs, BLOCK_SIZE, latent.rank, q, latent_format, ours)
+    layers = cache_copies(
+        geometry.layers,
+        geometry.cache_bytes(context, num_seqs, dtype),
+        one.nbytes,
+        *_memory(q.device),
+    )
     caches = [one.clone() for _ in range(layers)]
     o_lat, _ = ours.attend(q, caches[0], batch)
     kv = (geometry.num_kv_heads, geometry.head_dim)
@@ -79,6 +124,14 @@ def build(
         value_up=_replay(lambda _: ours.value_up(o_lat), layers, q.device),
         reference=_eager(lambda i: slow.attend(q, caches[i], batch), layers, q.device),
     )
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of L2 and of memory; an interpreted kernel has no L2."""
+    if device.type != "cuda":
+        return 0, CACHE_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return properties.L2_cache_size, properties.total_memory
 
 
 def _shuffled(count: int, device: str) -> torch.Tensor:

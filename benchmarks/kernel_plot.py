@@ -1,12 +1,18 @@
-"""The picture of ``recalkv bench kernel --plot``: ratio against context, and the roofline."""
+"""The picture of ``recalkv bench kernel --plot``: ratio against context, and the roofline.
+
+``python -m recalkv_vllm.benchmarks.kernel_plot ROWS.jsonl FILE.png`` draws it from rows on disk.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from recalkv_vllm.compression.errors import InputError
+
+from .kernel_rows import read_rows
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -44,3 +50,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise InputError(f"--plot: {path}: cannot be written ({error})") from error
+
+
+def main() -> int:
+    """Draw rows on disk, without those that failed."""
+    rows = [row for row in read_rows(Path(sys.argv[1])) if "error" not in row]
+    if not rows:
+        print(f"{sys.argv[1]}: no rows", file=sys.stderr)
+        return 1
+    roof = {name: rows[0][f"roof_{name}"] for name in ("gb_per_s", "tflop_per_s")}
+    plot({"rows": rows, "roof": roof}, Path(sys.argv[2]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -72,6 +72,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add("--seconds", type=float, default=2.0, help="measuring time per combination")
     add("--reference", action="store_true", help="also time the torch reference (slow)")
+    add(
+        "--rows",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="write every row here as soon as it is measured; rows that are here are not measured "
+        "again, so that an interrupted run goes on",
+    )
     add("--plot", type=Path, metavar="FILE.png", help="plot the ratio against context length")
     return parser
 
@@ -85,6 +92,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Print the result for people."""
-    from recalkv_vllm.benchmarks import kernel
+    from recalkv_vllm.benchmarks import kernel_table
 
-    kernel.show(result)
+    kernel_table.show(result)

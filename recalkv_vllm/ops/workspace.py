@@ -37,11 +37,13 @@ def partial_results(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``o_lat: [splits, tokens, h_q, v_width]`` and ``lse: [splits, tokens, h_q]``, float32.
 
-    They lie in the workspace, and hold until the next call on the device asks for theirs.
+    They lie in the workspace, and hold until the next call on the device asks for theirs. ``lse``
+    starts as minus infinity, so that merging makes zero of rows that no program writes: those of
+    no sequence.
     """
     rows = tokens * num_heads
     nbytes = partial_bytes(splits, rows, v_width)
     elements = reserve_workspace(device, nbytes)[:nbytes].view(torch.float32)
     cut = splits * rows * v_width
     o_lat = elements[:cut].view(splits, tokens, num_heads, v_width)
-    return o_lat, elements[cut:].view(splits, tokens, num_heads)
+    return o_lat, elements[cut:].view(splits, tokens, num_heads).fill_(-torch.inf)

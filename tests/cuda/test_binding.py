@@ -93,6 +93,22 @@ def test_empty_batch(configure: Configure) -> None:
     assert lse.shape == (0, 4)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_rows_of_no_sequence_are_zero(split: bool, multiprocessors: Callable[[int], None]) -> None:
+    multiprocessors(200 if split else 1)
+    case = replace(CASE, padding_rows=3, batch=((1, 700), (0, 0)) if split else BATCH)
+    inputs = build(case, DTYPE, DEVICE)
+    layer = bind(case)
+    assert (layer.decode._plan(len(inputs.q), len(case.batch), 4, 700)[2] > 1) == split
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        o_lat, _ = layer.attend(*inputs.call)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert o_lat[-3:].eq(0).all()
+    assert o_lat.isfinite().all()
+
+
 def test_misaligned_cache_is_refused(configure: Configure) -> None:
     inputs = build(CASE, DTYPE, DEVICE)
     blocks, size, rank = inputs.kv_cache.shape

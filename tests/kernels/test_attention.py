@@ -196,6 +196,22 @@ def test_replayed_launches_serve_padded_batches(
     assert_matches_oracle(result, memory.case, torch.float32)
 
 
+@pytest.mark.parametrize("hinted", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_rows_of_no_sequence_are_zero(
+    splits: int, hinted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a padded batch, in memory that starts as NaN."""
+    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+    case = BY_NAME["mixed"] if not hinted else replace(BY_NAME["mixed"], batch=((1, 45), (0, 0)))
+    hints = {"num_decodes": 2, "num_decode_tokens": 1 + case.padding_rows} if hinted else {}
+    inputs = inputs_of(case, torch.float32).change(**hints)
+    assert torch.empty(8, device=DEVICE).isnan().all()
+    o_lat, _ = bind(inputs).attend(*inputs.call)
+    assert case.padding_rows == 3
+    assert o_lat[-3:].eq(0).all()
+
+
 @pytest.mark.parametrize("bounded", [True, False], ids=["decode", "prefill"])
 def test_workspace_covers_every_batch(bounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = inputs_of(BY_NAME["decode-lengths"], torch.float32)
@@ -235,6 +251,16 @@ def test_unsupported_reason(
     device: str, dtype: torch.dtype, head_dim: int | None, reason: str | None
 ) -> None:
     assert ops.unsupported_reason(torch.device(device), dtype, head_dim) == reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_log_says_that_float32_is_slow_on_a_gpu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "target_of", lambda device: heuristics.Target(90, 132))
+    said = ops.describe(torch.device("cuda"), dtype)
+    assert "sm_90" in said
+    assert ("slow, serve in bfloat16" in said) == (dtype == torch.float32)
 
 
 def test_mixed_matches_itself_row_by_row() -> None:

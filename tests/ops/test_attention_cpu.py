@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from recalkv_vllm.band_format import PLANES, BandFormat
 from recalkv_vllm.latent_format import BITS
-from recalkv_vllm.ops import bind
+from recalkv_vllm.ops import bind, cpu, reference
+from recalkv_vllm.ops.contract import BoundLayer, LatentLayer
 from tests.ops.band_cases import BAND_CASES, banded
 from tests.ops.cases import (
     CASES,
@@ -35,6 +37,16 @@ def test_matrix(
     inputs = build(case, dtype)
     poison_free_memory(case)
     assert_matches_oracle(attend(inputs), case, dtype)
+
+
+@pytest.mark.parametrize("bind_layer", [cpu.bind, reference.bind], ids=["cpu", "reference"])
+def test_rows_of_no_sequence_are_zero(bind_layer: Callable[[LatentLayer], BoundLayer]) -> None:
+    case = next(case for case in CASES if case.name == "mixed")
+    inputs = build(case, torch.float32)
+    poison_free_memory(case)
+    o_lat, _ = bind_layer(inputs.layer).attend(*inputs.call)
+    assert case.padding_rows == 3
+    assert o_lat[-3:].eq(0).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

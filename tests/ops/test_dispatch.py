@@ -59,6 +59,22 @@ def test_missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.implementation(CPU, torch.float32, 64)
 
 
+def test_gpu_without_the_cuda_extension_runs_triton(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No nvcc, or another CUDA's, costs the CUDA kernels; one line says so."""
+    pytest.importorskip("triton")
+    from recalkv_vllm.kernels.heuristics import Target
+    from recalkv_vllm.ops import cuda, triton
+
+    monkeypatch.setattr(cuda.extension, "load_error", "not built")
+    monkeypatch.setattr(triton, "target_of", lambda device: Target(90, 132))
+    with caplog.at_level(logging.INFO, logger="recalkv_vllm"):
+        assert dispatch.implementation(torch.device("cuda"), torch.bfloat16, 128) is triton
+    (record,) = caplog.records
+    assert record.message.endswith("not cuda: the CUDA extension cannot be loaded (not built))")
+
+
 def test_unknown_device() -> None:
     with pytest.raises(KernelUnavailableError, match="float32 on meta: unknown device"):
         dispatch.implementation(torch.device("meta"), torch.float32)
@@ -102,7 +118,9 @@ def test_layers_are_bound_alike_under_any_default_dtype(
     monkeypatch.setenv("RECALKV_KERNEL", kernel)
     case = spanned("default-dtype", (4, 2, 64), 1, 32, 2, 32, batch=((1, 300), (20, 40)))
     dtype = torch.float16 if kernel == "triton" else torch.bfloat16
-    inputs = build(case, dtype)
+    # Triton's interpreter, which takes CPU tensors, is off where there is a GPU.
+    on_gpu = kernel == "triton" and torch.cuda.is_available()
+    inputs = build(case, dtype, "cuda" if on_gpu else "cpu")
     expected = ops.bind(inputs.layer).attend(*inputs.call)
     # Tables are remembered by the tensor that they were made from.
     layer = replace(inputs.layer, cos_sin_cache=inputs.layer.cos_sin_cache.clone())

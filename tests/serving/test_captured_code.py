@@ -17,6 +17,7 @@ CAPTURED = (
     *sorted((PACKAGE / "serving" / "attention").glob("[!_]*.py")),
     PACKAGE / "serving" / "model" / "self_attention.py",
     PACKAGE / "serving" / "model" / "factor_layers.py",
+    *(PACKAGE / name for name in ("band_format.py", "latent_format.py", "span.py")),
     *(PACKAGE / "ops" / name for name in ("checked.py", "contract.py", "workspace.py")),
     *sorted((PACKAGE / "ops" / "validation").glob("*.py")),
     *sorted((PACKAGE / "ops" / "triton").glob("*.py")),

@@ -28,7 +28,10 @@ class CpuLayer(BoundLayer):
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._attend(q, kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
+        starts = batch.query_start_loc
+        o_lat, lse = self._attend(q, kv_cache, batch.block_table, batch.seq_lens, starts)
+        o_lat[int(starts[-1]) :] = 0
+        return o_lat, lse
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.ops.recalkv_cpu.latent_value_up.default(

@@ -135,7 +135,8 @@ class CudaLayer(CacheAndValues):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, num_heads, _ = q.shape
         num_seqs = batch.num_seqs
-        o_lat = q.new_empty(tokens, num_heads, self.decode.v_width, dtype=torch.float32)
+        # Zeros for the rows of no sequence, which no block owns.
+        o_lat = q.new_zeros(tokens, num_heads, self.decode.v_width, dtype=torch.float32)
         lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
         if tokens == 0 or num_seqs == 0:
             return o_lat, lse

@@ -37,7 +37,9 @@ def unsupported_reason(
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """Triton's version and the architecture, for the log."""
     where = f"sm_{target_of(device).arch}" if device.type == "cuda" else "interpreted"
-    return f"Triton {triton.__version__}, {where}"
+    slow = device.type == "cuda" and dtype == torch.float32
+    note = "; float32 does without tensor cores and is slow, serve in bfloat16" if slow else ""
+    return f"Triton {triton.__version__}, {where}{note}"
 
 
 def bind(layer: LatentLayer) -> TritonLayer:

@@ -44,7 +44,8 @@ class TritonAttention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`BoundLayer.attend`."""
         tokens, num_heads, _ = q.shape
-        o_lat = q.new_empty(tokens, num_heads, self.planner.v_width, dtype=torch.float32)
+        # Zeros for the rows of no sequence, which no program owns.
+        o_lat = q.new_zeros(tokens, num_heads, self.planner.v_width, dtype=torch.float32)
         lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
         others = range(batch.num_decode_tokens, tokens)
         self.run(Part.decodes(batch), q, kv_cache, batch, o_lat, lse)

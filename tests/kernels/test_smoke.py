@@ -1,0 +1,40 @@
+"""The first thing that ``make gpu`` runs on a device, and that it would see a fault."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recalkv_vllm.benchmarks.geometries import GEOMETRIES
+from recalkv_vllm.benchmarks.smoke import smoke
+from recalkv_vllm.ops.triton import TritonLayer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMOLLM2 = GEOMETRIES["smollm2-135m"]
+
+
+def faults(formats: tuple[str, ...]) -> dict[str, str | None]:
+    return dict(smoke(DEVICE, torch.float32, SMOLLM2, formats))
+
+
+def test_kernels_agree_with_the_reference() -> None:
+    found = faults(("auto", "int4"))
+    assert found["triton, auto"] is found["triton, int4"] is None
+    assert str(found["cuda, auto"]).startswith("not here")  # float32
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nan", "raises"])
+def test_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = TritonLayer.attend
+
+    def faulty(self, *call):
+        o_lat, lse = attend(self, *call)
+        if fault == "raises":
+            raise RuntimeError("out of resources:\n shared memory")
+        return o_lat * (1.01 if fault == "wrong" else torch.nan), lse
+
+    monkeypatch.setattr(TritonLayer, "attend", faulty)
+    message = faults(("auto",))["triton, auto"]
+    wanted = "RuntimeError: out of resources: shared memory" if fault == "raises" else "relative"
+    assert message is not None
+    assert message.startswith(wanted)
