@@ -30,7 +30,8 @@ class CpuLayer(BoundLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         starts = batch.query_start_loc
         o_lat, lse = self._attend(q, kv_cache, batch.block_table, batch.seq_lens, starts)
-        o_lat[int(starts[-1]) :] = 0
+        if (used := int(starts[-1])) < len(o_lat):
+            o_lat[used:] = 0
         return o_lat, lse
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
