@@ -59,9 +59,9 @@ class Answer:
 
 def ask(server: VllmServer) -> list[Answer]:
     """Greedy answers to the fixed questions over the OpenAI chat API."""
-    answers = []
+    client, answers = _client(server), []
     for question in QUESTIONS:
-        completion = _client(server).chat.completions.create(
+        completion = client.chat.completions.create(
             model=server.model,
             messages=[{"role": "user", "content": question}],
             max_completion_tokens=MAX_TOKENS,
@@ -76,9 +76,9 @@ def ask(server: VllmServer) -> list[Answer]:
 
 def agreement(server: VllmServer, answers: list[Answer]) -> float:
     """Share of the answers' tokens that the model would have written after what is before them."""
-    first, total = 0, 0
+    client, first, total = _client(server), 0, 0
     for answer in answers:
-        completion = _client(server).completions.create(
+        completion = client.completions.create(
             model=server.model,
             prompt=answer.prompt + answer.written,
             max_tokens=1,

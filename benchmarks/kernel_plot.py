@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.output.figure import new_figure, write_figure
 
 from .kernel_rows import read_rows
 
@@ -21,11 +21,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     Raises:
         InputError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise InputError("--plot: matplotlib is not installed; pip install matplotlib") from error
-
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in result["rows"]:
         name = (
@@ -33,7 +28,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             f"{row['latent_dtype']} x{row['batch']}"
         )
         lines[name].append(row)
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = new_figure(figsize=(12, 5))
     ratios, roofs = figure.subplots(1, 2)
     for name, rows in lines.items():
         ratios.plot([r["context"] for r in rows], [r["ratio"] for r in rows], "o-", label=name)
@@ -46,10 +41,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     points = [ridge / 16, ridge, ridge * 16]
     roofs.plot(points, [min(roof["tflop_per_s"], x * roof["gb_per_s"] / 1e3) for x in points], "k-")
     roofs.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--plot: {path}: cannot be written ({error})") from error
+    write_figure(figure, path)
 
 
 def main() -> int:

@@ -14,8 +14,8 @@ LATENT_DTYPES = ("auto", "bands", "bf16", "fp8", "int8", "int4", "int3")
 #: Calibration text where none is named: by the model itself, and text that comes with Python.
 DEFAULT_DATASETS = ("self", "builtin")
 #: Calibration samples and tokens of each: what takes minutes.
-CPU_SAMPLES = (64, 512)
-GPU_SAMPLES = (256, 2048)
+CPU_SAMPLES = {"num_samples": 64, "seq_len": 512}
+GPU_SAMPLES = {"num_samples": 256, "seq_len": 2048}
 #: Dtypes of written weights and factors; torch's names.
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 #: Engines of ``recalkv eval``.

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
+from recalkv_vllm.names import CPU_SAMPLES
+
 if TYPE_CHECKING:
     from recalkv_vllm.compression.options import CompressOptions
 
 #: Options whose value ``explore`` varies, in the order of the command.
 VARIED = ("compression", "latent_dtype", "k_group_size")
-#: Options whose default depends on the device.
-SIZES = ("num_samples", "seq_len")
 
 
 def compress_command(options: CompressOptions, shown: Mapping[str, str] | None = None) -> str:
@@ -31,6 +31,6 @@ def compress_command(options: CompressOptions, shown: Mapping[str, str] | None =
         if field.name == "datasets":
             if value != field.default:
                 given += [part for name in value for part in ("--dataset", name)]
-        elif field.name in SIZES or (field.default is not MISSING and value != field.default):
+        elif field.name in CPU_SAMPLES or (field.default is not MISSING and value != field.default):
             given += ["--" + field.name.replace("_", "-"), shown.get(field.name, value)]
     return shlex.join(map(str, given))

@@ -67,17 +67,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from recalkv_vllm.checkpoint import read_hf_config
     from recalkv_vllm.cli.libraries import quiet_libraries
     from recalkv_vllm.compression.base_model.find import find_model
-    from recalkv_vllm.compression.errors import InputError
+    from recalkv_vllm.compression.errors import check_least
     from recalkv_vllm.compression.output.reader import check_factors
     from recalkv_vllm.evaluation.report import add_to_card, read_card
 
     quiet_libraries()
-    numbers = {"--seq-len": [options.seq_len], "--max-tokens": [options.max_tokens or 2]}
-    for name, values in numbers.items():
-        if min(values) < 2:
-            raise InputError(f"{name} {min(values)}: expected at least 2")
-    if options.samples < 1:
-        raise InputError(f"--samples {options.samples}: expected at least 1")
+    check_least(options, seq_len=2, samples=1)
+    if options.max_tokens:
+        check_least(options, max_tokens=2)
     directory = find_model(options.model)
     if "recalkv" in read_hf_config(directory):
         check_factors(directory)

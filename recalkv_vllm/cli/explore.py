@@ -9,7 +9,7 @@ from typing import Any
 
 from recalkv_vllm.cli.compress_command import compress_command
 from recalkv_vllm.cli.help import HelpFormatter
-from recalkv_vllm.cli.memory import add_memory_options, check_at_least_one
+from recalkv_vllm.cli.memory import add_memory_options
 from recalkv_vllm.cli.shared_options import (
     add_calibration_options,
     add_target_option,
@@ -65,13 +65,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from recalkv_vllm.cli.explore_plot import plot_front
     from recalkv_vllm.cli.explore_rows import cache_of, row_of
     from recalkv_vllm.cli.libraries import quiet_libraries
-    from recalkv_vllm.cli.plot import check_plot
     from recalkv_vllm.compression.base_model.model import BaseModel
+    from recalkv_vllm.compression.errors import check_least
     from recalkv_vllm.compression.explore import explore
+    from recalkv_vllm.compression.output.figure import check_plot
     from recalkv_vllm.compression.ranks.decode_time import ridge_of
 
     began = time.monotonic()
-    check_at_least_one(options, "block_size")
+    check_least(options, block_size=1)
     if options.plot is not None:
         check_plot(options.plot)
     quiet_libraries()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recalkv_vllm.cli.plot import new_figure, write_figure
+from recalkv_vllm.compression.output.figure import new_figure, write_figure
 
 MARKERS = "osD^vPX"
 

@@ -46,16 +46,6 @@ def add_memory_options(parser: argparse.ArgumentParser, required: bool) -> None:
     add("--block-size", type=int, default=16, metavar="N", help="tokens per block (CPU: 128)")
 
 
-def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
-    """Raise :class:`InputError` for a number below 1."""
-    from recalkv_vllm.compression.errors import InputError
-
-    for name in names:
-        if getattr(options, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {getattr(options, name)}: expected at least 1")
-
-
 def compressed_weight_bytes(
     dense: int, recalkv: RecalkvConfig, geometry: AttentionGeometry, itemsize: int, tp_size: int
 ) -> int:

@@ -10,7 +10,6 @@ from recalkv_vllm.cli.help import HelpFormatter
 from recalkv_vllm.cli.memory import (
     DTYPES,
     add_memory_options,
-    check_at_least_one,
     compressed_weight_bytes,
     kv_cache_bytes,
 )
@@ -57,10 +56,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     from recalkv_vllm.checkpoint import AttentionGeometry, RecalkvConfig, read_hf_config
     from recalkv_vllm.compression.base_model.find import find_model
-    from recalkv_vllm.compression.errors import InputError
+    from recalkv_vllm.compression.errors import InputError, check_least
     from recalkv_vllm.serving import capacity
 
-    check_at_least_one(options, "max_model_len", "tensor_parallel_size", "block_size")
+    check_least(options, max_model_len=1, tensor_parallel_size=1, block_size=1)
     directory = find_model(options.model)
     hf_config = read_hf_config(directory)
     geometry = AttentionGeometry.from_hf_config(hf_config)

@@ -37,8 +37,13 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
         f"{' and '.join(DEFAULT_DATASETS)})",
     )
     add("--text-column", metavar="C", default="text", help="column of the dataset with the text")
-    add("--num-samples", metavar="N", type=int, help=f"calibration samples ({_sizes(0)})")
-    add("--seq-len", metavar="N", type=int, help=f"tokens per sample ({_sizes(1)})")
+    add(
+        "--num-samples",
+        metavar="N",
+        type=int,
+        help=f"calibration samples ({_sizes('num_samples')})",
+    )
+    add("--seq-len", metavar="N", type=int, help=f"tokens per sample ({_sizes('seq_len')})")
     add("--seed", metavar="N", type=int, default=42, help="random seed for drawing samples")
     add(
         "--device",
@@ -57,13 +62,10 @@ def compress_options(options: argparse.Namespace, **others: Any) -> CompressOpti
     names = CompressOptions.__dataclass_fields__
     given = {k: v for k, v in vars(options).items() if k in names} | others
     given["datasets"] = tuple(options.datasets or DEFAULT_DATASETS)
-    on_cpu = choose_device(options.device).startswith("cpu")
-    sizes = dict(
-        zip(("num_samples", "seq_len"), CPU_SAMPLES if on_cpu else GPU_SAMPLES, strict=True)
-    )
+    sizes = CPU_SAMPLES if choose_device(options.device).startswith("cpu") else GPU_SAMPLES
     return CompressOptions(**sizes | {k: v for k, v in given.items() if v is not None})
 
 
-def _sizes(index: int) -> str:
+def _sizes(name: str) -> str:
     """Default size of the calibration text, for help."""
-    return f"default: {CPU_SAMPLES[index]} on a CPU, {GPU_SAMPLES[index]} on a GPU"
+    return f"default: {CPU_SAMPLES[name]} on a CPU, {GPU_SAMPLES[name]} on a GPU"

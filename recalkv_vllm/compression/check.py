@@ -11,7 +11,7 @@ import torch
 from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.devices import choose_device
 from recalkv_vllm.compression.base_model.model import DTYPES, BaseModel
-from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.errors import InputError, check_least
 from recalkv_vllm.compression.latents.format_choice import budget_of, chosen_latent_dtype
 from recalkv_vllm.compression.methods import METHODS, KfacBands, Method, MethodOptions
 from recalkv_vllm.compression.options import CompressOptions
@@ -98,10 +98,7 @@ def check(options: CompressOptions) -> Job:
 def check_inputs(options: CompressOptions) -> Job:
     """As :func:`check`, for a job that writes nothing: ``options.out`` is not looked at."""
     compression = check_budgets(options)
-    for name, least in (("num_samples", 1), ("seq_len", 2)):
-        if getattr(options, name) < least:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {getattr(options, name)}: expected at least {least}")
+    check_least(options, num_samples=1, seq_len=2)
     check_datasets(options)
     if options.heal < 0:
         raise InputError(f"--heal {options.heal}: expected a number of steps")

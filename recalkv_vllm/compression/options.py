@@ -25,8 +25,8 @@ class CompressOptions:
     latent_dtype: str = "auto"
     datasets: tuple[str, ...] = DEFAULT_DATASETS
     text_column: str = "text"
-    num_samples: int = CPU_SAMPLES[0]
-    seq_len: int = CPU_SAMPLES[1]
+    num_samples: int = CPU_SAMPLES["num_samples"]
+    seq_len: int = CPU_SAMPLES["seq_len"]
     seed: int = 42
     device: str = "auto"
     dtype: str = "auto"
