@@ -65,14 +65,12 @@ def build(
     # One random layer, copied: only where the bytes lie matters.
     one = latent_cache(blocks * num_seqs, BLOCK_SIZE, latent.rank, q, latent_format, ours)
     caches = itertools.cycle([one.clone() for _ in range(layers)])
-    o_lat, _ = ours.attend(q, one, batch)
     return Runs(
         kernel=f"cpu {instruction_set(dtype)}",
         calls=1,
-        ours=lambda: ours.attend(q, next(caches), batch),
+        ours=lambda: ours.attend_heads(q, next(caches), batch),
         stock={"vLLM CPU_ATTN": _stock(geometry, q, layers, batch)},
-        value_up=lambda: ours.value_up(o_lat),
-        reference=lambda: slow.attend(q, next(caches), batch),
+        reference=lambda: slow.attend_heads(q, next(caches), batch),
     )
 
 

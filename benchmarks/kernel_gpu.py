@@ -111,7 +111,6 @@ def build(
         *_memory(q.device),
     )
     caches = [one.clone() for _ in range(layers)]
-    o_lat, _ = ours.attend(q, caches[0], batch)
     kv = (geometry.num_kv_heads, geometry.head_dim)
     dense = _random(layers, 2, blocks * num_seqs, BLOCK_SIZE, *kv, like=q)
     problem = Problem(geometry, q, dense, batch, context, queries)
@@ -119,10 +118,9 @@ def build(
     return Runs(
         kernel=chosen.describe(q.device, dtype),
         calls=layers,
-        ours=_replay(lambda i: ours.attend(q, caches[i], batch), layers, q.device),
+        ours=_replay(lambda i: ours.attend_heads(q, caches[i], batch), layers, q.device),
         stock={name: _replay(attend, layers, q.device) for name, attend in _stock(problem).items()},
-        value_up=_replay(lambda _: ours.value_up(o_lat), layers, q.device),
-        reference=_eager(lambda i: slow.attend(q, caches[i], batch), layers, q.device),
+        reference=_eager(lambda i: slow.attend_heads(q, caches[i], batch), layers, q.device),
     )
 
 

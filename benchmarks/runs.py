@@ -12,12 +12,12 @@ class Runs:
 
     Args:
         kernel: the version of ours that runs.
-        stock: baselines by name; the fastest counts.
+        ours: to head outputs, as stock's attention gives.
+    stock: baselines by name; the fastest counts.
     """
 
     kernel: str
     calls: int
     ours: Callable[[], object]
     stock: Mapping[str, Callable[[], object]]
-    value_up: Callable[[], object]
     reference: Callable[[], object]

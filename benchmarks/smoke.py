@@ -55,7 +55,7 @@ def smoke(
         q = torch.randn(shape, device=device).to(dtype)
         slow = reference.bind(layer)
         cache = latent_cache(table.numel(), BLOCK_SIZE, latent.rank, q, layer.latent_format, slow)
-        expected = slow.value_up(slow.attend(q, cache, batch)[0]).float()
+        expected = slow.attend_heads(q, cache, batch).float()
         for kernel in KERNELS:
             if kernel == "cuda" and latent_dtype != "auto":
                 continue  # Triton's
@@ -66,7 +66,7 @@ def smoke(
                 continue
             try:
                 bound = module.bind(layer)
-                got = bound.value_up(bound.attend(q, cache, batch)[0]).float()
+                got = bound.attend_heads(q, cache, batch).float()
                 error = ((got - expected).abs().max() / expected.abs().max()).item()
             except Exception as caught:  # whatever a compiler or a launch raises
                 yield what, " ".join(f"{type(caught).__name__}: {caught}".split())[:500]

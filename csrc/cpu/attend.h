@@ -85,17 +85,17 @@ void Attention<Format>::attend(int head, int64_t first, int valid) {
       rescale[row] = softmax(scores + row * kTile, weights + row * kTokenUnits, clamp(low, kTile),
                              clamp(high, valid), running_max[state], running_sum[state]);
     }
-    for_blocks(count, layer.v_width,
+    for_blocks(count, width,
                [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
       constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
       Vec acc[kR][kV];
       float* out[kR];
       for (int i = 0; i < kR; ++i) {
-        out[i] = task.out + out_row(head, begin + row + i) * layer.v_width + column;
+        out[i] = row_sums(head, begin + row + i) + column;
         const Vec factor = splat(rescale[row + i]);
         for (int j = 0; j < kV; ++j) acc[i][j] = mul(load(out[i] + j * kLanes), factor);
       }
-      product<Format>(acc, weights + row * kTokenUnits, kTokenUnits, values + column, layer.v_width,
+      product<Format>(acc, weights + row * kTokenUnits, kTokenUnits, values + column, width,
                       used_units);
       for (int i = 0; i < kR; ++i)
         for (int j = 0; j < kV; ++j) store(out[i] + j * kLanes, acc[i][j]);

@@ -1,12 +1,17 @@
-// paged_latent_attention: checks, schedule, tasks on torch's own threads, merge of KV splits.
+// paged_latent_attention, to value latents or to heads: checks, schedule, tasks on torch's own
+// threads, merge of KV splits.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <utility>
+#include <vector>
 
+#include "dtypes.h"
 #include "ops.h"
 #include "quantization.h"
 #include "schedule.h"
@@ -14,6 +19,8 @@
 
 namespace recalkv {
 namespace {
+
+int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -73,14 +80,20 @@ struct Results {
   }
 };
 
+// Where results of a call go.
+struct Outputs {
+  Results whole;
+  char* heads;  // where those of dense blocks go instead, [rows][head_bytes]
+  int64_t head_bytes;
+};
+
 // Task `part` of a block, with its results among `whole` or, if the block is split, `partial`.
 Task make_task(const Layer& layer, const Batch& batch, const QueryBlock& block, int part,
-               const Results& whole, const Results& partial) {
+               const Outputs& outputs, const Results& partial) {
   const int split = part / block.group_parts, piece = part % block.group_parts;
   const int64_t row = block.splits > 1
                           ? block.partial_row + int64_t{split} * block.num_queries * batch.num_heads
                           : block.first_token * batch.num_heads;
-  const Results results = (block.splits > 1 ? partial : whole).from(row, layer.v_width);
   Task task{};
   task.blocks = batch.block_table + block.sequence * batch.table_stride;
   task.first_token = block.first_token;
@@ -90,6 +103,11 @@ Task make_task(const Layer& layer, const Batch& batch, const QueryBlock& block, 
   task.group_end = layer.k_groups * (piece + 1) / block.group_parts;
   task.kv_begin = block.kv_begin + split * block.tiles_per_split * kTile;
   task.kv_end = std::min(block.kv_end, task.kv_begin + block.tiles_per_split * kTile);
+  if (block.dense) {
+    task.heads = outputs.heads + row * outputs.head_bytes;
+    return task;
+  }
+  const Results results = (block.splits > 1 ? partial : outputs.whole).from(row, layer.v_width);
   task.out = results.out;
   task.lse = results.lse;
   task.weight = results.weight;
@@ -97,7 +115,7 @@ Task make_task(const Layer& layer, const Batch& batch, const QueryBlock& block, 
 }
 
 void run_tasks(const ElementKernels& kernels, const Layer& layer, const Batch& batch,
-               const Schedule& schedule, int threads, const Results& whole,
+               const Schedule& schedule, int threads, const Outputs& outputs,
                const Results& partial) {
   std::atomic<int> next{0};
   at::parallel_for(0, std::min(threads, schedule.num_tasks), 1, [&](int64_t, int64_t) {
@@ -109,7 +127,8 @@ void run_tasks(const ElementKernels& kernels, const Layer& layer, const Batch& b
         first += schedule.blocks[block].num_tasks();
         ++block;
       }
-      const Task task = make_task(layer, batch, schedule.blocks[block], i - first, whole, partial);
+      const Task task =
+          make_task(layer, batch, schedule.blocks[block], i - first, outputs, partial);
       kernels.attend(layer, batch, task,
                      scratch.reserve(kernels.attend_scratch_bytes(layer, batch, task)));
     }
@@ -151,36 +170,109 @@ void merge_splits(const Schedule& schedule, int num_heads, int v_width, const Re
   }
 }
 
+// One call of the op, its arguments checked and cut into tasks.
+struct Call {
+  const Layer& layer;
+  const ElementKernels& kernels;
+  const OwnedLayout latents;
+  const Batch batch;
+  const Schedule& schedule;
+
+  Call(const AttentionLayer& attention_layer, const at::Tensor& q, const at::Tensor& kv_cache,
+       const at::Tensor& block_table, const at::Tensor& seq_lens, const at::Tensor& query_start_loc,
+       bool to_heads)
+      : layer(attention_layer.layer()),
+        kernels(attention_layer.kernels(q.scalar_type())),
+        latents(attention_layer.latent_format().layout_of_slots(kv_cache.size(2))),
+        batch(
+            make_batch(layer, latents.layout, q, kv_cache, block_table, seq_lens, query_start_loc)),
+        schedule(reused_schedule()) {
+    check_batch(batch, q.size(0), kv_cache.size(0), block_table.size(1), layer.max_position);
+    make_schedule(layer, batch, num_threads(), to_heads, reused_schedule());
+  }
+
+  static Schedule& reused_schedule() {
+    static thread_local Schedule schedule;
+    return schedule;
+  }
+
+  // Runs the tasks and merges splits.
+  void run(const Outputs& outputs) const {
+    static thread_local Workspace workspace;
+    const int64_t rows = schedule.partial_rows;
+    float* space = static_cast<float*>(
+        workspace.reserve(rows * (layer.v_width + 2) * static_cast<int64_t>(sizeof(float))));
+    float* maxima = space + rows * layer.v_width;
+    const Results partial{space, maxima, maxima + rows};
+    run_tasks(kernels, layer, batch, schedule, num_threads(), outputs, partial);
+    merge_splits(schedule, batch.num_heads, layer.v_width, partial, outputs.whole);
+  }
+
+  // Value latents of all blocks that are not dense to heads, neighbors at once.
+  void up_project(ElementType type, const float* o_lat, void* heads) const {
+    static thread_local std::vector<std::pair<int64_t, int64_t>> ranges;  // of tokens
+    ranges.clear();
+    for (const QueryBlock& block : schedule.blocks)
+      if (!block.dense)
+        ranges.emplace_back(block.first_token, block.first_token + block.num_queries);
+    std::sort(ranges.begin(), ranges.end());
+    ValueUp job{};
+    job.o_lat = o_lat;
+    job.factors = layer.v_up;
+    job.bias = layer.v_bias;
+    job.out = heads;
+    job.num_heads = batch.num_heads;
+    job.queries_per_kv = batch.queries_per_kv;
+    job.head_dim = layer.head_dim;
+    job.v_width = layer.v_width;
+    for (size_t i = 0; i < ranges.size();) {
+      const int64_t begin = ranges[i].first;
+      int64_t end = ranges[i].second;
+      while (++i < ranges.size() && ranges[i].first == end) end = ranges[i].second;
+      job.first_row = begin * batch.queries_per_kv;
+      job.rows = (end - begin) * batch.queries_per_kv;
+      run_value_up(kernels, type, job);
+    }
+  }
+};
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> paged_latent_attention(
     const c10::intrusive_ptr<AttentionLayer>& attention_layer, const at::Tensor& q,
     const at::Tensor& kv_cache, const at::Tensor& block_table, const at::Tensor& seq_lens,
     const at::Tensor& query_start_loc) {
-  const Layer& layer = attention_layer->layer();
-  const ElementKernels& kernels = attention_layer->kernels(q.scalar_type());
-  const OwnedLayout latents = attention_layer->latent_format().layout_of_slots(kv_cache.size(2));
-  const Batch batch =
-      make_batch(layer, latents.layout, q, kv_cache, block_table, seq_lens, query_start_loc);
-  check_batch(batch, q.size(0), kv_cache.size(0), block_table.size(1), layer.max_position);
+  const Call call(*attention_layer, q, kv_cache, block_table, seq_lens, query_start_loc, false);
 
-  at::Tensor out = at::empty({q.size(0), q.size(1), layer.v_width}, q.options().dtype(at::kFloat));
+  at::Tensor out =
+      at::empty({q.size(0), q.size(1), call.layer.v_width}, q.options().dtype(at::kFloat));
   at::Tensor lse = at::empty({q.size(0), q.size(1)}, out.options());
   const Results whole{out.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), nullptr};
-
-  static thread_local Schedule schedule;
-  static thread_local Workspace workspace;
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  make_schedule(layer, batch, threads, schedule);
-  const int64_t rows = schedule.partial_rows;
-  float* space = static_cast<float*>(
-      workspace.reserve(rows * (layer.v_width + 2) * static_cast<int64_t>(sizeof(float))));
-  float* maxima = space + rows * layer.v_width;
-  const Results partial{space, maxima, maxima + rows};
-
-  run_tasks(kernels, layer, batch, schedule, threads, whole, partial);
-  merge_splits(schedule, batch.num_heads, layer.v_width, partial, whole);
+  call.run({whole, nullptr, 0});
   return {out, lse};
+}
+
+at::Tensor paged_latent_attention_heads(const c10::intrusive_ptr<AttentionLayer>& attention_layer,
+                                        const at::Tensor& q, const at::Tensor& kv_cache,
+                                        const at::Tensor& block_table, const at::Tensor& seq_lens,
+                                        const at::Tensor& query_start_loc) {
+  TORCH_CHECK_TYPE(attention_layer->values_dtype() == q.scalar_type(), "q: expected v_up's dtype, ",
+                   attention_layer->values_dtype(), ", found ", q.scalar_type());
+  const Call call(*attention_layer, q, kv_cache, block_table, seq_lens, query_start_loc, true);
+
+  at::Tensor heads = at::empty(q.sizes(), q.options());
+  const std::vector<QueryBlock>& blocks = call.schedule.blocks;
+  const bool all_dense = std::all_of(blocks.begin(), blocks.end(),
+                                     [](const QueryBlock& block) { return block.dense; });
+  const int64_t rows = all_dense ? 0 : q.size(0);
+  at::Tensor o_lat =
+      at::empty({rows, q.size(1), call.layer.v_width}, q.options().dtype(at::kFloat));
+  at::Tensor lse = at::empty({rows, q.size(1)}, o_lat.options());
+  const Results whole{o_lat.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), nullptr};
+  char* out = static_cast<char*>(heads.mutable_data_ptr());
+  call.run({whole, out, call.layer.head_dim * q.element_size()});
+  call.up_project(element_type_of(q.scalar_type(), "q"), whole.out, out);
+  return heads;
 }
 
 }  // namespace recalkv

@@ -33,7 +33,7 @@ const float* data_or_null(const std::optional<at::Tensor>& tensor) {
 }  // namespace
 
 AttentionLayer::AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> keys,
-                               c10::intrusive_ptr<Spans> spans,
+                               c10::intrusive_ptr<Spans> spans, c10::intrusive_ptr<Values> values,
                                std::optional<c10::intrusive_ptr<Rotation>> rotation,
                                std::optional<c10::intrusive_ptr<Expansion>> expansion,
                                const c10::intrusive_ptr<Logits>& logits,
@@ -41,12 +41,14 @@ AttentionLayer::AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> 
                                const std::optional<at::Tensor>& bands)
     : keys_(std::move(keys)),
       spans_(std::move(spans)),
+      values_(std::move(values)),
       rotation_(std::move(rotation)),
       expansion_(std::move(expansion)),
       kernels_(checked_isa(isa)),
       latent_format_(latent_dtype, group_size, bands) {
   set_keys(*keys_);
   set_spans(*spans_);
+  set_values(*values_);
   layer_.max_position = std::numeric_limits<int32_t>::max();
   if (rotation_) set_rotation(**rotation_);
   if (expansion_) set_expansion(**expansion_);
@@ -96,6 +98,19 @@ void AttentionLayer::set_spans(const Spans& spans) {
   layer_.v_width = static_cast<int>(spans.v_width);
   layer_.k_starts = spans.k_starts.data();
   layer_.v_starts = spans.v_starts.data();
+}
+
+void AttentionLayer::set_values(const Values& values) {
+  const int64_t heads = layer_.num_kv_heads, head_dim = layer_.head_dim, width = layer_.v_width;
+  check(values.factors, "v_up", values.factors.scalar_type(), {heads, head_dim, width});
+  if (values.bias) check(*values.bias, "v_bias", at::kFloat, {heads, head_dim});
+  layer_.v_up = values.factors.const_data_ptr();
+  layer_.v_bias = data_or_null(values.bias);
+  if (!values.panel) return;
+  const int64_t per_unit = kernels_.factors == kBFloat16 ? 2 : 1;
+  check(*values.panel, "panel", dtype_of(kernels_.factors),
+        {heads, width / per_unit, head_dim, per_unit});
+  layer_.v_panel = static_cast<const Unit*>(values.panel->const_data_ptr());
 }
 
 void AttentionLayer::set_rotation(const Rotation& rotation) {

@@ -40,6 +40,16 @@ struct Spans : torch::CustomClassHolder {
       : k_starts(std::move(k_starts)), v_starts(std::move(v_starts)), v_width(v_width) {}
 };
 
+// How values come from latents.
+struct Values : torch::CustomClassHolder {
+  const at::Tensor factors;               // [num_kv_heads, head_dim, v_width]
+  const std::optional<at::Tensor> bias;   // [num_kv_heads, head_dim] float32
+  const std::optional<at::Tensor> panel;  // see Layer::v_panel; in the type of Keys::factors
+
+  Values(at::Tensor factors, std::optional<at::Tensor> bias, std::optional<at::Tensor> panel)
+      : factors(std::move(factors)), bias(std::move(bias)), panel(std::move(panel)) {}
+};
+
 struct Rotation : torch::CustomClassHolder {
   const at::Tensor tiles;  // [tiles, 2 (cos, sin), rot_pairs, kTile] float32
   const int64_t max_position;
@@ -74,7 +84,7 @@ class AttentionLayer : public torch::CustomClassHolder {
  public:
   // Throws a ValueError for parts that fit neither each other nor the instruction set.
   AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> keys,
-                 c10::intrusive_ptr<Spans> spans,
+                 c10::intrusive_ptr<Spans> spans, c10::intrusive_ptr<Values> values,
                  std::optional<c10::intrusive_ptr<Rotation>> rotation,
                  std::optional<c10::intrusive_ptr<Expansion>> expansion,
                  const c10::intrusive_ptr<Logits>& logits, const std::string& latent_dtype,
@@ -83,18 +93,21 @@ class AttentionLayer : public torch::CustomClassHolder {
   const Layer& layer() const { return layer_; }
   const LatentFormat& latent_format() const { return latent_format_; }
   int64_t v_width() const { return layer_.v_width; }
+  at::ScalarType values_dtype() const { return values_->factors.scalar_type(); }
   // Kernels for a cache and queries of `dtype`; throws a ValueError where there are none.
   const ElementKernels& kernels(at::ScalarType dtype) const;
 
  private:
   void set_keys(const Keys& keys);
   void set_spans(const Spans& spans);
+  void set_values(const Values& values);
   void set_rotation(const Rotation& rotation);
   void set_expansion(const Expansion& expansion);
 
   // What layer_ points into.
   const c10::intrusive_ptr<Keys> keys_;
   const c10::intrusive_ptr<Spans> spans_;
+  const c10::intrusive_ptr<Values> values_;
   const std::optional<c10::intrusive_ptr<Rotation>> rotation_;
   const std::optional<c10::intrusive_ptr<Expansion>> expansion_;
   const Kernels& kernels_;

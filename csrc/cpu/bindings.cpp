@@ -24,8 +24,9 @@ bool isa_supported(std::string_view name) { return find_isa(name) != nullptr; }
 // Sizes that tables are packed for: tile; terms and stretch of the expansion.
 std::vector<int64_t> table_sizes() { return {kTile, kTerms, kStretch}; }
 
-// The op as a method of its layer, for calls from Python: taking the layer out of an op's arguments
-// there costs as much as a small call. It goes through the dispatcher like any call of the op.
+// The ops as methods of their layer, for calls from Python: taking the layer out of an op's
+// arguments there costs as much as a small call. They go through the dispatcher like any call of an
+// op.
 std::tuple<at::Tensor, at::Tensor> attend(const c10::intrusive_ptr<AttentionLayer>& layer,
                                           const at::Tensor& q, const at::Tensor& kv_cache,
                                           const at::Tensor& block_table, const at::Tensor& seq_lens,
@@ -36,19 +37,31 @@ std::tuple<at::Tensor, at::Tensor> attend(const c10::intrusive_ptr<AttentionLaye
   return op.call(layer, q, kv_cache, block_table, seq_lens, query_start_loc);
 }
 
+at::Tensor attend_heads(const c10::intrusive_ptr<AttentionLayer>& layer, const at::Tensor& q,
+                        const at::Tensor& kv_cache, const at::Tensor& block_table,
+                        const at::Tensor& seq_lens, const at::Tensor& query_start_loc) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("recalkv_cpu::paged_latent_attention_heads", "")
+                             .typed<decltype(paged_latent_attention_heads)>();
+  return op.call(layer, q, kv_cache, block_table, seq_lens, query_start_loc);
+}
+
 }  // namespace
 }  // namespace recalkv
 
 TORCH_LIBRARY(recalkv_cpu, m) {
   using c10::intrusive_ptr, torch::arg;
   using recalkv::AttentionLayer, recalkv::Expansion, recalkv::Keys, recalkv::Logits,
-      recalkv::Rotation, recalkv::Spans;
+      recalkv::Rotation, recalkv::Spans, recalkv::Values;
 
   m.class_<Keys>("Keys").def(
       torch::init<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, double>(), "",
       {arg("factors"), arg("bias"), arg("norm_weight"), arg("norm_eps")});
   m.class_<Spans>("Spans").def(torch::init<std::vector<int64_t>, std::vector<int64_t>, int64_t>(),
                                "", {arg("k_starts"), arg("v_starts"), arg("v_width")});
+  m.class_<Values>("Values").def(
+      torch::init<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>>(), "",
+      {arg("factors"), arg("bias"), arg("panel")});
   m.class_<Rotation>("Rotation")
       .def(torch::init<at::Tensor, int64_t, bool>(), "",
            {arg("tiles"), arg("max_position"), arg("is_neox")});
@@ -59,13 +72,14 @@ TORCH_LIBRARY(recalkv_cpu, m) {
                                  {arg("scale"), arg("soft_cap"), arg("window")});
   m.class_<AttentionLayer>("AttentionLayer")
       .def(torch::init<std::string, intrusive_ptr<Keys>, intrusive_ptr<Spans>,
-                       std::optional<intrusive_ptr<Rotation>>,
+                       intrusive_ptr<Values>, std::optional<intrusive_ptr<Rotation>>,
                        std::optional<intrusive_ptr<Expansion>>, intrusive_ptr<Logits>, std::string,
                        int64_t, std::optional<at::Tensor>>(),
            "",
-           {arg("isa"), arg("keys"), arg("spans"), arg("rotation"), arg("expansion"), arg("logits"),
-            arg("latent_dtype"), arg("group_size"), arg("bands")})
+           {arg("isa"), arg("keys"), arg("spans"), arg("values"), arg("rotation"), arg("expansion"),
+            arg("logits"), arg("latent_dtype"), arg("group_size"), arg("bands")})
       .def("attend", &recalkv::attend)
+      .def("attend_heads", &recalkv::attend_heads)
       .def("v_width", &AttentionLayer::v_width)
       // Torch's tracing compares its arguments, and asks them for their length.
       .def("__eq__", [](const intrusive_ptr<AttentionLayer>& self,
@@ -88,12 +102,17 @@ TORCH_LIBRARY(recalkv_cpu, m) {
       "paged_latent_attention(__torch__.torch.classes.recalkv_cpu.AttentionLayer layer, Tensor q, "
       "Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "paged_latent_attention_heads(__torch__.torch.classes.recalkv_cpu.AttentionLayer layer, "
+      "Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc) "
+      "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(recalkv_cpu, CPU, m) {
   m.impl("latent_cache_update", &recalkv::latent_cache_update);
   m.impl("latent_value_up", &recalkv::latent_value_up);
   m.impl("paged_latent_attention", &recalkv::paged_latent_attention);
+  m.impl("paged_latent_attention_heads", &recalkv::paged_latent_attention_heads);
 }
 
 extern "C" PyMODINIT_FUNC PyInit__cpu() {

@@ -93,6 +93,9 @@ struct BFloat16Dot {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(out) + index),
                         (__m256i)_mm512_cvtneps_pbh(v));
   }
+  static RECALKV_INLINE void widen(const Raw* row, Unit* out, int width) {
+    __builtin_memcpy(out, row, width * sizeof(Raw));
+  }
   static RECALKV_INLINE void narrow(const float* row, Unit* out, int width) {
     for (int i = 0; i < width; i += kLanes) store_row(out, i, RECALKV_ISA::load(row + i));
   }

@@ -104,4 +104,10 @@ void Attention<Format>::gather_values(const Raw* const* latents, int64_t start) 
   }
 }
 
+template <class Format>
+void Attention<Format>::gather_rows(const Raw* const* latents, int64_t start) {
+  for (int t = 0; t < kTile; ++t)
+    Format::widen(span(latents[t], start), z_rows + t * v_units, layer.v_width);
+}
+
 }  // namespace recalkv::RECALKV_ISA

@@ -32,6 +32,12 @@ struct Layer {
   const float* basis;         // [kTerms][kStretch]
   const float* coefficients;  // [stretches][kTerms][2 (cos, sin)][expanded_pairs up to 16s]
   const Unit* pair_factors;   // [num_kv_heads][expanded_pairs][k_width], both rows of a pair
+  // How values come from latents; null where only value latents are asked for.
+  const void* v_up;     // [num_kv_heads][head_dim][v_width] in the queries' type
+  const float* v_bias;  // [num_kv_heads][head_dim], or null
+  // The same in the compute format, [num_kv_heads][units of v_width][head_dim]; null where values
+  // are never wider as latents than reconstructed.
+  const Unit* v_panel;
   float scale;
   float soft_cap;  // 0 is none
   int64_t window;  // 0 is none

@@ -1,4 +1,4 @@
-// Keys of one head from a tile's latents.
+// Keys of one head from a tile's latents, and its values.
 #pragma once
 
 #include "tile.h"
@@ -61,6 +61,25 @@ void Attention<Format>::reconstruct(int head, int64_t tile) {
       store(key_scale + t, div(splat(1.0f), sqrt(square)));
     }
   }
+}
+
+// values = L_v z without the bias: weights of a softmax sum to one, so that finish() adds it.
+template <class Format>
+void Attention<Format>::reconstruct_values(int head) {
+  const Unit* panel = layer.v_panel + int64_t{head} * v_units * width;
+  for_blocks(kTile, width, [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
+    constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
+    if constexpr (kR % 2 == 0) {
+      Vec acc[kR][kV];
+      for (int i = 0; i < kR; ++i)
+        for (int j = 0; j < kV; ++j) acc[i][j] = splat(0.0f);
+      product<Format>(acc, z_rows + row * v_units, v_units, panel + column, width, v_units);
+      for (int i = 0; i < kR; i += 2)
+        for (int j = 0; j < kV; ++j)
+          Format::store_pair(values + (row + i) / Format::kPerUnit * width + column + j * kLanes,
+                             width, acc[i][j], acc[i + 1][j]);
+    }
+  });
 }
 
 }  // namespace recalkv::RECALKV_ISA

@@ -48,8 +48,8 @@ void Attention<Format>::start() {
     for (int row = 0; row < rows; ++row) {
       running_max[int64_t{head} * rows + row] = -__builtin_inff();
       running_sum[int64_t{head} * rows + row] = 0.0f;
-      float* out = task.out + out_row(head, row) * layer.v_width;
-      for (int i = 0; i < layer.v_width; i += kLanes) store(out + i, splat(0.0f));
+      float* out = row_sums(head, row);
+      for (int i = 0; i < width; i += kLanes) store(out + i, splat(0.0f));
     }
   }
 }
@@ -66,9 +66,18 @@ void Attention<Format>::finish() {
         task.weight[index] = l;
         continue;
       }
-      float* out = task.out + index * layer.v_width;
+      float* out = row_sums(head, row);
       const Vec inverse = splat(l == 0.0f ? 0.0f : 1.0f / l);
-      for (int i = 0; i < layer.v_width; i += kLanes) store(out + i, mul(load(out + i), inverse));
+      if (dense) {
+        const float* bias =
+            layer.v_bias ? layer.v_bias + int64_t{first_head + head} * layer.head_dim : nullptr;
+        Raw* result = static_cast<Raw*>(task.heads) + index * layer.head_dim;
+        for (int i = 0; i < width; i += kLanes)
+          Format::store_latent(result + i,
+                               fma(load(out + i), inverse, bias ? load(bias + i) : splat(0.0f)));
+        continue;
+      }
+      for (int i = 0; i < width; i += kLanes) store(out + i, mul(load(out + i), inverse));
       task.lse[index] = m + __builtin_logf(l);
     }
   }

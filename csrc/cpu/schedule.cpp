@@ -5,9 +5,10 @@
 namespace recalkv {
 namespace {
 
-// Rows per KV head beyond which a block is cut: keys are reconstructed once per block, which then
-// costs under a tenth of the attention itself.
-constexpr int kBlockRows = 512;
+// Rows per KV head beyond which a block is cut: keys and values are reconstructed once per block,
+// which then costs under a tenth of the attention itself. Fewer where threads would have no task.
+constexpr int kBlockRows = 1024;
+constexpr int kFewestBlockRows = 256;
 // From this many rows on, a task takes one K group, so that its rows stay in the L2 cache.
 constexpr int kManyRows = 64;
 // Tasks per thread: enough to even out a core that is busy elsewhere.
@@ -28,13 +29,29 @@ int64_t cost(const Layer& layer, const Batch& batch, const QueryBlock& block) {
   return tiles(block) * layer.k_groups * (1 + rows(batch, block) / kManyRows);
 }
 
+int block_rows(const Layer& layer, const Batch& batch, int threads) {
+  const int64_t all = int64_t{batch.query_start_loc[batch.num_seqs]} * batch.queries_per_kv;
+  int most = kBlockRows;
+  while (most > kFewestBlockRows && all / most * layer.k_groups < kTasksPerThread * threads)
+    most /= 2;
+  return most;
+}
+
+// Whether reconstructing a tile's values costs less than what `rows` narrower rows of sums save.
+bool is_dense(const Layer& layer, int64_t rows) {
+  const int64_t saved = layer.v_width - layer.head_dim;
+  return layer.v_panel && rows >= kManyRows &&
+         rows * saved > int64_t{layer.head_dim} * layer.v_width;
+}
+
 }  // namespace
 
-void make_schedule(const Layer& layer, const Batch& batch, int threads, Schedule& schedule) {
+void make_schedule(const Layer& layer, const Batch& batch, int threads, bool to_heads,
+                   Schedule& schedule) {
   schedule.blocks.clear();
   schedule.partial_rows = 0;
   schedule.num_tasks = 0;
-  const int most_queries = std::max(1, kBlockRows / batch.queries_per_kv);
+  const int most_queries = std::max(1, block_rows(layer, batch, threads) / batch.queries_per_kv);
   int64_t total = 0;
   for (int i = 0; i < batch.num_seqs; ++i) {
     const int64_t length = batch.seq_lens[i];
@@ -50,6 +67,7 @@ void make_schedule(const Layer& layer, const Batch& batch, int threads, Schedule
         const int64_t oldest = layer.window ? block.first_position - layer.window + 1 : 0;
         block.kv_begin = std::max<int64_t>(oldest, 0) / kTile * kTile;
       }
+      block.dense = to_heads && is_dense(layer, rows(batch, block));
       total += cost(layer, batch, block);
       schedule.blocks.push_back(block);
     }

@@ -21,6 +21,7 @@ struct QueryBlock {
   int64_t tiles_per_split;
   int group_parts;
   int64_t partial_row;
+  bool dense;  // values are reconstructed, too; never split
 
   int num_tasks() const { return splits * group_parts; }
 };
@@ -31,7 +32,8 @@ struct Schedule {
   int num_tasks = 0;
 };
 
-// Fills `schedule`, reusing its memory.
-void make_schedule(const Layer& layer, const Batch& batch, int threads, Schedule& schedule);
+// Fills `schedule`, reusing its memory. With `to_heads`, blocks are dense where that is cheaper.
+void make_schedule(const Layer& layer, const Batch& batch, int threads, bool to_heads,
+                   Schedule& schedule);
 
 }  // namespace recalkv

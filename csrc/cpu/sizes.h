@@ -8,7 +8,7 @@ namespace recalkv {
 // Cached tokens of one tile. Rotation tables and KV splits are aligned to it.
 constexpr int kTile = 64;
 // Query rows of one KV head that are scored against a tile at once.
-constexpr int kRowBlock = 64;
+constexpr int kRowBlock = 48;
 
 // Low-frequency rotation pairs may be expanded: over a stretch of kStretch positions, their cosines
 // and sines are combinations of kTerms functions, so that their share of the scores needs no keys;

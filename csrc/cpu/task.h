@@ -12,12 +12,15 @@ struct Task {
   int num_queries;
   int group_begin, group_end;
   int64_t kv_begin, kv_end;  // kv_begin is a multiple of kTile
-  // Results. Row (query, head) of out starts at (query * num_heads + head) * v_width, of lse and
-  // weight at query * num_heads + head. With weight (a split), out is left unnormalized, lse holds
-  // the running maximum and weight the sum of exponentials.
+  // Results, unless `heads` is there. Row (query, head) of out starts at (query * num_heads + head)
+  // * v_width, of lse and weight at query * num_heads + head. With weight (a split), out is left
+  // unnormalized, lse holds the running maximum and weight the sum of exponentials.
   float* out;
   float* lse;
   float* weight;
+  // Results of a task that reconstructs values: row (query, head) starts at
+  // (query * num_heads + head) * head_dim, in the queries' type.
+  void* heads;
 };
 
 }  // namespace recalkv

@@ -39,11 +39,14 @@ struct Attention {
   const int k_units;                // units of a K span
   const bool expanded;              // low-frequency pairs are expanded
   const int exact_rows;             // rows of a head's factors that are reconstructed
+  const bool dense;                 // values are reconstructed, and sums of them are results
+  const int v_units;                // units of a V span
+  const int width;                  // columns of a row of sums: of values, or of value latents
 
   Unit* queries;       // [num_heads][rows][depth], pair order
   Unit* z_columns;     // [k_units][kTile]
   Unit* keys;          // [depth][kTile]
-  Unit* values;        // [kTokenUnits][v_width]
+  Unit* values;        // [kTokenUnits][width]
   float* scores;       // [kRowBlock][kTile]
   Unit* weights;       // [kRowBlock][kTokenUnits]
   float* running_max;  // [num_heads][rows]
@@ -52,6 +55,8 @@ struct Attention {
   float* rescale;      // [kRowBlock]
   Raw* zeros;          // a latent for tokens past the end
   Unit* widened;       // [kLanes][widest row], where the source is not made of units
+  Unit* z_rows;        // [kTile][v_units], where values are reconstructed
+  float* sums;         // [num_heads][rows][width], where they are not in task.out
   Unit* turned;        // [rows][kTerms][expanded_pairs], see absorb()
   Unit* absorbed;      // [num_heads][rows][kTerms][k_units]
   float* offsets;      // [num_heads][rows][kTerms], the key bias' share
@@ -92,11 +97,14 @@ struct Attention {
         depth(l.head_dim / Format::kPerUnit),
         k_units(l.k_width / Format::kPerUnit),
         expanded(Format::kRawIsUnits && use_expansion(l, rows)),
-        exact_rows(expanded ? 2 * l.exact_pairs : l.head_dim) {
+        exact_rows(expanded ? 2 * l.exact_pairs : l.head_dim),
+        dense(t.heads != nullptr),
+        v_units(l.v_width / Format::kPerUnit),
+        width(dense ? l.head_dim : l.v_width) {
     queries = scratch.take<Unit>(int64_t{num_heads} * rows * depth);
     z_columns = scratch.take<Unit>(k_units * kTile);
     keys = scratch.take<Unit>(depth * kTile);
-    values = scratch.take<Unit>(kTokenUnits * layer.v_width);
+    values = scratch.take<Unit>(kTokenUnits * width);
     scores = scratch.take<float>(kRowBlock * kTile);
     weights = scratch.take<Unit>(kRowBlock * kTokenUnits);
     running_max = scratch.take<float>(int64_t{num_heads} * rows);
@@ -123,6 +131,10 @@ struct Attention {
       offsets = scratch.take<float>(int64_t{num_heads} * rows * kTerms);
     }
     widened = scratch.take<Unit>(kLanes * (widest > layer.head_dim ? widest : layer.head_dim));
+    if (dense) {
+      z_rows = scratch.take<Unit>(kTile * v_units);
+      sums = scratch.take<float>(int64_t{num_heads} * rows * width);
+    }
   }
 
   // Row (query, head) of the results that a KV head's row is.
@@ -130,6 +142,12 @@ struct Attention {
     const int query = row / batch.queries_per_kv;
     return int64_t{query} * batch.num_heads + (first_head + head) * batch.queries_per_kv +
            row % batch.queries_per_kv;
+  }
+
+  // Sums of weighted values, or value latents, of a KV head's row.
+  RECALKV_INLINE float* row_sums(int head, int row) const {
+    return dense ? sums + (int64_t{head} * rows + row) * width
+                 : task.out + out_row(head, row) * width;
   }
 
   RECALKV_INLINE bool quantized() const { return batch.latents.num_bands != 0; }
@@ -152,6 +170,7 @@ struct Attention {
   RECALKV_INLINE void prefetch_some();
   void gather_columns(const Raw* const* latents, int64_t start);
   void gather_values(const Raw* const* latents, int64_t start);
+  void gather_rows(const Raw* const* latents, int64_t start);
 
   // dequantize.h
   void plan_segments();
@@ -165,6 +184,7 @@ struct Attention {
 
   // reconstruct.h
   void reconstruct(int head, int64_t tile);
+  void reconstruct_values(int head);
 
   // expansion.h
   void absorb(int head, int64_t first);
@@ -197,9 +217,14 @@ struct Attention {
         if (global % layer.group_heads == 0)
           gather_columns(tile->latents, layer.k_starts[global / layer.group_heads]);
         if (const int group = global / heads_per_v_group; group != gathered) {
-          gather_values(tile->latents, layer.v_starts[group]);
+          if (dense) {
+            gather_rows(tile->latents, layer.v_starts[group]);
+          } else {
+            gather_values(tile->latents, layer.v_starts[group]);
+          }
           gathered = group;
         }
+        if (dense) reconstruct_values(global);
         if (expanded) {
           if (first % kStretch == 0 || first == task.kv_begin) absorb(head, first);
           score_expanded(head, first);

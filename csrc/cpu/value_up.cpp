@@ -18,6 +18,26 @@ constexpr int64_t kWorkPerThread = 1 << 20;
 
 }  // namespace
 
+void run_value_up(const ElementKernels& kernels, ElementType to, const ValueUp& job) {
+  const int64_t rows = job.rows, heads = job.num_heads / job.queries_per_kv;
+  const int64_t blocks = (rows + kTile - 1) / kTile;
+  const int64_t work =
+      std::max<int64_t>(1, std::min<int64_t>(rows, kTile) * job.head_dim * job.v_width);
+  at::parallel_for(0, blocks * heads, std::max<int64_t>(1, kWorkPerThread / work),
+                   [&](int64_t begin, int64_t end) {
+    static thread_local Workspace scratch;
+    void* memory = scratch.reserve(kernels.value_up_scratch_bytes(job));
+    for (int64_t i = begin; i < end; ++i) {
+      ValueUp block = job;
+      block.head = static_cast<int>(i / blocks);
+      const int64_t first = i % blocks * kTile;
+      block.first_row += first;
+      block.rows = std::min<int64_t>(kTile, rows - first);
+      kernels.value_up[to](block, memory);
+    }
+  });
+}
+
 at::Tensor latent_value_up(const at::Tensor& o_lat, const at::Tensor& v_up,
                            const std::optional<at::Tensor>& v_bias, at::ScalarType out_dtype,
                            std::string_view isa) {
@@ -37,22 +57,8 @@ at::Tensor latent_value_up(const at::Tensor& o_lat, const at::Tensor& v_up,
   job.queries_per_kv = static_cast<int>(o_lat.size(1) / v_up.size(0));
   job.head_dim = static_cast<int>(v_up.size(1));
   job.v_width = static_cast<int>(v_up.size(2));
-  const int64_t rows = o_lat.size(0) * job.queries_per_kv;
-  const int64_t blocks = (rows + kTile - 1) / kTile;
-  const int64_t work =
-      std::max<int64_t>(1, std::min<int64_t>(rows, kTile) * job.head_dim * job.v_width);
-  at::parallel_for(0, blocks * v_up.size(0), std::max<int64_t>(1, kWorkPerThread / work),
-                   [&](int64_t begin, int64_t end) {
-    static thread_local Workspace scratch;
-    void* memory = scratch.reserve(kernels.value_up_scratch_bytes(job));
-    for (int64_t i = begin; i < end; ++i) {
-      ValueUp block = job;
-      block.head = static_cast<int>(i / blocks);
-      block.first_row = i % blocks * kTile;
-      block.rows = static_cast<int>(std::min<int64_t>(kTile, rows - block.first_row));
-      kernels.value_up[to](block, memory);
-    }
-  });
+  job.rows = o_lat.size(0) * job.queries_per_kv;
+  run_value_up(kernels, to, job);
   return out;
 }
 

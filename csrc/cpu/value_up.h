@@ -1,4 +1,4 @@
-// latent_value_up of up to kTile rows of one KV head.
+// latent_value_up of some rows of one KV head; kernels take up to kTile.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct ValueUp {
   int num_heads, queries_per_kv, head_dim, v_width;
   int head;
   int64_t first_row;
-  int rows;
+  int64_t rows;
 };
 
 }  // namespace recalkv

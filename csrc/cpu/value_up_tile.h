@@ -29,7 +29,8 @@ void value_up(const ValueUp& job, void* memory) {
   Scratch scratch{static_cast<char*>(memory)};
   const ValueUpScratch<Format> space(job, scratch);
   const int units = job.v_width / Format::kPerUnit;
-  const int columns = (job.rows + 15) / 16 * 16;
+  const int rows = static_cast<int>(job.rows);
+  const int columns = (rows + 15) / 16 * 16;
   const auto output_row = [&](int row) {
     const int64_t index = job.first_row + row;
     return index / job.queries_per_kv * job.num_heads + int64_t{job.head} * job.queries_per_kv +
@@ -40,7 +41,7 @@ void value_up(const ValueUp& job, void* memory) {
     const Unit* sources[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       // Columns past the last row repeat it; their results are not stored.
-      const int row = first + i < job.rows ? first + i : job.rows - 1;
+      const int row = first + i < rows ? first + i : rows - 1;
       Unit* out = space.narrow + i * units;
       Format::narrow(job.o_lat + output_row(row) * job.v_width, out, job.v_width);
       sources[i] = out;
@@ -76,14 +77,14 @@ void value_up(const ValueUp& job, void* memory) {
   });
 
   typename Output::Raw* out = static_cast<typename Output::Raw*>(job.out);
-  for (int first = 0; first < job.rows; first += kLanes) {
+  for (int first = 0; first < rows; first += kLanes) {
     for (int dim = 0; dim < job.head_dim; dim += kLanes) {
       const Unit* sources[kLanes];
       Unit block[kLanes * kLanes];
       for (int i = 0; i < kLanes; ++i)
         sources[i] = reinterpret_cast<const Unit*>(space.result + (dim + i) * kTile + first);
       transpose(sources, block, kLanes, kLanes);
-      for (int i = 0; i < kLanes && first + i < job.rows; ++i)
+      for (int i = 0; i < kLanes && first + i < rows; ++i)
         Output::store(out + output_row(first + i) * job.head_dim + dim,
                       load_units(block + i * kLanes));
     }

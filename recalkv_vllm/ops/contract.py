@@ -207,6 +207,19 @@ class BoundLayer(Protocol):
             out_dtype: dtype of the result; that of ``v_up`` if not given.
         """
 
+    def attend_heads(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """:meth:`value_up` of what :meth:`attend` gives: head outputs ``[tokens, h_q, d]``.
+
+        Where many queries share a tile, an implementation may reconstruct its values instead.
+
+        Args:
+            q: as for :meth:`attend`; the result has its dtype. Rows past ``query_start_loc[-1]``
+                are finite.
+            kv_cache: as :meth:`update_cache` writes it.
+        """
+        o_lat, _ = self.attend(q, kv_cache, batch)
+        return self.value_up(o_lat)
+
     def reserve(self, limits: BatchLimits) -> None:
         """Allocate what calls within ``limits`` need, before memory is profiled and graphs are
         captured."""

@@ -13,13 +13,13 @@ queries), and the largest of many random errors is a few times their usual size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from recalkv_vllm.ops import LatentLayer, reference
-from tests.ops.cases import AttentionInputs
+from tests.ops.cases import AttentionInputs, attend_in_torch
 
 SLACK = 3.0
 #: Of sums and elementary functions in float32, whatever the operands' precision.
@@ -46,9 +46,31 @@ def allowed_attention_error(inputs: AttentionInputs, dtype: torch.dtype) -> Allo
     With logits off by ``δ_n`` the probabilities ``p`` move a row's log-sum-exp by ``Σ p_n δ_n`` and
     its output by ``Σ p_n δ_n (v_n - o)``; probabilities and values are rounded themselves.
     """
+    return _allowed_sums(inputs, dtype, _value_latents, inputs.layer.v_width)
+
+
+def allowed_heads_error(inputs: AttentionInputs, dtype: torch.dtype) -> torch.Tensor:
+    """Of ``attend_heads`` with operands of ``dtype``, whichever way it takes: ``[tokens, h_q, d]``.
+
+    Sums of reconstructed values, which are rounded, or value latents that are summed, rounded and
+    projected.
+    """
+    layer = inputs.layer
+    o_lat, _ = attend_in_torch(inputs, torch.float64)
+    projected = allowed_value_up_error(o_lat, layer.v_up, layer.v_bias)
+    return _allowed_sums(inputs, dtype, _values, layer.head_dim).o_lat + projected
+
+
+def _allowed_sums(
+    inputs: AttentionInputs,
+    dtype: torch.dtype,
+    values_of: Callable[[LatentLayer, torch.Tensor], torch.Tensor],
+    width: int,
+) -> Allowed:
+    """Of sums of ``values_of(layer, latents)``: ``[tokens, groups of heads, width]``."""
     layer = inputs.layer
     tokens, num_heads, head_dim = inputs.q.shape
-    o_lat = torch.full((tokens, num_heads, layer.v_width), FLOOR, dtype=torch.float64)
+    o_lat = torch.full((tokens, num_heads, width), FLOOR, dtype=torch.float64)
     lse = torch.full((tokens, num_heads), FLOOR, dtype=torch.float64)
     unit = unit_roundoff(dtype, layer.k_width + head_dim)
     for rows, z, logits in _sequences(inputs):
@@ -57,8 +79,8 @@ def allowed_attention_error(inputs: AttentionInputs, dtype: torch.dtype) -> Allo
         queries = inputs.q[rows].cpu().double().norm(dim=-1)
         delta = unit * layer.scale * torch.einsum("qh,nh->hqn", queries, sizes)
         weighted = logits.softmax(dim=-1) * delta
-        values = torch.stack([z[:, start:end] for start, end in layer.v_spans], dim=1)
-        values = values.repeat_interleave(num_heads // len(layer.v_spans), dim=1)
+        values = values_of(layer, z)
+        values = values.repeat_interleave(num_heads // values.shape[1], dim=1)
         output = torch.einsum("hqn,nhr->qhr", logits.softmax(dim=-1), values)
         rounded = unit_roundoff(dtype, len(z)) * logits.softmax(dim=-1)
         o_lat[rows] += SLACK * torch.einsum("hqn,nhr->qhr", weighted + rounded, values.abs())
@@ -84,6 +106,17 @@ def allowed_value_up_error(
     ).sqrt()
     unit = unit_roundoff(v_up.dtype, v_up.shape[2])
     return SLACK * unit * size + unit_roundoff(out_dtype or v_up.dtype) * exact.abs() + FLOOR
+
+
+def _value_latents(layer: LatentLayer, z: torch.Tensor) -> torch.Tensor:
+    return torch.stack([z[:, start:end] for start, end in layer.v_spans], dim=1)
+
+
+def _values(layer: LatentLayer, z: torch.Tensor) -> torch.Tensor:
+    factors = layer.v_up.cpu().double()
+    latents = _value_latents(layer, z)
+    latents = latents.repeat_interleave(len(factors) // latents.shape[1], dim=1)
+    return torch.einsum("nhr,hdr->nhd", latents, factors)
 
 
 def _sequences(inputs: AttentionInputs) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

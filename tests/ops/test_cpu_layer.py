@@ -23,6 +23,9 @@ def make(**changes: object) -> torch.ScriptObject:
         "bias": None,
         "norm_weight": None,
         "k_starts": [0, 32],
+        "v_up": torch.zeros(HEADS, HEAD_DIM, 48),
+        "v_bias": None,
+        "panel": None,
         "tiles": torch.zeros(2, 2, HEAD_DIM // 2, 64),
         "max_position": 100,
         "latent_dtype": "",
@@ -41,6 +44,7 @@ def make(**changes: object) -> torch.ScriptObject:
             norm_eps=1e-6,
         ),
         spans=classes.Spans(k_starts=given["k_starts"], v_starts=[64], v_width=48),
+        values=classes.Values(factors=given["v_up"], bias=given["v_bias"], panel=given["panel"]),
         rotation=classes.Rotation(
             tiles=given["tiles"], max_position=given["max_position"], is_neox=True
         ),
@@ -71,6 +75,9 @@ def test_parts_that_fit() -> None:
         ({"factors": torch.zeros(2, 32, 64).mT}, "factors: expected contiguous Float"),
         ({"bias": torch.zeros(2, 32)}, r"bias: .* \[2, 64\].*\[2, 32\]"),
         ({"norm_weight": torch.zeros(32)}, r"norm_weight: .* \[64\]"),
+        ({"v_up": torch.zeros(2, 64, 32)}, r"v_up: .* \[2, 64, 48\]"),
+        ({"v_bias": torch.zeros(64)}, r"v_bias: .* \[2, 64\]"),
+        ({"panel": torch.zeros(2, 64, 48)}, r"panel: .* \[2, 48, 64, 1\]"),
         ({"k_starts": [0, 32, 64]}, "k_starts, v_starts: .* divide 2 KV heads, found 3 and 1"),
         ({"tiles": torch.zeros(2, 2, 48, 64)}, "tiles: expected at most 32 pairs, found 48"),
         ({"tiles": torch.zeros(2, 2, 32, 32)}, "tiles: expected contiguous Float"),

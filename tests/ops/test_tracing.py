@@ -22,9 +22,14 @@ from tests.ops.cases import (
 from tests.ops.tracing import RecordedCalls, ops_on_tensors
 
 NAMESPACE = "recalkv_cpu"
-UPDATE, ATTENTION, VALUE_UP = (
+UPDATE, ATTENTION, HEADS, VALUE_UP = (
     f"{NAMESPACE}::{name}"
-    for name in ("latent_cache_update", "paged_latent_attention", "latent_value_up")
+    for name in (
+        "latent_cache_update",
+        "paged_latent_attention",
+        "paged_latent_attention_heads",
+        "latent_value_up",
+    )
 )
 PLAIN = spanned("plain", (4, 2, 64), 1, 32, 2, 32, batch=MIXED)
 CASES = (
@@ -44,7 +49,7 @@ CASES = (
 
 def test_every_op_has_a_test_here() -> None:
     assert cpu.unsupported_reason(torch.device("cpu"), torch.float32, 64) is None
-    assert ops_on_tensors(NAMESPACE) == {UPDATE, ATTENTION, VALUE_UP}
+    assert ops_on_tensors(NAMESPACE) == {UPDATE, ATTENTION, HEADS, VALUE_UP}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -54,6 +59,9 @@ def test_attention(case: AttentionCase, dtype: torch.dtype) -> None:
     with RecordedCalls(NAMESPACE) as recorded:
         attend(inputs)
     recorded.check(ATTENTION)
+    with RecordedCalls(NAMESPACE) as recorded:
+        bind(inputs.layer).attend_heads(*inputs.call)
+    recorded.check(HEADS)
 
 
 @pytest.mark.parametrize(

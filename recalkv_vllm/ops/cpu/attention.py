@@ -14,7 +14,8 @@ class CpuLayer(BoundLayer):
 
     def __init__(self, layer: LatentLayer):
         self._isa = instruction_set(layer.k_up.dtype)
-        self._attend = pack_layer(layer, self._isa).attend
+        packed = pack_layer(layer, self._isa)
+        self._attend, self._attend_heads = packed.attend, packed.attend_heads
         self._v_up = layer.v_up.contiguous()
         self._v_bias = None if layer.v_bias is None else layer.v_bias.float().contiguous()
         self._update = torch.ops.recalkv_cpu.latent_cache_update.default
@@ -33,6 +34,13 @@ class CpuLayer(BoundLayer):
         if (used := int(starts[-1])) < len(o_lat):
             o_lat[used:] = 0
         return o_lat, lse
+
+    def attend_heads(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> torch.Tensor:
+        starts = batch.query_start_loc
+        heads = self._attend_heads(q, kv_cache, batch.block_table, batch.seq_lens, starts)
+        if (used := int(starts[-1])) < len(heads):
+            heads[used:] = 0
+        return heads
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.ops.recalkv_cpu.latent_value_up.default(

@@ -35,6 +35,10 @@ if load_error is None:
     ) -> torch.Tensor:
         return v_up.new_empty((*o_lat.shape[:2], v_up.shape[1]), dtype=out_dtype)
 
+    @torch.library.register_fake("recalkv_cpu::paged_latent_attention_heads")
+    def _(_: Any, q: torch.Tensor, *__: torch.Tensor) -> torch.Tensor:
+        return q.new_empty(q.shape)
+
     @torch.library.register_fake("recalkv_cpu::paged_latent_attention")
     def _(layer: Any, q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, heads = q.shape[:2]

@@ -26,6 +26,17 @@ class AttentionLayer(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``recalkv_cpu::paged_latent_attention`` of this layer."""
 
+    def attend_heads(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        /,
+    ) -> torch.Tensor:
+        """``recalkv_cpu::paged_latent_attention_heads`` of this layer."""
+
 
 class PackedFormat(NamedTuple):
     """How latents are stored, as arguments of the C++ ops.
@@ -69,6 +80,10 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
         # A key norm needs the whole key.
         if bf16_products and norm is None:
             expansion = _expansion(k_factors, rope)
+    panel = None
+    if layer.v_width > layer.head_dim:
+        pairs = layer.v_up.unflatten(2, (-1, 2 if bf16_products else 1))
+        panel = pairs.transpose(1, 2).to(k_factors.dtype).contiguous()
     return classes.AttentionLayer(
         isa=isa,
         keys=classes.Keys(
@@ -81,6 +96,11 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
             k_starts=[span.start for span in layer.k_spans],
             v_starts=[span.start for span in layer.v_spans],
             v_width=layer.v_width,
+        ),
+        values=classes.Values(
+            factors=layer.v_up.contiguous(),
+            bias=None if layer.v_bias is None else layer.v_bias.float().contiguous(),
+            panel=panel,
         ),
         rotation=rotation,
         expansion=expansion,

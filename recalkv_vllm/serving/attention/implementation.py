@@ -69,6 +69,6 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
             output.copy_(self._ops.value_up(o_lat))
             return output
         tokens = attn_metadata.num_actual_tokens
-        o_lat, _ = self._ops.attend(query[:tokens], kv_cache.squeeze(1), attn_metadata.batch)
-        output[:tokens].copy_(self._ops.value_up(o_lat))
+        paged = kv_cache.squeeze(1)
+        output[:tokens].copy_(self._ops.attend_heads(query[:tokens], paged, attn_metadata.batch))
         return output
