@@ -5,18 +5,21 @@
 
 namespace recalkv::RECALKV_ISA {
 
-// Softmax of one row's scores in [low, high); returns the factor on what was accumulated before.
+// Softmax of one row's scores in [low, high), in powers of two; returns the factor on what was
+// accumulated before.
 template <class Format>
 RECALKV_INLINE float Attention<Format>::softmax(float* row_scores, Unit* row_weights, int low,
                                                 int high, float& m, float& l) {
   constexpr int kCount = kTile / kLanes;
   const Vec hidden = splat(-__builtin_inff());
+  const bool capped = layer.soft_cap > 0;
+  const Vec scale = splat(capped ? layer.scale : layer.scale * kLog2E);
   Vec s[kCount];
   Vec top = hidden;
   for (int j = 0; j < kCount; ++j) {
-    s[j] = mul(load(row_scores + j * kLanes), splat(layer.scale));
+    s[j] = mul(load(row_scores + j * kLanes), scale);
     if (layer.k_norm_weight) s[j] = mul(s[j], load(key_scale + j * kLanes));
-    if (layer.soft_cap > 0) s[j] = cap(s[j]);
+    if (capped) s[j] = mul(cap(s[j]), splat(kLog2E));
     if (low > 0 || high < kTile)
       s[j] = select_range(low - j * kLanes, high - j * kLanes, s[j], hidden);
     top = max(top, s[j]);
@@ -29,22 +32,22 @@ RECALKV_INLINE float Attention<Format>::softmax(float* row_scores, Unit* row_wei
   const float new_max = tile_max > m ? tile_max : m;
   Vec total = splat(0.0f);
   for (int j = 0; j < kCount; ++j) {
-    s[j] = exp(sub(s[j], splat(new_max)));
+    s[j] = exp2(sub(s[j], splat(new_max)));
     total = add(total, s[j]);
     Format::store_row(row_weights, j * kLanes, s[j]);
   }
-  const float factor = m == new_max ? 1.0f : __builtin_expf(m - new_max);
+  const float factor = m == new_max ? 1.0f : __builtin_exp2f(m - new_max);
   l = l * factor + sum(total);
   m = new_max;
   return factor;
 }
 
-// cap · tanh(x / cap), with tanh(y) = sign(y) (1 - 2 e / (1 + e)), e = exp(-2 |y|).
+// cap · tanh(x / cap), with tanh(y) = sign(y) (1 - 2 e / (1 + e)), e = 2^(-2 |y| / ln 2).
 template <class Format>
 RECALKV_INLINE Vec Attention<Format>::cap(Vec x) const {
   const Vec y = mul(x, splat(1.0f / layer.soft_cap));
   const Vec size = max(y, sub(splat(0.0f), y));
-  const Vec e = exp(mul(size, splat(-2.0f)));
+  const Vec e = exp2(mul(size, splat(-2.0f * kLog2E)));
   const Vec t = div(sub(splat(1.0f), e), add(splat(1.0f), e));
   const Vec capped = mul(t, splat(layer.soft_cap));
   return copy_sign(capped, x);

@@ -107,4 +107,59 @@ RECALKV_INLINE Vec load_codes(const uint8_t* low, const uint8_t* high, int64_t c
   }
 }
 
+#if RECALKV_BF16_DOT
+
+// Fields of 1 or 2 bits of 32 columns, as bytes, shifted left by kShift. `column` is a multiple
+// of 32.
+template <int kBits, int kShift>
+RECALKV_INLINE __m256i load_32_fields(const uint8_t* plane, int64_t column) {
+  const uint8_t* p = plane + column * kBits / 8;
+  // Of every byte, the bit that its field starts at; positions are modulo 64.
+  alignas(32) static constexpr auto kStarts = [] {
+    struct {
+      uint8_t of[32];
+    } starts{};
+    for (int i = 0; i < 32; ++i) starts.of[i] = static_cast<uint8_t>((i * kBits - kShift) & 63);
+    return starts;
+  }();
+  const __m256i fields =
+      kBits == 2 ? _mm256_set1_epi64x(load_as<int64_t>(p)) : _mm256_set1_epi32(load_as<int32_t>(p));
+  const __m256i starts = _mm256_load_si256(reinterpret_cast<const __m256i*>(kStarts.of));
+  constexpr char kMask = static_cast<char>(((1 << kBits) - 1) << kShift);
+  return _mm256_and_si256(_mm256_multishift_epi64_epi8(starts, fields), _mm256_set1_epi8(kMask));
+}
+
+RECALKV_INLINE __m256i load_32_nibbles(const uint8_t* plane, int64_t column) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(plane + column / 2));
+  const __m256i x = _mm256_cvtepu8_epi16(bytes);
+  return _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi16(x, 4)), _mm256_set1_epi8(0x0f));
+}
+
+// load_codes of integers for 32 columns, as bytes.
+template <Codec kCodec>
+RECALKV_INLINE __m256i load_32_codes(const uint8_t* low, const uint8_t* high, int64_t column) {
+  switch (kCodec) {
+    case Codec::kInt6:
+      return _mm256_or_si256(load_32_nibbles(low, column), load_32_fields<2, 4>(high, column));
+    case Codec::kInt4: return load_32_nibbles(low, column);
+    case Codec::kInt3:
+      return _mm256_or_si256(load_32_fields<2, 0>(low, column), load_32_fields<1, 2>(high, column));
+    case Codec::kInt2: return load_32_fields<2, 0>(low, column);
+    default: return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low + column));
+  }
+}
+
+// codes · scale + offset of 32 columns, in bf16.
+template <Codec kCodec>
+RECALKV_INLINE void store_32_latents(const uint8_t* low, const uint8_t* high, int64_t column,
+                                     Vec scale, Vec offset, uint16_t* out) {
+  const __m256i codes = load_32_codes<kCodec>(low, high, column);
+  const Vec first = to_floats(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes)));
+  const Vec second = to_floats(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1)));
+  _mm512_storeu_si512(
+      out, (__m512i)_mm512_cvtne2ps_pbh(fma(second, scale, offset), fma(first, scale, offset)));
+}
+
+#endif
+
 }  // namespace recalkv::RECALKV_ISA

@@ -66,6 +66,12 @@ void Attention<Format>::dequantize(const Segment& segment, const Tile& tile, int
       const float stored = load_scale<kType>(tile.scales[t], group);
       const Vec scale = splat(kFp8 ? stored * 256 : stored);
       const Vec offset = splat(stored * center(kCodec));
+#if RECALKV_BF16_DOT
+      if constexpr (!kFp8) {
+        for (; (column - segment.begin) % 32 == 0 && column + 32 <= until; column += 32)
+          store_32_latents<kCodec>(low, high, column - segment.begin, scale, offset, out + column);
+      }
+#endif
       for (; column < until; column += kLanes) {
         const Vec units = load_codes<kCodec>(low, high, column - segment.begin);
         Format::store_latent(out + column, kFp8 ? mul(units, scale) : fma(units, scale, offset));

@@ -18,10 +18,12 @@ void Attention<Format>::load_queries() {
           q + (task.first_token + query) * batch.q_stride + query_head * layer.head_dim;
       Unit* out = queries + (int64_t{head} * rows + row) * depth;
       if constexpr (Format::kRawIsUnits) {
-        reorder(raw, reinterpret_cast<uint16_t*>(out), pairs);
+        const int whole = pairs / kLanes * kLanes;
+        Format::interleave(raw, raw + pairs, out, whole);
+        reorder(raw, reinterpret_cast<uint16_t*>(out), whole, pairs);
       } else {
         Format::widen(raw, widened, layer.head_dim);
-        reorder(widened, out, pairs);
+        reorder(widened, out, 0, pairs);
       }
     }
   }
@@ -29,8 +31,8 @@ void Attention<Format>::load_queries() {
 
 template <class Format>
 template <class T>
-void Attention<Format>::reorder(const T* in, T* out, int pairs) const {
-  for (int i = 0; i < pairs; ++i) {
+void Attention<Format>::reorder(const T* in, T* out, int first, int pairs) const {
+  for (int i = first; i < pairs; ++i) {
     out[2 * i] = in[i];
     out[2 * i + 1] = in[i + pairs];
   }
@@ -58,7 +60,7 @@ template <class Format>
 void Attention<Format>::finish() {
   for (int head = 0; head < num_heads; ++head) {
     for (int row = 0; row < rows; ++row) {
-      const float m = running_max[int64_t{head} * rows + row];
+      const float m = running_max[int64_t{head} * rows + row] / kLog2E;
       const float l = running_sum[int64_t{head} * rows + row];
       const int64_t index = out_row(head, row);
       if (task.weight) {

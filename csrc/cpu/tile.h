@@ -49,7 +49,7 @@ struct Attention {
   Unit* values;        // [kTokenUnits][width]
   float* scores;       // [kRowBlock][kTile]
   Unit* weights;       // [kRowBlock][kTokenUnits]
-  float* running_max;  // [num_heads][rows]
+  float* running_max;  // [num_heads][rows], of logits in base 2
   float* running_sum;  // [num_heads][rows]
   float* key_scale;    // [kTile], 1 / RMS of each key
   float* rescale;      // [kRowBlock]
@@ -159,7 +159,7 @@ struct Attention {
   // rows.h
   void load_queries();
   template <class T>
-  void reorder(const T* in, T* out, int pairs) const;
+  void reorder(const T* in, T* out, int first, int pairs) const;
   void start();
   void finish();
 
