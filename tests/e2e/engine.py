@@ -55,6 +55,7 @@ def run(job):
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     cache = llm.llm_engine.vllm_config.cache_config
     metrics["kv_cache_tokens"] = cache.num_gpu_blocks * cache.block_size
+    metrics["model_runner_v2"] = llm.llm_engine.vllm_config.use_v2_model_runner
     del llm
     cleanup_dist_env_and_memory()
     tokens, outputs = zip(*answers, strict=True)

@@ -41,6 +41,7 @@ QUANTIZED, ALONE = "e2e/test_quantized_latents.py", "e2e/test_factors_only.py"
 PARALLEL, LORA = "e2e/test_distribution.py", "serving/test_lora.py"
 SHARDS, COMPILED = "serving/test_sharding.py", "serving/test_captured_code.py"
 HUB, CONNECTORS = "e2e/test_hub.py", "serving/test_connectors.py"
+RUNNER_V2 = "e2e/test_model_runner_v2.py"
 STARTUP, ARCHITECTURES = "serving/test_startup.py", "e2e/test_architectures.py"
 OPTION = f"{REFUSALS}::test_unsupported_option"
 
@@ -107,6 +108,21 @@ TABLE = (
         "serving/test_graph_capture.py::test_captured_metadata_shows_the_batch_of_a_replay",
         "cuda/test_tracing.py::test_replayed_calls_serve_padded_batches",
         "kernels/test_attention.py::test_replayed_launches_serve_padded_batches",
+    ),
+    emulated(
+        "Model Runner V2, which vLLM takes on GPUs: chunked prefill, prefix caching, preemption, "
+        "sliding windows, latents in bands",
+        f"{RUNNER_V2}::test_tokens_equal_stock_on_either_runner",
+        f"{RUNNER_V2}::test_prefix_caching",
+        f"{RUNNER_V2}::test_preemption",
+        f"{RUNNER_V2}::test_sliding_windows",
+        f"{RUNNER_V2}::test_chunked_prefill_of_quantized_latents",
+    ),
+    emulated(
+        "The same with a draft model, in tensor parallel, and on the Triton kernels",
+        f"{RUNNER_V2}::test_draft_model_speculation",
+        f"{RUNNER_V2}::test_tensor_parallel",
+        f"{RUNNER_V2}::test_triton_kernels",
     ),
     works(
         "Factors alone, on the unmodified base model", f"{ALONE}::test_tokens_equal_the_base_models"
@@ -192,7 +208,8 @@ TEXT = """# Supported features
 
 Every feature here is either tested against stock vLLM or refused at start-up with a message that
 names the option. What works was seen to work with vLLM's CPU build. "emulated" is what only a GPU
-has: its tests interpret or emulate the kernels on a CPU, and no GPU has run it. This page is
+has: its tests interpret or emulate kernels on a CPU, and no GPU has run it
+([a first run on a GPU](gpu_first_run.md)). This page is
 written by `python -m tests.e2e.features`.
 
 {table}

@@ -1,0 +1,119 @@
+"""Model Runner V2, which every GPU server of vLLM runs: it changes no token.
+
+On a CPU it runs with Triton's interpreter (``model_runner_v2/sitecustomize.py``). N-gram
+speculation is not here: the interpreter refuses a mask of vLLM 0.32's own kernel, stock or not.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import run_engines
+
+pytestmark = pytest.mark.model_runner_v2
+
+RUNNER_V2 = {"PYTHONPATH": str(Path(__file__).with_name("model_runner_v2"))}
+RECALKV = {"attention_backend": "recalkv"}
+GREEDY = {"max_tokens": 24, "ignore_eos": True}
+
+
+def on_v2(jobs, **environment):
+    """Results of engine jobs by name, all under Model Runner V2."""
+    results = dict(zip(jobs, run_engines(*jobs.values(), **RUNNER_V2, **environment), strict=True))
+    assert all(run["metrics"]["model_runner_v2"] for run in results.values())
+    return results
+
+
+@pytest.fixture(scope="module")
+def bands(small, compressed):
+    """Compressed to bands of several bit widths, as ``kfac`` does by default."""
+    settings = {"compression": 0.8, "target": "none", "k_group_size": None, "num_samples": 16}
+    return compressed(small, method="kfac", **settings)
+
+
+@pytest.fixture(scope="module")
+def on_v1(small, small_prompts):
+    (stock,) = run_engines(small_prompts.job(small))
+    assert not stock["metrics"]["model_runner_v2"]
+    return stock
+
+
+@pytest.fixture(scope="module")
+def runs(small, make_small, compressed, small_prompts, bands):
+    checkpoint, windows = compressed(small), make_small("gemma2")
+    prompts = {"prompts": small_prompts.ids, "sampling": GREEDY}
+    # 12 blocks of 32 tokens hold the long request alone.
+    tight = {"num_gpu_blocks_override": 13, "max_model_len": 352}
+    return on_v2(
+        {
+            "stock": small_prompts.job(small),
+            # The same prompts again, of which blocks are cached.
+            "ours": small_prompts.job(checkpoint, prompts, prompts, **RECALKV),
+            "tight": small_prompts.job(checkpoint, **tight, **RECALKV),
+            "stock windows": small_prompts.job(windows),
+            "windows": small_prompts.job(compressed(windows), **RECALKV),
+            "bands": small_prompts.job(bands, **RECALKV),
+            "bands whole": small_prompts.job(bands, max_num_batched_tokens=512, **RECALKV),
+        }
+    )
+
+
+def test_tokens_equal_stock_on_either_runner(runs, on_v1):
+    assert runs["stock"]["tokens"] == on_v1["tokens"]
+    assert runs["ours"]["tokens"][0] == on_v1["tokens"][0]
+
+
+def test_prefix_caching(runs, small_prompts):
+    first, again = runs["ours"]["tokens"]
+    assert again == first
+    cached = runs["ours"]["metrics"]["vllm:prefix_cache_hits"]
+    assert cached >= len(small_prompts.ids[0]) - 32
+
+
+def test_preemption(runs):
+    assert runs["tight"]["metrics"]["vllm:num_preemptions"] > 0
+    assert runs["tight"]["tokens"][0] == runs["stock"]["tokens"][0]
+
+
+def test_sliding_windows(runs):
+    assert runs["windows"]["tokens"] == runs["stock windows"]["tokens"]
+
+
+def test_chunked_prefill_of_quantized_latents(runs):
+    assert runs["bands"]["tokens"] == runs["bands whole"]["tokens"]
+
+
+def test_triton_kernels(on_v1, compressed, small, small_prompts):
+    """All that a GPU server runs but the GPU: its runner, and its kernels, interpreted."""
+    few = {"prompts": small_prompts.ids[1:], "sampling": {"max_tokens": 4, "ignore_eos": True}}
+    job = small_prompts.job(compressed(small), few, **RECALKV)
+    ours = on_v2({"ours": job}, RECALKV_KERNEL="triton")["ours"]
+    assert ours["tokens"][0] == [tokens[:4] for tokens in on_v1["tokens"][0][1:]]
+
+
+@pytest.mark.slow
+def test_draft_model_speculation(small, compressed, small_prompts):
+    checkpoint = compressed(small)
+    speculation = {
+        "method": "draft_model",
+        "model": str(checkpoint),
+        "num_speculative_tokens": 3,
+    }
+    runs = on_v2(
+        {
+            "alone": small_prompts.job(checkpoint, **RECALKV),
+            "drafted": small_prompts.job(checkpoint, speculative_config=speculation, **RECALKV),
+        }
+    )
+    assert runs["drafted"]["tokens"] == runs["alone"]["tokens"]
+    assert runs["drafted"]["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+@pytest.mark.slow
+def test_tensor_parallel(small, compressed, small_prompts, on_v1):
+    checkpoint = compressed(small, k_group_size=2, v_groups=2)
+    job = small_prompts.job(checkpoint, tensor_parallel_size=2, **RECALKV)
+    # Inductor, which vLLM's sharded embedding asks for, would compile for Triton's backend "cpu".
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"}
+    ours = on_v2({"ours": job}, **environment)["ours"]
+    assert ours["tokens"] == on_v1["tokens"]
