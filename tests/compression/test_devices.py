@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from recalkv_vllm.compression.base_model import devices
 from recalkv_vllm.compression.factoring import output_refit
 from recalkv_vllm.compression.healing import student
 from recalkv_vllm.compression.options import CompressOptions
@@ -19,6 +23,7 @@ from recalkv_vllm.evaluation import transformers_engine
 from tests.pretend_device import NAME, PretendDevice
 
 FEW = {"num_samples": 4, "seq_len": 32, "target": "none"}
+TOKENS = list(range(40))
 BUILTIN = {"datasets": ("builtin",)}
 JOBS: dict[str, dict[str, Any]] = {
     "kfac": {},
@@ -36,7 +41,7 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_the_device_tells_tensors_apart() -> None:
+def tell_tensors_apart() -> None:
     with PretendDevice():
         there = torch.ones(3, device=NAME)
         assert (there + torch.tensor(1.0)).sum().item() == 6
@@ -54,49 +59,65 @@ def test_the_device_tells_tensors_apart() -> None:
             there.numpy()
 
 
+def compress_there(model: Path, out: Path, name: str, mistake: str | None = None) -> None:
+    options = {"compression": 0.5, **FEW, **BUILTIN, **JOBS[name]}
+    with patch.dict(os.environ, RECALKV_CACHE=str(out.parent / "cache")), ExitStack() as planted:
+        if mistake is not None:
+            planted.enter_context(patch.object(*MISTAKES[mistake]))
+        with PretendDevice():
+            compress(CompressOptions(str(model), out, device=NAME, **options))
+
+
+def score_there(checkpoint: Path) -> float:
+    with (
+        patch.object(transformers_engine, "choose_device", lambda device: NAME),
+        PretendDevice(),
+    ):
+        served = transformers_engine.load_served(checkpoint)
+        assert served.device == torch.device(NAME, 0)
+        ((loss, _),) = transformers_engine.score_windows(checkpoint, [TOKENS])
+    return loss
+
+
+#: Where a tensor stays in memory, and what takes the place of what moves it.
+MISTAKES: dict[str, tuple[ModuleType, str, Callable[..., object]]] = {
+    "kfac-refit": (output_refit, "_to_device", lambda value, device: value),
+    "kfac-healed": (student, "execution_device", lambda module: torch.device("cpu")),
+}
+
+
 @pytest.fixture(scope="module")
-def model(make_model) -> Path:
+def in_fresh_process() -> Iterator[Callable[..., Any]]:
+    """``in_fresh_process(function, *args)``: autograd serves only devices that its process knew
+    before its first backward pass."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Path]) -> Path:
     """In float32: the device has no autocast."""
     return make_model("llama", torch.float32)
 
 
+def test_the_device_tells_tensors_apart(in_fresh_process: Callable[..., Any]) -> None:
+    in_fresh_process(tell_tensors_apart)
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_compress_and_evaluate(
-    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, model: Path, tmp_path: Path, in_fresh_process: Callable[..., Any]
 ) -> None:
-    options = {"compression": 0.5, **FEW, **BUILTIN, **JOBS[name]}
-    for module in (devices, transformers_engine):
-        monkeypatch.setattr(module, "choose_device", lambda device: NAME)
-    with PretendDevice():
-        compress(CompressOptions(str(model), tmp_path / "out", device=NAME, **options))
-        ((loss, _),) = transformers_engine.score_windows(tmp_path / "out", [list(range(40))])
-        served = transformers_engine.load_served(tmp_path / "out")
-    assert served.device == torch.device(NAME, 0)
-    monkeypatch.undo()
-    ((expected, _),) = transformers_engine.score_windows(tmp_path / "out", [list(range(40))])
+    out = tmp_path / "out"
+    in_fresh_process(compress_there, model, out, name)
+    loss = in_fresh_process(score_there, out)
+    ((expected, _),) = transformers_engine.score_windows(out, [TOKENS])
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
-def left_in_memory(value: Any, device: str) -> Any:
-    return value
-
-
-@pytest.mark.parametrize(
-    ("name", "place", "mistake"),
-    [
-        ("kfac-refit", (output_refit, "_to_device"), left_in_memory),
-        ("kfac-healed", (student, "execution_device"), lambda module: torch.device("cpu")),
-    ],
-)
+@pytest.mark.parametrize("name", MISTAKES)
 def test_a_tensor_left_in_memory_is_found(
-    name: str,
-    place: tuple[ModuleType, str],
-    mistake: Callable[..., object],
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, model: Path, tmp_path: Path, in_fresh_process: Callable[..., Any]
 ) -> None:
-    options = {"compression": 0.5, **FEW, **BUILTIN, **JOBS[name]}
-    monkeypatch.setattr(*place, mistake)
-    with PretendDevice(), pytest.raises(RuntimeError, match="expected all tensors on one device"):
-        compress(CompressOptions(str(model), tmp_path / "out", device=NAME, **options))
+    with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+        in_fresh_process(compress_there, model, tmp_path / "out", name, name)
