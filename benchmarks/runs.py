@@ -13,7 +13,7 @@ class Runs:
     Args:
         kernel: the version of ours that runs.
         ours: to head outputs, as stock's attention gives.
-    stock: baselines by name; the fastest counts.
+        stock: baselines by name; the fastest counts.
     """
 
     kernel: str

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,10 @@ def compressed(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bands(compressed):
+    """``bands(model)``: compressed to bands of several bit widths, as ``kfac`` does by default."""
+    settings = {"compression": 0.8, "target": "none", "k_group_size": None, "num_samples": 16}
+    return partial(compressed, method="kfac", **settings)

@@ -25,13 +25,6 @@ def on_v2(jobs, **environment):
 
 
 @pytest.fixture(scope="module")
-def bands(small, compressed):
-    """Compressed to bands of several bit widths, as ``kfac`` does by default."""
-    settings = {"compression": 0.8, "target": "none", "k_group_size": None, "num_samples": 16}
-    return compressed(small, method="kfac", **settings)
-
-
-@pytest.fixture(scope="module")
 def on_v1(small, small_prompts):
     (stock,) = run_engines(small_prompts.job(small))
     assert not stock["metrics"]["model_runner_v2"]
@@ -52,8 +45,8 @@ def runs(small, make_small, compressed, small_prompts, bands):
             "tight": small_prompts.job(checkpoint, **tight, **RECALKV),
             "stock windows": small_prompts.job(windows),
             "windows": small_prompts.job(compressed(windows), **RECALKV),
-            "bands": small_prompts.job(bands, **RECALKV),
-            "bands whole": small_prompts.job(bands, max_num_batched_tokens=512, **RECALKV),
+            "bands": small_prompts.job(bands(small), **RECALKV),
+            "bands whole": small_prompts.job(bands(small), max_num_batched_tokens=512, **RECALKV),
         }
     )
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,13 +30,6 @@ def quantize(tmp_path_factory):
         return copy
 
     return make
-
-
-@pytest.fixture(scope="module")
-def bands(compressed):
-    """``bands(model)``: compressed to bands of several bit widths, as ``kfac`` does by default."""
-    settings = {"compression": 0.8, "target": "none", "k_group_size": None, "num_samples": 16}
-    return partial(compressed, method="kfac", **settings)
 
 
 @pytest.fixture(scope="module")

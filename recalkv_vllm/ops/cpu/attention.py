@@ -31,15 +31,13 @@ class CpuLayer(BoundLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         starts = batch.query_start_loc
         o_lat, lse = self._attend(q, kv_cache, batch.block_table, batch.seq_lens, starts)
-        if (used := int(starts[-1])) < len(o_lat):
-            o_lat[used:] = 0
+        _zero_padding(o_lat, starts)
         return o_lat, lse
 
     def attend_heads(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> torch.Tensor:
         starts = batch.query_start_loc
         heads = self._attend_heads(q, kv_cache, batch.block_table, batch.seq_lens, starts)
-        if (used := int(starts[-1])) < len(heads):
-            heads[used:] = 0
+        _zero_padding(heads, starts)
         return heads
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -53,3 +51,9 @@ class CpuLayer(BoundLayer):
 
     def reserve(self, limits: BatchLimits) -> None:
         """Nothing to reserve: threads keep their scratch memory."""
+
+
+def _zero_padding(rows: torch.Tensor, query_start_loc: torch.Tensor) -> None:
+    """Zero the rows that belong to no sequence, which the op leaves as they were."""
+    if (used := int(query_start_loc[-1])) < len(rows):
+        rows[used:] = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -11,31 +12,23 @@ from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.cpu import tables
 from recalkv_vllm.ops.rotary import pair_order
 
+Result = TypeVar("Result")
+#: An op bound to its layer: of queries, cache, block table, sequence lengths and query starts.
+Attend: TypeAlias = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Result
+]
+
 
 class AttentionLayer(Protocol):
-    """A layer packed for one instruction set (``csrc/cpu/attention_layer.h``)."""
+    """A layer packed for one instruction set (``csrc/cpu/attention_layer.h``), and its ops.
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        /,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``recalkv_cpu::paged_latent_attention`` of this layer."""
+    Args:
+        attend: ``recalkv_cpu::paged_latent_attention``.
+        attend_heads: ``recalkv_cpu::paged_latent_attention_heads``.
+    """
 
-    def attend_heads(
-        self,
-        q: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        /,
-    ) -> torch.Tensor:
-        """``recalkv_cpu::paged_latent_attention_heads`` of this layer."""
+    attend: Attend[tuple[torch.Tensor, torch.Tensor]]
+    attend_heads: Attend[torch.Tensor]
 
 
 class PackedFormat(NamedTuple):
