@@ -56,6 +56,8 @@ def run(job):
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     cache = llm.llm_engine.vllm_config.cache_config
     metrics["kv_cache_tokens"] = cache.num_gpu_blocks * cache.block_size
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    metrics["kv_cache_groups"] = len(scheduler.kv_cache_config.kv_cache_groups)
     metrics["model_runner_v2"] = llm.llm_engine.vllm_config.use_v2_model_runner
     del llm
     cleanup_dist_env_and_memory()

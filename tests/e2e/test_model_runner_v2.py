@@ -113,9 +113,7 @@ def test_ngram_speculation(small, compressed, small_prompts):
     runs = on_v2(
         {
             "stock": small_prompts.job(small, batch),
-            "ours": small_prompts.job(
-                checkpoint, batch, speculative_config=speculation, **RECALKV
-            ),
+            "ours": small_prompts.job(checkpoint, batch, speculative_config=speculation, **RECALKV),
         }
     )
     assert runs["ours"]["tokens"] == runs["stock"]["tokens"]
