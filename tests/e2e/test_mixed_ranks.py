@@ -1,4 +1,4 @@
-"""Layers of several ranks, with windows and without: cache groups, and the tokens of the weights."""
+"""Layers of several ranks, with and without windows: cache groups, and tokens of the weights."""
 
 import pytest
 
