@@ -2,6 +2,7 @@
 # make test-all: the same, plus the slow end-to-end tests.
 # make test-reliability: fuzzers, faults and a 15-minute soak, with figures at the end.
 # make test-asan: the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer.
+# make test-cuda-stack: the plugin in vLLM's CUDA build, on a machine without a GPU; downloads 10 GB.
 # make gpu: build, test and measure the kernels on a GPU, in calls of at most 8 minutes.
 
 PYTHON ?= python3
@@ -24,7 +25,15 @@ MINUTES ?= 7.5
 SANITIZED := build/sanitized
 CXX_FILES := $(wildcard csrc/*/*) $(wildcard tests/cuda/emulation/*.h tests/cuda/emulation/*.cpp)
 
-.PHONY: demo test test-all test-reliability test-asan gpu lint install model clean
+# vLLM's CUDA build, the package built against its torch, and libraries that answer for a driver.
+CUDA_VLLM ?= 0.33.0
+CUDA_VENV := .venv-cuda-$(CUDA_VLLM)
+CUDA_BIN := $(CUDA_VENV)/bin
+CUDA_BUILD := $(CUDA_VENV)/build
+CUDA_DRIVER := $(CUDA_VENV)/driver
+PRETENDED := tests/cuda_stack/pretended
+
+.PHONY: demo test test-all test-reliability test-asan test-cuda-stack gpu lint install model clean
 .DELETE_ON_ERROR:
 
 demo: install model
@@ -52,6 +61,16 @@ test-asan: install
 		$(BIN)/pytest --import-mode=importlib tests/reliability/test_sanitizers.py tests/ops \
 			tests/reliability/test_op_fuzz.py
 
+# Apart from "make test": no GPU, no driver, but nvcc if the CUDA extension shall be tested too. The
+# package is a copy beside the tree, whose extension is for another torch.
+test-cuda-stack: $(CUDA_VENV)/.stack $(CUDA_DRIVER)/libcuda.so.1 $(CUDA_DRIVER)/libnvidia-ml.so.1
+	mkdir -p $(CUDA_BUILD)/lib
+	$(CUDA_BIN)/python setup.py --quiet egg_info --egg-base $(CUDA_BUILD)/lib \
+		build --build-temp $(CUDA_BUILD)/tmp --build-lib $(CUDA_BUILD)/lib
+	LD_LIBRARY_PATH=$(CURDIR)/$(CUDA_DRIVER) \
+	PYTHONPATH=$(CURDIR)/$(PRETENDED):$(CURDIR)/$(CUDA_BUILD)/lib:$(CURDIR) \
+		$(CUDA_BIN)/pytest --import-mode=importlib tests/cuda_stack
+
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -68,7 +87,7 @@ install: $(PACKAGE)
 model: $(MODEL)/config.json
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info recalkv_vllm/*.so
+	rm -rf $(VENV) .venv-cuda-* .cache build *.egg-info recalkv_vllm/*.so
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -90,6 +109,20 @@ $(VENV)/.stack-cpu: | $(VENV)/bin/python
 		> $(VENV)/vllm-metadata/pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation $(VENV)/vllm-metadata
 	touch $@
+
+$(CUDA_VENV)/.stack:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja
+	$(CUDA_BIN)/pip install --quiet vllm==$(CUDA_VLLM) accelerate datasets hypothesis pytest
+	touch $@
+
+$(CUDA_DRIVER)/libcuda.so.1: $(PRETENDED)/driver.c
+	mkdir -p $(@D)
+	$(CC) -shared -fPIC -Wl,-soname,$(@F) -o $@ $<
+
+$(CUDA_DRIVER)/libnvidia-ml.so.1: $(PRETENDED)/driver.c
+	mkdir -p $(@D)
+	$(CC) -shared -fPIC -DNVML -Wl,-soname,$(@F) -o $@ $<
 
 # No build isolation: the extension must be built against the torch that will load it.
 $(PACKAGE): $(STACK) setup.py cuda_build.py pyproject.toml $(wildcard csrc/*/*)
