@@ -64,21 +64,18 @@ void Attention<Format>::attend(int head, int64_t first, int valid) {
     if (newest < first) continue;
     if (layer.window && oldest - layer.window + 1 >= first + valid) continue;
 
-    for_blocks(count, kTile,
-               [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
-      constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
-      if constexpr (kV == kVecs) {
-        Vec acc[kR][kV];
-        for (int i = 0; i < kR; ++i)
-          for (int j = 0; j < kV; ++j)
-            acc[i][j] =
-                expanded ? load(scores + (row + i) * kTile + column + j * kLanes) : splat(0.0f);
-        product<Format>(acc, head_queries + int64_t{begin + row} * depth, depth, keys + column,
-                        kTile, exact_rows / Format::kPerUnit);
-        for (int i = 0; i < kR; ++i)
-          for (int j = 0; j < kV; ++j)
-            store(scores + (row + i) * kTile + column + j * kLanes, acc[i][j]);
-      }
+    products.template run<Format>(
+        count, kTile, {head_queries + int64_t{begin} * depth, depth}, {keys, kTile},
+        exact_rows / Format::kPerUnit,
+        [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
+      for (int i = 0; i < kR; ++i)
+        for (int j = 0; j < kV; ++j)
+          acc[i][j] =
+              expanded ? load(scores + (row + i) * kTile + column + j * kLanes) : splat(0.0f);
+    }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
+      for (int i = 0; i < kR; ++i)
+        for (int j = 0; j < kV; ++j)
+          store(scores + (row + i) * kTile + column + j * kLanes, acc[i][j]);
     });
     for (int row = 0; row < count; ++row) {
       const int64_t position = task.first_position + (begin + row) / batch.queries_per_kv;
@@ -88,20 +85,19 @@ void Attention<Format>::attend(int head, int64_t first, int valid) {
       rescale[row] = softmax(scores + row * kTile, weights + row * kTokenUnits, clamp(low, kTile),
                              clamp(high, valid), running_max[state], running_sum[state]);
     }
-    for_blocks(count, width,
-               [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
-      constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
-      Vec acc[kR][kV];
-      float* out[kR];
+    products.template run<Format>(
+        count, width, {weights, kTokenUnits}, {values, width}, used_units,
+        [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
       for (int i = 0; i < kR; ++i) {
-        out[i] = row_sums(head, begin + row + i) + column;
+        const float* sum = row_sums(head, begin + row + i) + column;
         const Vec factor = splat(rescale[row + i]);
-        for (int j = 0; j < kV; ++j) acc[i][j] = mul(load(out[i] + j * kLanes), factor);
+        for (int j = 0; j < kV; ++j) acc[i][j] = mul(load(sum + j * kLanes), factor);
       }
-      product<Format>(acc, weights + row * kTokenUnits, kTokenUnits, values + column, width,
-                      used_units);
-      for (int i = 0; i < kR; ++i)
-        for (int j = 0; j < kV; ++j) store(out[i] + j * kLanes, acc[i][j]);
+    }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
+      for (int i = 0; i < kR; ++i) {
+        float* sum = row_sums(head, begin + row + i) + column;
+        for (int j = 0; j < kV; ++j) store(sum + j * kLanes, acc[i][j]);
+      }
     });
   }
 }

@@ -4,7 +4,7 @@
 
 #include "batch.h"
 #include "layer.h"
-#include "product.h"
+#include "products.h"
 #include "scratch.h"
 #include "task.h"
 
@@ -43,6 +43,7 @@ struct Attention {
   const int v_units;                // units of a V span
   const int width;                  // columns of a row of sums: of values, or of value latents
 
+  Products products;
   Unit* queries;       // [num_heads][rows][depth], pair order
   Unit* z_columns;     // [k_units][kTile]
   Unit* keys;          // [depth][kTile]
@@ -100,7 +101,8 @@ struct Attention {
         exact_rows(expanded ? 2 * l.exact_pairs : l.head_dim),
         dense(t.heads != nullptr),
         v_units(l.v_width / Format::kPerUnit),
-        width(dense ? l.head_dim : l.v_width) {
+        width(dense ? l.head_dim : l.v_width),
+        products(scratch) {
     queries = scratch.take<Unit>(int64_t{num_heads} * rows * depth);
     z_columns = scratch.take<Unit>(k_units * kTile);
     keys = scratch.take<Unit>(depth * kTile);
@@ -124,7 +126,7 @@ struct Attention {
       dequantized_stride = batch.latents.rank + 64 / static_cast<int64_t>(sizeof(Raw));
       dequantized = scratch.take<Raw>(kTile * dequantized_stride);
     }
-    prefetch_step = kTile / (num_heads * (exact_rows / kRows + 1)) + 1;
+    prefetch_step = kTile / (num_heads * (exact_rows / Products::kBlockRows + 1)) + 1;
     if (expanded) {
       turned = scratch.take<Unit>(rows * kTerms * round_up(layer.expanded_pairs));
       absorbed = scratch.take<Unit>(int64_t{num_heads} * rows * kTerms * k_units);
