@@ -53,6 +53,7 @@ struct Attention {
   float* running_max;  // [num_heads][rows], of logits in base 2
   float* running_sum;  // [num_heads][rows]
   float* key_scale;    // [kTile], 1 / RMS of each key
+  float* new_max;      // [kRowBlock]
   float* rescale;      // [kRowBlock]
   Raw* zeros;          // a latent for tokens past the end
   Unit* widened;       // [kLanes][widest row], where the source is not made of units
@@ -109,9 +110,11 @@ struct Attention {
     values = scratch.take<Unit>(kTokenUnits * width);
     scores = scratch.take<float>(kRowBlock * kTile);
     weights = scratch.take<Unit>(kRowBlock * kTokenUnits);
-    running_max = scratch.take<float>(int64_t{num_heads} * rows);
+    // Read in whole vectors.
+    running_max = scratch.take<float>(int64_t{num_heads} * rows + kLanes);
     running_sum = scratch.take<float>(int64_t{num_heads} * rows);
     key_scale = scratch.take<float>(kTile);
+    new_max = scratch.take<float>(kRowBlock);
     rescale = scratch.take<float>(kRowBlock);
     const int widest = layer.k_width > layer.v_width ? layer.k_width : layer.v_width;
     zeros = scratch.take<Raw>(widest);
@@ -193,8 +196,9 @@ struct Attention {
   void score_expanded(int head, int64_t first);
 
   // attend.h
-  RECALKV_INLINE float softmax(float* row_scores, Unit* row_weights, int low, int high, float& m,
-                               float& l);
+  void softmax(int head, int begin, int count, int64_t first, int valid);
+  RECALKV_INLINE Range visible(int row, int64_t first, int valid) const;
+  RECALKV_INLINE Vec logits(Vec score, int token) const;
   RECALKV_INLINE Vec cap(Vec x) const;
   void attend(int head, int64_t first, int valid);
 
