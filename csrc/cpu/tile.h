@@ -12,6 +12,9 @@ namespace recalkv::RECALKV_ISA {
 
 RECALKV_INLINE int round_up(int count) { return (count + 15) / 16 * 16; }
 
+// Tokens whose codes are still in the nearest cache when a next segment of them is read.
+constexpr int kTokenBlock = 8;
+
 // x, but no less than 0 and no more than `most`.
 RECALKV_INLINE int clamp(int64_t x, int most) {
   if (x < 0) return 0;
@@ -77,6 +80,9 @@ struct Attention {
   };
   Segment* segments;  // [num_segments], see plan_segments()
   int num_segments = 0;
+  Range groups;   // whose scales they have
+  float* scales;  // [kTokenBlock][scales_stride], of these
+  int64_t scales_stride;
   Range* code_ranges;  // [num_code_ranges], bytes of a token's codes that they take
   int num_code_ranges = 0;
   // Where a tile's tokens lie; latents are null past the end.
@@ -128,6 +134,8 @@ struct Attention {
       // A line more than a row, or the rows of large ranks would share few sets of the cache.
       dequantized_stride = batch.latents.rank + 64 / static_cast<int64_t>(sizeof(Raw));
       dequantized = scratch.take<Raw>(kTile * dequantized_stride);
+      scales_stride = round_up(batch.latents.groups);
+      scales = scratch.take<float>(kTokenBlock * scales_stride);
     }
     prefetch_step = kTile / (num_heads * (exact_rows / Products::kBlockRows + 1)) + 1;
     if (expanded) {
@@ -185,6 +193,11 @@ struct Attention {
   void dequantize(const Tile& tile, int begin, int end);
   template <ScaleType kType, Codec kCodec>
   void dequantize(const Segment& segment, const Tile& tile, int begin, int end);
+  template <ScaleType kType>
+  RECALKV_INLINE void widen_scales(const Tile& tile, int begin, int end);
+  template <Codec kCodec>
+  RECALKV_INLINE void dequantize_blocks(const Segment& segment, const Tile& tile, int begin,
+                                        int end);
   RECALKV_INLINE void prefetch_codes(int token) const;
 
   // reconstruct.h
