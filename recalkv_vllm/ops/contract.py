@@ -195,8 +195,8 @@ class BoundLayer(Protocol):
         Returns:
             ``o_lat: [tokens, h_q, v_width]``, per-head value latents, and ``lse: [tokens, h_q]``,
             the natural log-sum-exp of the logits, both float32. Rows past ``query_start_loc[-1]``,
-            which a padded batch has, are zero in ``o_lat`` and unspecified in ``lse``: what follows
-            in the model may take a maximum over all rows.
+            which a padded batch has, are zero in ``o_lat``, as what follows in the model may take
+            a maximum over all rows, and minus infinity in ``lse``.
         """
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:

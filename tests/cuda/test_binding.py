@@ -17,6 +17,7 @@ from recalkv_vllm.ops.cuda.shapes import Limits
 from recalkv_vllm.ops.triton.attention import TritonAttention, TritonLayer
 from tests.ops.cases import AttentionCase, build, spanned
 from tests.ops.checks import assert_matches_oracle
+from tests.ops.padding import PADDED_CALLS, padded_call
 
 Configure = Callable[[int, int], None]
 #: Not bfloat16: Triton's interpreter multiplies its bits as integers, up to Triton 3.9 at least.
@@ -94,19 +95,28 @@ def test_empty_batch(configure: Configure) -> None:
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_rows_of_no_sequence_are_zero(split: bool, multiprocessors: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("name", PADDED_CALLS)
+def test_rows_of_no_sequence_are_cleared(
+    name: str, split: bool, multiprocessors: Callable[[int], None]
+) -> None:
+    """By the kernels, in outputs and a workspace that start as NaN."""
     multiprocessors(200 if split else 1)
-    case = replace(CASE, padding_rows=3, batch=((1, 700), (0, 0)) if split else BATCH)
-    inputs = build(case, DTYPE, DEVICE)
-    layer = bind(case)
-    assert (layer.decode._plan(len(inputs.q), len(case.batch), 4, 700)[2] > 1) == split
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        o_lat, _ = layer.attend(*inputs.call)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert o_lat[-3:].eq(0).all()
-    assert o_lat.isfinite().all()
+    case, inputs = padded_call(name, DTYPE, DEVICE)
+    layer = cuda.bind(inputs.layer)
+    assert (layer.decode._plan(len(inputs.q), len(case.batch), 8, 1024)[2] > 1) == split
+    assert_matches_oracle(layer.attend(*inputs.call), case, DTYPE)
+
+
+def test_rows_without_a_sequence(configure: Configure) -> None:
+    inputs = build(CASE, DTYPE, DEVICE)
+    inputs = inputs.change(
+        block_table=inputs.batch.block_table[:0],
+        seq_lens=inputs.batch.seq_lens[:0],
+        query_start_loc=torch.zeros(1, device=DEVICE).int(),
+    )
+    o_lat, lse = bind(CASE).attend(*inputs.call)
+    assert o_lat.eq(0).all()
+    assert lse.eq(-torch.inf).all()
 
 
 def test_misaligned_cache_is_refused(configure: Configure) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,12 @@ from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, plan, split_count
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 from recalkv_vllm.ops.triton.attention import CacheAndValues, TritonAttention
 from recalkv_vllm.ops.triton.plan import Part
-from recalkv_vllm.ops.workspace import partial_bytes, partial_results, reserve_workspace
+from recalkv_vllm.ops.workspace import (
+    clear_rows,
+    partial_bytes,
+    partial_results,
+    reserve_workspace,
+)
 
 
 @cache
@@ -135,23 +141,23 @@ class CudaLayer(CacheAndValues):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, num_heads, _ = q.shape
         num_seqs = batch.num_seqs
-        # Zeros for the rows of no sequence, which no block owns.
-        o_lat = q.new_zeros(tokens, num_heads, self.decode.v_width, dtype=torch.float32)
+        o_lat = q.new_empty(tokens, num_heads, self.decode.v_width, dtype=torch.float32)
         lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
-        if tokens == 0 or num_seqs == 0:
-            return o_lat, lse
-        num_decodes, num_decode_tokens = batch.num_decodes, batch.num_decode_tokens
-        if self.prefill is None or (num_decodes == 0 and tokens <= MAX_QUERIES * num_seqs):
-            num_decodes, num_decode_tokens = num_seqs, tokens
-        if num_decodes and num_decode_tokens:
+        if self.prefill is None or (batch.num_decodes == 0 and tokens <= MAX_QUERIES * num_seqs):
+            owned = tokens if num_seqs else 0
+            batch = replace(batch, num_decodes=num_seqs, num_decode_tokens=owned)
+        decode_tokens = batch.num_decode_tokens
+        if batch.num_decodes and decode_tokens:
             self.decode.run(
-                q[:num_decode_tokens],
+                q[:decode_tokens],
                 kv_cache,
-                batch.first(num_decodes),
-                o_lat[:num_decode_tokens],
-                lse[:num_decode_tokens],
+                batch.first(batch.num_decodes),
+                o_lat[:decode_tokens],
+                lse[:decode_tokens],
             )
+        rest = Part.rest(batch, tokens)
         if self.prefill is not None:
-            rest = Part.rest(num_decodes, num_seqs, range(num_decode_tokens, tokens))
             self.prefill.run(rest, q, kv_cache, batch, o_lat, lse)
+        else:
+            clear_rows(o_lat, lse, rest.tokens)
         return o_lat, lse

@@ -14,7 +14,7 @@ from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.layout import kernel_constants, local_rotation
 from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import AttentionPlanner, Part
-from recalkv_vllm.ops.workspace import partial_results, reserve_workspace
+from recalkv_vllm.ops.workspace import clear_rows, partial_results, reserve_workspace
 
 
 class TritonAttention:
@@ -44,13 +44,10 @@ class TritonAttention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`BoundLayer.attend`."""
         tokens, num_heads, _ = q.shape
-        # Zeros for the rows of no sequence, which no program owns.
-        o_lat = q.new_zeros(tokens, num_heads, self.planner.v_width, dtype=torch.float32)
+        o_lat = q.new_empty(tokens, num_heads, self.planner.v_width, dtype=torch.float32)
         lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
-        others = range(batch.num_decode_tokens, tokens)
         self.run(Part.decodes(batch), q, kv_cache, batch, o_lat, lse)
-        rest = Part.rest(batch.num_decodes, batch.num_seqs, others)
-        self.run(rest, q, kv_cache, batch, o_lat, lse)
+        self.run(Part.rest(batch, tokens), q, kv_cache, batch, o_lat, lse)
         return o_lat, lse
 
     def run(
@@ -62,8 +59,10 @@ class TritonAttention:
         o_lat: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """Attend ``part`` of a batch; writes its rows of ``o_lat`` and ``lse``."""
-        if part.count and part.tokens:
+        """Attend ``part`` of a batch; writes its rows of ``o_lat`` and ``lse``, all of them."""
+        if not part.count:
+            clear_rows(o_lat, lse, part.tokens)
+        elif part.tokens:
             for launch in self.launches(part, q, kv_cache, batch, o_lat, lse):
                 launch.run()
 
@@ -108,6 +107,7 @@ class TritonAttention:
             "num_seqs": part.count,
             "num_splits": splits,
             "first_token": part.tokens.start if splits > 1 else 0,
+            "end_token": part.tokens.stop,
             "stride_q_token": q.stride(0),
             "stride_q_head": q.stride(1),
             "stride_block": codes.stride(0),
