@@ -23,6 +23,14 @@ from recalkv_vllm.kernels.heuristics.targets import INTERPRETER, Target
 PREFILL_ROWS = 64
 
 
+def query_lengths() -> list[int]:
+    """Usual query lengths that :func:`attention_config` tells apart, of the powers of two.
+
+    No program has more query rows than :data:`PREFILL_ROWS`.
+    """
+    return [2**i for i in range(PREFILL_ROWS.bit_length())]
+
+
 @cache
 def attention_config(shape: AttentionShape, target: Target, queries: int) -> AttentionConfig:
     """Launch parameters for blocks of up to ``queries`` queries per sequence.

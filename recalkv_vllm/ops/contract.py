@@ -224,6 +224,17 @@ class BoundLayer(Protocol):
         """Allocate what calls within ``limits`` need, before memory is profiled and graphs are
         captured."""
 
+    def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
+        """Compile and load every kernel that calls within ``limits`` reach, before they come.
+
+        Args:
+            kv_cache: the cache that calls will be given; it is not changed.
+
+        Returns:
+            Kernels launched for it; 0 where nothing is compiled when first called.
+        """
+        return 0
+
 
 class Implementation(Protocol):
     """What a module of this package offers to the dispatcher."""

@@ -14,7 +14,8 @@ from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import BatchLimits, KernelUnavailableError, cuda
 from recalkv_vllm.ops.cuda import CudaLayer, attention, extension
 from recalkv_vllm.ops.cuda.shapes import Limits
-from recalkv_vllm.ops.triton.attention import TritonAttention, TritonLayer
+from recalkv_vllm.ops.triton.attention import TritonAttention
+from recalkv_vllm.ops.triton.layer import TritonLayer
 from tests.ops.cases import AttentionCase, build, spanned
 from tests.ops.checks import assert_matches_oracle
 from tests.ops.padding import PADDED_CALLS, padded_call

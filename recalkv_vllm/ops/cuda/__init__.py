@@ -15,7 +15,8 @@ from recalkv_vllm.ops.contract import KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda import extension
 from recalkv_vllm.ops.cuda.attention import CudaLayer, DecodeAttention
 from recalkv_vllm.ops.cuda.plan import HEAD_DIMS
-from recalkv_vllm.ops.triton.attention import TritonAttention, TritonLayer
+from recalkv_vllm.ops.triton.attention import TritonAttention
+from recalkv_vllm.ops.triton.layer import TritonLayer
 
 __all__ = ["CudaLayer", "bind", "describe", "unsupported_reason"]
 

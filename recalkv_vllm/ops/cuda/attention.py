@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from recalkv_vllm.ops.contract import Batch, BatchLimits, KernelUnavailableError
 from recalkv_vllm.ops.cuda.layout import pack_layer, tile_columns
 from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, plan, split_count
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
-from recalkv_vllm.ops.triton.attention import CacheAndValues, TritonAttention
+from recalkv_vllm.ops.triton.attention import TritonAttention
+from recalkv_vllm.ops.triton.cache_and_values import CacheAndValues
 from recalkv_vllm.ops.triton.plan import Part
+from recalkv_vllm.ops.triton.warm_up import attention_launches, empty_batch, run_all
 from recalkv_vllm.ops.workspace import (
     clear_rows,
     partial_bytes,
@@ -46,6 +49,7 @@ class DecodeAttention:
                 f"latent_format: expected None, found {layer.latent_format.dtype}"
             )
         self.device = device = layer.k_up.device
+        self.dtype, self.head_dim = layer.k_up.dtype, layer.head_dim
         shape = LayerShape.of(layer)
         self.limits = device_limits(device)
         self.num_kv_heads, self.v_width = layer.num_kv_heads, layer.v_width
@@ -98,6 +102,20 @@ class DecodeAttention:
         if splits > 1:
             torch.ops.recalkv_cuda.merge(out, out_lse, o_lat, lse, splits)
 
+    def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
+        """Run every kernel once, since CUDA loads them when first called; returns how many.
+
+        One token's rows and those of many take different plans.
+        """
+        for tokens in (1, MAX_QUERIES):
+            shape = (tokens, limits.num_heads)
+            q = torch.zeros(*shape, self.head_dim, dtype=self.dtype, device=self.device)
+            o_lat = q.new_empty(*shape, self.v_width, dtype=torch.float32)
+            lse = q.new_empty(shape, dtype=torch.float32)
+            self.run(q, kv_cache, empty_batch(tokens, limits, self.device), o_lat, lse)
+        torch.ops.recalkv_cuda.merge(o_lat[None], lse[None], o_lat, lse, 1)
+        return 3
+
     def _plan(
         self, tokens: int, num_seqs: int, num_heads: int, max_seq_len: int
     ) -> tuple[Plan, torch.Tensor, int]:
@@ -135,6 +153,13 @@ class CudaLayer(CacheAndValues):
         reserve_workspace(self.decode.device, self.decode.workspace_bytes(limits))
         if self.prefill is not None:
             self.prefill.reserve(limits)
+
+    def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
+        launches = self.first_launches(kv_cache, limits)
+        if self.prefill is not None:
+            prefill = attention_launches(self.prefill, kv_cache, limits, decodes=False)
+            launches = chain(prefill, launches)
+        return self.decode.warm_up(kv_cache, limits) + run_all(launches)
 
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch

@@ -1,4 +1,4 @@
-"""One layer's ops in Triton: from the contract's arguments to kernel launches."""
+"""One layer's attention in Triton: from the contract's arguments to kernel launches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.attention import latent_attention
 from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
-from recalkv_vllm.ops.triton.cache_and_values import CacheAndValues
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.layout import kernel_constants, local_rotation
 from recalkv_vllm.ops.triton.merge import merge_launch
@@ -25,7 +24,7 @@ class TritonAttention:
     """
 
     def __init__(self, layer: LatentLayer, target: heuristics.Target | None = None):
-        self.device = layer.k_up.device
+        self.device, self.dtype = layer.k_up.device, layer.k_up.dtype
         self.latent_format = layer.latent_format
         self.group_size = layer.k_group_size
         self.constants = kernel_constants(layer)
@@ -69,6 +68,11 @@ class TritonAttention:
     def reserve(self, limits: BatchLimits) -> None:
         """See :meth:`BoundLayer.reserve`."""
         reserve_workspace(self.device, self.planner.workspace_bytes(limits))
+
+    def new_queries(self, tokens: int, num_heads: int) -> torch.Tensor:
+        """Zeros ``[tokens, h_q, d]`` of the queries' dtype."""
+        shape = (tokens, num_heads, self.constants["HEAD_DIM"])
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def launches(
         self,
@@ -150,19 +154,3 @@ class TritonAttention:
         if splits > 1:
             owned = slice(part.tokens.start, part.tokens.stop)
             yield merge_launch(out, out_lse, o_lat[owned], lse[owned])
-
-
-class TritonLayer(CacheAndValues):
-    """A layer's constants packed; see :class:`BoundLayer`."""
-
-    def __init__(self, layer: LatentLayer):
-        super().__init__(layer)
-        self.attention = TritonAttention(layer)
-
-    def attend(
-        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.attention.attend(q, kv_cache, batch)
-
-    def reserve(self, limits: BatchLimits) -> None:
-        self.attention.reserve(limits)

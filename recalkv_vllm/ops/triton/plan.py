@@ -133,7 +133,8 @@ class AttentionPlanner:
         programs = heuristics.most_programs(self.target)
         prefill = max(
             4 * programs * config.rows * (config.v_block + 1)
-            for config in (heuristics.attention_config(shape, self.target, 2**i) for i in range(8))
+            for queries in heuristics.query_lengths()
+            for config in [heuristics.attention_config(shape, self.target, queries)]
         )
         return max(decode, prefill)
 
