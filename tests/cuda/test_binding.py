@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from recalkv_vllm.band_format import BandFormat, CacheFormat
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.heuristics import Target
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import BatchLimits, KernelUnavailableError, cuda
 from recalkv_vllm.ops.cuda import CudaLayer, attention, extension
@@ -80,6 +82,49 @@ def test_prefill_without_hints_is_tritons(calls: list[str]) -> None:
     result = bind(case).attend(*build(case, DTYPE, DEVICE).call)
     assert calls == ["triton"]
     assert_matches_oracle(result, case, DTYPE)
+
+
+#: Spans that Triton takes tiles of 64 tokens for on sm_90, and ones that it has only 32 for.
+NARROW = spanned("narrow", (4, 2, 64), 1, 32, 2, 32, batch=((1, 45), (1, 50)))
+WIDE = spanned("wide", (4, 2, 64), 2, 512, 1, 512, batch=((1, 45), (1, 50)))
+
+
+@needs_triton
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize(
+    ("case", "arch", "expected"),
+    [(NARROW, 80, "cuda"), (NARROW, 90, "triton"), (WIDE, 80, "cuda"), (WIDE, 90, "cuda")],
+    ids=str,
+)
+def test_preferred_kernel_decodes(
+    case: AttentionCase,
+    arch: int,
+    expected: str,
+    forced: bool,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By compute capability and spans; a forced one always."""
+    if forced:
+        monkeypatch.setenv("RECALKV_KERNEL", "cuda")
+    layer = bind(case)
+    if layer.triton is not None:
+        layer.triton.planner.target = Target(arch, 132)
+    result = layer.attend(
+        *build(case, DTYPE, DEVICE).change(num_decodes=2, num_decode_tokens=2).call
+    )
+    assert calls == ["cuda" if forced else expected]
+    assert_matches_oracle(result, case, DTYPE)
+
+
+@pytest.mark.parametrize(
+    ("arch", "where"), [(80, " on"), (90, " of layers that Triton has only narrow")]
+)
+def test_log_says_what_decodes(arch: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "target_of", lambda device: Target(arch, 132))
+    said = cuda.describe(torch.device("cuda"), DTYPE)
+    assert said.startswith(f"CUDA C++ for decode{where}")
+    assert f"sm_{arch}" in said
 
 
 def test_empty_batch(configure: Configure) -> None:

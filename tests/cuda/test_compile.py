@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 
-import cuda_build
 import pytest
 
+import cuda_build
 from recalkv_vllm.benchmarks import cuda_compile_report as report
 
 KERNELS = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops.contract import Batch, BatchLimits, KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda.layout import pack_layer, tile_columns
 from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, plan, split_count
@@ -138,37 +139,46 @@ class DecodeAttention:
 
 
 class CudaLayer(CacheAndValues):
-    """The ops of one layer: decode in CUDA C++, prefill by ``prefill``, the rest in Triton.
+    """The ops of one layer: decode in CUDA C++ if it is preferred, the rest in Triton.
 
-    Without ``prefill``, CUDA C++ attends all: right for any batch, slow for long queries.
+    Without ``triton``, CUDA C++ attends all: right for any batch, slow for long queries.
     """
 
-    def __init__(
-        self, layer: LatentLayer, decode: DecodeAttention, prefill: TritonAttention | None
-    ):
+    def __init__(self, layer: LatentLayer, decode: DecodeAttention, triton: TritonAttention | None):
         super().__init__(layer)
-        self.decode, self.prefill = decode, prefill
+        self.decode, self.triton = decode, triton
+
+    def decodes(self, num_heads: int, queries: int) -> bool:
+        """Whether CUDA C++ decodes ``queries`` of ``num_heads`` heads per sequence."""
+        if self.triton is None:
+            return True
+        planner = self.triton.planner
+        return heuristics.prefers_cuda(planner.shape(num_heads), planner.target, queries)
 
     def reserve(self, limits: BatchLimits) -> None:
         reserve_workspace(self.decode.device, self.decode.workspace_bytes(limits))
-        if self.prefill is not None:
-            self.prefill.reserve(limits)
+        if self.triton is not None:
+            self.triton.reserve(limits)
 
     def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
+        decodes = self.decodes(limits.num_heads, limits.decode_query_len)
         launches = self.first_launches(kv_cache, limits)
-        if self.prefill is not None:
-            prefill = attention_launches(self.prefill, kv_cache, limits, decodes=False)
-            launches = chain(prefill, launches)
-        return self.decode.warm_up(kv_cache, limits) + run_all(launches)
+        if self.triton is not None:
+            attention = attention_launches(self.triton, kv_cache, limits, decodes=not decodes)
+            launches = chain(attention, launches)
+        loaded = self.decode.warm_up(kv_cache, limits) if decodes else 0
+        return loaded + run_all(launches)
 
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, num_heads, _ = q.shape
         num_seqs = batch.num_seqs
+        if self.triton is not None and not self.decodes(num_heads, batch.max_decode_query_len):
+            return self.triton.attend(q, kv_cache, batch)
         o_lat = q.new_empty(tokens, num_heads, self.decode.v_width, dtype=torch.float32)
         lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
-        if self.prefill is None or (batch.num_decodes == 0 and tokens <= MAX_QUERIES * num_seqs):
+        if self.triton is None or (batch.num_decodes == 0 and tokens <= MAX_QUERIES * num_seqs):
             owned = tokens if num_seqs else 0
             batch = replace(batch, num_decodes=num_seqs, num_decode_tokens=owned)
         decode_tokens = batch.num_decode_tokens
@@ -181,8 +191,8 @@ class CudaLayer(CacheAndValues):
                 lse[:decode_tokens],
             )
         rest = Part.rest(batch, tokens)
-        if self.prefill is not None:
-            self.prefill.run(rest, q, kv_cache, batch, o_lat, lse)
+        if self.triton is not None:
+            self.triton.run(rest, q, kv_cache, batch, o_lat, lse)
         else:
             clear_rows(o_lat, lse, rest.tokens)
         return o_lat, lse
