@@ -45,8 +45,11 @@ def test_kernels_compile_without_spills(
     attention = [row for row in rows if row["kernel"] == "latent_attention"]
     instructions = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
     assert all(instructions[row["arch"]] in row["tensor_core"] for row in attention)
-    flagship = [row["config"] for row in attention if row["arch"] == 90]
-    assert all("tile=64 local_rope=1" in config for config in flagship)
+    for row in attention:
+        if row["arch"] == 90:
+            # Codes of a joint span leave no registers for the tile-local rotation's table.
+            rotated = row["case"]["spans"] == "split" or latent_dtype == "bf16"
+            assert f"tile=64 local_rope={rotated:d}" in row["config"]
 
 
 #: Two loops, one in the other, and an access to spilled registers before them.
