@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
+import vllm
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -14,6 +15,9 @@ from recalkv_vllm.serving.names import (
     BACKEND_NAME,
     MODEL_MODULE,
 )
+from recalkv_vllm.serving.vllm_version import newer_than_tried
+
+logger = logging.getLogger(__name__)
 
 
 def _registered_backend_path() -> str:
@@ -48,4 +52,7 @@ def register_plugin() -> None:
         # Not above: most processes register and never parse.
         from recalkv_vllm.serving.startup.engine_args import check_engine_config
 
-        check_engine_config(arguments.EngineArgs)
+        if check_engine_config(arguments.EngineArgs) and (
+            warning := newer_than_tried(vllm.__version__)
+        ):
+            logger.warning(warning)

@@ -6,7 +6,8 @@ tokens are one list per batch and prompt, ``outputs`` what else a batch asked fo
 ``sampling`` (arguments of ``SamplingParams``, ``json_schema`` among them) a batch may have
 ``beam`` (of ``BeamSearchParams``), ``embed: true``, or ``lora``, an adapter's directory. A batch
 ``{"reload": {...}}`` reloads weights: from the model at ``path``, or as tensors sent from the files
-``send``, of names that match ``only``; its output is the error, or null.
+``send``, of names that match ``only``; its output is the error, or null. With ``abort_after: n``, a
+batch's first request is aborted once it has ``n`` tokens; results are the others'.
 
 Engines run one after the other in this process, which saves their start-up; a fresh process keeps
 vLLM's global state away from the tests.
@@ -55,6 +56,8 @@ def run(job):
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     cache = llm.llm_engine.vllm_config.cache_config
     metrics["kv_cache_tokens"] = cache.num_gpu_blocks * cache.block_size
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    metrics["kv_cache_groups"] = len(scheduler.kv_cache_config.kv_cache_groups)
     metrics["model_runner_v2"] = llm.llm_engine.vllm_config.use_v2_model_runner
     del llm
     cleanup_dist_env_and_memory()
@@ -93,6 +96,8 @@ def run_batch(llm, batch):
     if "beam" in batch:
         found = llm.beam_search(prompts, BeamSearchParams(**batch["beam"]))
         return [], [[sequence.tokens for sequence in output.sequences] for output in found]
+    if "abort_after" in batch:
+        return abort_first(llm, prompts, sampling_parameters(**batch["sampling"]), batch), []
     lora = LoRARequest("adapter", 1, batch["lora"]) if "lora" in batch else None
     generated = llm.generate(
         prompts, sampling_parameters(**batch["sampling"]), lora_request=lora, use_tqdm=False
@@ -107,6 +112,21 @@ def run_batch(llm, batch):
         }
         for output in generated
     ]
+
+
+def abort_first(llm, prompts, sampling, batch):
+    """Tokens of all prompts but the first, whose request goes while the others are under way."""
+    engine = llm.llm_engine
+    for name, prompt in enumerate(prompts):
+        engine.add_request(str(name), prompt, sampling)
+    tokens = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens[output.request_id] = list(output.outputs[0].token_ids)
+            if output.request_id == "0" and len(tokens["0"]) == batch["abort_after"]:
+                engine.abort_request(["0"])
+    assert len(tokens.pop("0")) == batch["abort_after"]
+    return [tokens[name] for name in sorted(tokens, key=int)]
 
 
 def sampling_parameters(json_schema=None, **parameters):

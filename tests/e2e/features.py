@@ -111,12 +111,14 @@ TABLE = (
     ),
     emulated(
         "Model Runner V2, which vLLM takes on GPUs: chunked prefill, prefix caching, preemption, "
-        "sliding windows, latents in bands",
+        "sliding windows, latents in bands, structured output, abort",
         f"{RUNNER_V2}::test_tokens_equal_stock_on_either_runner",
         f"{RUNNER_V2}::test_prefix_caching",
         f"{RUNNER_V2}::test_preemption",
         f"{RUNNER_V2}::test_sliding_windows",
         f"{RUNNER_V2}::test_chunked_prefill_of_quantized_latents",
+        f"{RUNNER_V2}::test_structured_output",
+        f"{RUNNER_V2}::test_abort",
     ),
     emulated(
         "The same with a draft model, in tensor parallel, and on the Triton kernels",

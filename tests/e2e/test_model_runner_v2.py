@@ -1,7 +1,6 @@
 """Model Runner V2, which every GPU server of vLLM runs: it changes no token.
 
-On a CPU it runs with Triton's interpreter (``model_runner_v2/sitecustomize.py``). N-gram
-speculation is not here: the interpreter refuses a mask of vLLM 0.32's own kernel, stock or not.
+On a CPU it runs with Triton's interpreter (``model_runner_v2/sitecustomize.py``).
 """
 
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import run_engines
+from tests.e2e.test_features import SCHEMA
 
 pytestmark = pytest.mark.model_runner_v2
 
@@ -35,13 +35,17 @@ def on_v1(small, small_prompts):
 def runs(small, make_small, compressed, small_prompts, bands):
     checkpoint, windows = compressed(small), make_small("gemma2")
     prompts = {"prompts": small_prompts.ids, "sampling": GREEDY}
+    further = (
+        {"prompts": small_prompts.ids[1:3], "sampling": {"max_tokens": 60, "json_schema": SCHEMA}},
+        {**prompts, "abort_after": 3},
+    )
     # 12 blocks of 32 tokens hold the long request alone.
     tight = {"num_gpu_blocks_override": 13, "max_model_len": 352}
     return on_v2(
         {
-            "stock": small_prompts.job(small),
+            "stock": small_prompts.job(small, prompts, further[0]),
             # The same prompts again, of which blocks are cached.
-            "ours": small_prompts.job(checkpoint, prompts, prompts, **RECALKV),
+            "ours": small_prompts.job(checkpoint, prompts, prompts, *further, **RECALKV),
             "tight": small_prompts.job(checkpoint, **tight, **RECALKV),
             "stock windows": small_prompts.job(windows),
             "windows": small_prompts.job(compressed(windows), **RECALKV),
@@ -52,12 +56,28 @@ def runs(small, make_small, compressed, small_prompts, bands):
 
 
 def test_tokens_equal_stock_on_either_runner(runs, on_v1):
-    assert runs["stock"]["tokens"] == on_v1["tokens"]
+    assert runs["stock"]["tokens"][0] == on_v1["tokens"][0]
     assert runs["ours"]["tokens"][0] == on_v1["tokens"][0]
 
 
+def test_structured_output(runs):
+    stock, ours = (
+        [answer["text"] for answer in runs[name]["outputs"][batch]]
+        for name, batch in (("stock", 1), ("ours", 2))
+    )
+    assert ours == stock
+    assert "{" in ours[0]
+
+
+def test_abort(runs):
+    """A request that goes disturbs no other one, and leaves no latents behind."""
+    assert runs["ours"]["tokens"][3] == runs["ours"]["tokens"][0][1:]
+    assert runs["ours"]["metrics"]["vllm:num_requests_running"] == 0
+    assert runs["ours"]["metrics"]["vllm:kv_cache_usage_perc"] == 0
+
+
 def test_prefix_caching(runs, small_prompts):
-    first, again = runs["ours"]["tokens"]
+    first, again = runs["ours"]["tokens"][:2]
     assert again == first
     cached = runs["ours"]["metrics"]["vllm:prefix_cache_hits"]
     assert cached >= len(small_prompts.ids[0]) - 32
@@ -82,6 +102,22 @@ def test_triton_kernels(on_v1, compressed, small, small_prompts):
     job = small_prompts.job(compressed(small), few, **RECALKV)
     ours = on_v2({"ours": job}, RECALKV_KERNEL="triton")["ours"]
     assert ours["tokens"][0] == [tokens[:4] for tokens in on_v1["tokens"][0][1:]]
+
+
+@pytest.mark.slow
+def test_ngram_speculation(small, compressed, small_prompts):
+    # One token over and over: what the model goes on with repeats, too, and is predicted.
+    batch = {"prompts": [[7] * 80, *small_prompts.ids], "sampling": GREEDY}
+    speculation = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    checkpoint = compressed(small)
+    runs = on_v2(
+        {
+            "stock": small_prompts.job(small, batch),
+            "ours": small_prompts.job(checkpoint, batch, speculative_config=speculation, **RECALKV),
+        }
+    )
+    assert runs["ours"]["tokens"] == runs["stock"]["tokens"]
+    assert runs["ours"]["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
 @pytest.mark.slow

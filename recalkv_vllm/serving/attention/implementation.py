@@ -8,6 +8,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer
 
 from recalkv_vllm.ops import BatchLimits, LatentLayer, bind
 from recalkv_vllm.serving.attention.metadata import LatentMetadata
+from recalkv_vllm.serving.attention.page_width import own_slots
 
 
 class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
@@ -18,16 +19,19 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         head_size: of a query.
         scale: of logits.
         limits: of the batches that it will be called with.
+        slot_width: of a token in the layer's cache.
     """
 
-    def __init__(self, num_heads: int, head_size: int, scale: float, limits: BatchLimits):
+    def __init__(
+        self, num_heads: int, head_size: int, scale: float, limits: BatchLimits, slot_width: int
+    ):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
         self.num_kv_heads = 1
         self.kv_cache_dtype = "auto"
         self.bound = False
-        self._limits = limits
+        self._limits, self._slot_width = limits, slot_width
 
     def bind(self, layer: LatentLayer) -> None:
         """Give the kernels this rank's constants, whenever weights were loaded."""
@@ -49,7 +53,7 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write latents ``key: [tokens, rank]`` into the cache; ``value`` is the same tensor."""
-        latents, paged = key[: slot_mapping.shape[0]], kv_cache.squeeze(1)
+        latents, paged = key[: slot_mapping.shape[0]], own_slots(kv_cache, self._slot_width)
         self._ops.update_cache(latents, paged, slot_mapping)
 
     def forward(
@@ -73,6 +77,6 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
             output.copy_(self._ops.value_up(o_lat))
             return output
         tokens = attn_metadata.num_actual_tokens
-        paged = kv_cache.squeeze(1)
+        paged = own_slots(kv_cache, self._slot_width)
         output[:tokens].copy_(self._ops.attend_heads(query[:tokens], paged, attn_metadata.batch))
         return output

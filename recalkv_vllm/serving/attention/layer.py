@@ -51,14 +51,18 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.attn_type = AttentionType.DECODER
         self.attn_backend = RecalkvBackend
         self.dtype = vllm_config.model_config.dtype
+        #: Width of a token's slot: elements, or bytes of codes and scales.
+        self.slot_width = rank if latent_format is None else latent_format.slot_bytes(rank)
+        #: What vLLM is asked for, see ``slot_widths``.
+        self.page_width = self.slot_width
         limits = BatchLimits(
             num_heads=num_heads,
             num_seqs=vllm_config.scheduler_config.max_num_seqs,
             decode_query_len=max_decode_query_len(vllm_config),
             seq_len=vllm_config.model_config.max_model_len,
         )
-        self.impl = LatentAttentionImpl(num_heads, head_dim, scale, limits)
-        #: ``[num_blocks, 1, block_size, width]``, the standard layout that KV connectors expect.
+        self.impl = LatentAttentionImpl(num_heads, head_dim, scale, limits, self.slot_width)
+        #: ``[num_blocks, 1, block_size, page_width]``, the layout that KV connectors expect.
         self.kv_cache = torch.tensor([])
         self._layers = vllm_config.compilation_config.static_forward_context
         self._layers[prefix] = self
@@ -99,18 +103,14 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return self.attn_backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        # vLLM counts head_size + head_size_v elements per head; ours is one head of `rank`
-        # elements, or of the bytes of its codes and scales.
-        width, dtype = self.rank, self.dtype
-        if self.latent_format is not None:
-            width, dtype = self.latent_format.slot_bytes(width), torch.uint8
-        half = width // 2
+        # vLLM counts head_size + head_size_v elements per head; ours is one head of all of a slot.
+        width, half = self.page_width, self.page_width // 2
         sizes: dict[str, Any] = {
             "block_size": vllm_config.cache_config.block_size,
             "num_kv_heads": 1,
             "head_size": width - half,
             "head_size_v": half,
-            "dtype": dtype,
+            "dtype": self.dtype if self.latent_format is None else torch.uint8,
             "max_tp_shards": 1,
         }
         if self.sliding_window is not None:

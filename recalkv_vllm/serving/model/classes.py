@@ -7,15 +7,21 @@ vLLM's models to serve one would cost seconds in every process.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 
+from recalkv_vllm.band_format import stored_format, token_bytes
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
+from recalkv_vllm.serving.attention.page_width import slot_widths
 from recalkv_vllm.serving.factor_files import SEPARATE_FACTORS, locate_factors
 from recalkv_vllm.serving.latent_dtype import model_dtype, served_config
 from recalkv_vllm.serving.model.reload import (
@@ -34,6 +40,7 @@ from recalkv_vllm.serving.model.weights import (
     without_kv_projections,
 )
 from recalkv_vllm.serving.names import ARCHITECTURES
+from recalkv_vllm.serving.sharding import shard_latent
 
 
 @contextmanager
@@ -50,6 +57,19 @@ def _stock_attention_backend(vllm_config: VllmConfig) -> Iterator[None]:
         yield
     finally:
         attention_config.backend, cache_config.cache_dtype = backend, cache_dtype
+
+
+def page_widths(
+    served: RecalkvConfig, geometry: AttentionGeometry, hf_config: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """``LatentAttention.page_width`` of every layer, those of other pipeline stages too."""
+    size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    shards = [shard_latent(layout, geometry, rank, size) for layout in served.layers]
+    own = [
+        token_bytes(stored_format(shard.bands, served.latent_quantization), shard.rank, itemsize=1)
+        for shard in shards
+    ]
+    return slot_widths(own, windows_differ=len(set(hf_config.get("layer_types") or ())) > 1)
 
 
 if TYPE_CHECKING:  # any of vLLM's causal language models
@@ -84,6 +104,7 @@ class LatentAttentionMixin(_Stock):
             vllm_config.cache_config.cache_dtype,
             model_dtype(vllm_config.model_config),
         )
+        widths = page_widths(served, self.recalkv_geometry, hf_config)
         for i in self._served_layers():
             layer = self.model.layers[i]
             layer.self_attn = LatentSelfAttention(
@@ -93,6 +114,7 @@ class LatentAttentionMixin(_Stock):
                 vllm_config,
                 served.latent_quantization,
             )
+            layer.self_attn.attn.page_width = widths[i]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint, or weights that are sent to a running engine.

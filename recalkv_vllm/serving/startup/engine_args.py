@@ -11,16 +11,19 @@ from recalkv_vllm.serving.startup.announcement import announce
 from recalkv_vllm.serving.startup.check import check_servable
 
 
-def check_engine_config(engine_args: Any) -> None:
+def check_engine_config(engine_args: Any) -> bool:
     """Make ``engine_args.create_engine_config`` check what it made; once per class.
 
     Wraps methods because vLLM 0.32 gives plugins no place to refuse a configuration: on CPU a
     stock model under ``--attention-backend recalkv`` would silently run vLLM's own attention. Can
     go when platforms ask an out-of-tree backend too, or when vLLM validates through a hook.
+
+    Returns:
+        Whether it did not before.
     """
     create, parse = engine_args.create_engine_config, engine_args.from_cli_args.__func__
     if getattr(create, "checked_by_recalkv", False):
-        return
+        return False
 
     @functools.wraps(parse)
     def from_cli_args(cls, args):
@@ -40,3 +43,4 @@ def check_engine_config(engine_args: Any) -> None:
     engine_args.create_engine_config = create_engine_config
     engine_args.create_engine_config.checked_by_recalkv = True
     engine_args.from_cli_args = classmethod(from_cli_args)
+    return True

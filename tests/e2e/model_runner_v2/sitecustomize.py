@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 
 from triton.backends import backends
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 class Active:
@@ -24,3 +25,26 @@ class Active:
 
 
 backends["cpu"] = SimpleNamespace(driver=Active, compiler=None)
+
+
+def masks_of_bool() -> None:
+    """Works around Triton 3.6's interpreter, which refuses masks of integers.
+
+    vLLM's kernels for structured output and for speculation have some. To go once none does.
+    """
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def boolean(mask: TensorHandle) -> TensorHandle:
+        return TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    def create_masked_load(self, pointers, mask, *rest):
+        return load(self, pointers, boolean(mask), *rest)
+
+    def create_masked_store(self, pointers, value, mask, *rest):
+        return store(self, pointers, value, boolean(mask), *rest)
+
+    InterpreterBuilder.create_masked_load = create_masked_load
+    InterpreterBuilder.create_masked_store = create_masked_store
+
+
+masks_of_bool()
