@@ -5,6 +5,9 @@ it, for sm_80, sm_90 and sm_100 at the geometries of common models, and reads re
 shared memory and tensor-core instructions off the result. It prints a table (or ``--json``) and
 exits with 1 if a kernel spills, does not fit, or lacks tensor-core instructions. Each of the some
 1200 different attention kernels takes two to five seconds of one core; Triton's cache keeps them.
+
+The compiler is the one of the Triton that is imported, which releases of torch differ in; another
+is tried with ``pip install --no-deps --target DIR triton==VERSION`` and ``PYTHONPATH=DIR``.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from recalkv_vllm.ops.triton.value_up import value_up_launch
 
 from .geometries import GEOMETRIES, SPANS, Latent, group_sizes, latent_of
 from .inputs import latent_layer
+from .sass import Loop, loop_of
 
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
 LATENT_DTYPES = ("bf16", *BITS, "bands")
@@ -86,7 +90,12 @@ def falling_bands(latent: Latent) -> BandFormat:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one kernel compiled to; memory in bytes."""
+    """What one kernel compiled to; memory in bytes.
+
+    Args:
+        slots: instructions that attention issues per cached token, all warps of a program together.
+        loop_spills: instructions among those of a tile that load or store what was spilled.
+    """
 
     case: Case
     mode: str
@@ -97,12 +106,14 @@ class Row:
     spills: int
     shared: int
     tensor_core: str
+    slots: float = 0.0
+    loop_spills: int = 0
 
     def faults(self) -> list[str]:
         limit = TARGETS[self.arch].shared_bytes
         found = []
         if self.spills:
-            found.append(f"{self.spills} bytes spilled")
+            found.append(f"{self.spills} bytes spilled, {self.loop_spills} accesses per tile")
         if self.shared > limit:
             found.append(f"{self.shared} of {limit} bytes of shared memory")
         if self.kernel in USES_TENSOR_CORES and not self.tensor_core:
@@ -182,7 +193,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def compile_row(case: Case, mode: str, arch: int, launch: Launch) -> Row:
     compiled = launch.compile()
-    registers, spills = resources(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+    registers, spills = resources(cubin)
+    tile = launch.arguments.get("TILE")
+    loop = loop_of(cubin) if tile else Loop(0, 0)
     ptx = compiled.asm["ptx"]
     keys = ("HEADS", "V_BLOCK", "ROWS", "TILE", "LOCAL_ROPE", "STREAM", "COLUMNS", "DEPTH")
     config = {k.lower(): int(v) for k, v in launch.arguments.items() if k in keys}
@@ -197,6 +211,8 @@ def compile_row(case: Case, mode: str, arch: int, launch: Launch) -> Row:
         spills,
         compiled.metadata.shared,
         ", ".join(name for name in TENSOR_CORE if name in ptx),
+        loop.instructions * launch.warps / tile if tile else 0.0,
+        loop.spills,
     )
 
 
@@ -209,6 +225,18 @@ def report(wanted: list[Case], arches: list[int], modes: list[str]) -> Iterator[
                 continue
             for launch in launches(case, TARGETS[arch], mode):
                 yield compile_row(case, mode, arch, launch)
+
+
+def summary(rows: list[Row], arch: int) -> str:
+    """One line on an architecture: how many launches, and which of them spill how much."""
+    launched = [row for row in rows if row.arch == arch]
+    spilling = [row for row in launched if row.spills]
+    worst = max((row.spills for row in spilling), default=0)
+    return (
+        f"Triton {triton.__version__} sm_{arch}: {len(launched)} launches, "
+        f"{sum(bool(row.faults()) for row in launched)} with faults, {len(spilling)} spill up to "
+        f"{worst} bytes, {sum(row.loop_spills > 0 for row in spilling)} of them within the loop"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,13 +270,16 @@ def main(arguments: list[str] | None = None) -> int:
         line = (
             f"sm_{row.arch:<3} {case.geometry:12} {case.compression} s={case.group_size} "
             f"{case.spans:8} {case.latent_dtype} {row.mode:7} {row.kernel:16} "
-            f"reg {row.registers:3} smem {row.shared:6} {row.tensor_core:15} {row.config} "
+            f"reg {row.registers:3} smem {row.shared:6} {row.tensor_core:15} "
+            f"{row.slots:5.1f} slots/token {row.config} "
             f"{'; '.join(faults)}"
         )
         print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
-        json.dump({"rows": [asdict(row) | {"faults": row.faults()} for row in rows]}, sys.stdout)
-    print(f"{len(rows)} kernels, {faulty} with faults", file=sys.stderr)
+        described = [asdict(row) | {"faults": row.faults()} for row in rows]
+        json.dump({"triton": triton.__version__, "rows": described}, sys.stdout)
+    for arch in options.arch:
+        print(summary(rows, arch), file=sys.stderr)
     return 1 if faulty else 0
 
 

@@ -1,7 +1,7 @@
 """Compile report of the CUDA C++ kernels: nvcc, no GPU and no CUDA build of torch needed.
 
 ``python -m recalkv_vllm.benchmarks.cuda_compile_report`` compiles every instantiation of the decode
-kernel for sm_80 and sm_90a and reads registers, spills and instructions off the result, then plans
+kernel for sm_80 and sm_90 and reads registers, spills and instructions off the result, then plans
 the layers of common models against the shared memory of A100 and H100. It prints tables (or
 ``--json``) and exits with 1 if a kernel spills or lacks tensor-core or asynchronous-copy
 instructions, or if a layer has no plan.
@@ -30,7 +30,8 @@ from .geometries import GEOMETRIES, SPANS, group_sizes, latent_of
 from .inputs import latent_layer
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-ARCHES = ("sm_80", "sm_90a")
+#: What ``cuda_build.py`` has nvcc build where no GPU is to be seen.
+ARCHES = ("sm_80", "sm_90")
 ELEMENTS = ("BFloat16", "Float16")
 #: Shared memory of one block and of a multiprocessor, and multiprocessors.
 LIMITS = {

@@ -48,6 +48,7 @@ from recalkv_vllm.kernels.latents import (
     locate_span,
     locate_tokens,
 )
+from recalkv_vllm.kernels.padding import first_padding_row, locate_padding, store_zeros
 from recalkv_vllm.kernels.partition import (
     find_queries,
     load_queries,
@@ -66,7 +67,14 @@ from recalkv_vllm.kernels.softmax import (
 
 
 @triton.jit(
-    do_not_specialize=["num_seqs", "num_splits", "first_token", "stride_lse_split"],
+    do_not_specialize=[
+        "num_seqs",
+        "num_splits",
+        "first_token",
+        "end_token",
+        "stride_table",
+        "stride_lse_split",
+    ],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc", "lse"],
 )
 def latent_attention(
@@ -89,6 +97,7 @@ def latent_attention(
     num_seqs,
     num_splits,
     first_token,
+    end_token,
     stride_q_token,
     stride_q_head,
     stride_block,
@@ -140,7 +149,8 @@ def latent_attention(
     all cut alike. With a ``CODEC``, ``kv_cache`` and ``scales`` are the parts of a quantized cache
     of latents of ``RANK`` elements; in bands, spans start at multiples of ``CODE_UNIT`` bytes.
     ``SEARCH`` maps programs to query blocks of any batch; without it sequence ``i`` is program
-    ``i`` and has at most ``QUERY_BLOCK`` queries. ``out`` and ``lse`` start at row ``first_token``.
+    ``i`` and has at most ``QUERY_BLOCK`` queries. ``out`` and ``lse`` start at row ``first_token``;
+    rows from the last sequence's end to ``end_token`` get zeros and minus infinity.
     """
     RESIDENT: tl.constexpr = STREAM == 0
     Q_HEADS: tl.constexpr = HEADS * QUERIES_PER_KV
@@ -155,7 +165,22 @@ def latent_attention(
     split = tl.program_id(1)
     seq, start, first_query = find_queries(query_start_loc, block, num_seqs, QUERY_BLOCK, SEARCH)
     num_queries = tl.load(query_start_loc + seq + 1) - start
-    if first_query >= num_queries:
+    owned = tl.maximum(0, tl.minimum(num_queries - first_query, QUERY_BLOCK))
+    if owned < QUERY_BLOCK:
+        padding = first_padding_row(
+            query_start_loc, num_seqs, block, start, first_query, num_queries, QUERY_BLOCK
+        )
+        if padding < end_token:
+            live, token, head = locate_padding(
+                padding, owned, end_token, first_head, QUERY_BLOCK, Q_HEADS, QUERIES_PER_KV, ROWS
+            )
+            out_row = (token - first_token) * NUM_HEADS + head
+            if v_block == 0:
+                nothing = tl.full([ROWS], float("-inf"), tl.float32)
+                tl.store(lse + split.to(tl.int64) * stride_lse_split + out_row, nothing, mask=live)
+            if num_splits == 1:  # else the merge makes zeros of minus infinity
+                store_zeros(out + out_row * V_WIDTH + v_block * V_BLOCK, live, V_CHUNKS)
+    if owned == 0:
         return
     length = tl.load(seq_lens + seq)
 

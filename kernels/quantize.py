@@ -54,7 +54,7 @@ def store_plane(
     tl.store(target + byte, packed, mask=byte < RANK // PER_BYTE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
 def write_quantized_latents(
     z,
     codes,

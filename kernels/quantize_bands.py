@@ -46,7 +46,7 @@ def write_chunk(
         store_plane(codes + CHUNKS[C][5], units, 0, LOW, HIGH, SIZE, SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
 def write_latents_in_bands(
     z,
     codes,

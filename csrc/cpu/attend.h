@@ -1,45 +1,60 @@
-// Scores, online softmax and accumulation of value latents.
+// Logits, online softmax and accumulation of value latents.
 #pragma once
 
 #include "tile.h"
 
 namespace recalkv::RECALKV_ISA {
 
-// Softmax of one row's scores in [low, high), in powers of two; returns the factor on what was
-// accumulated before.
+// Weights of rows [begin, begin + count) of a head from their logits, and what new maxima do to
+// sums so far. All maxima come first, so that no row's exponentials wait for its own.
 template <class Format>
-RECALKV_INLINE float Attention<Format>::softmax(float* row_scores, Unit* row_weights, int low,
-                                                int high, float& m, float& l) {
-  constexpr int kCount = kTile / kLanes;
-  const Vec hidden = splat(-__builtin_inff());
+void Attention<Format>::softmax(int head, int begin, int count, int64_t first, int valid) {
+  float* const maxima = running_max + int64_t{head} * rows + begin;
+  float* const totals = running_sum + int64_t{head} * rows + begin;
+  for (int row = 0; row < count; ++row) {
+    float* logits = scores + row * kTile;
+    const Range seen = visible(begin + row, first, valid);
+    if (seen.begin > 0 || seen.end < kTile) {
+      const int from = static_cast<int>(seen.begin), until = static_cast<int>(seen.end);
+      for (int j = 0; j < kTile; j += kLanes)
+        store(logits + j,
+              select_range(from - j, until - j, load(logits + j), splat(-__builtin_inff())));
+    }
+    Vec top = splat(maxima[row]);
+    for (int j = 0; j < kTile; j += kLanes) top = max(top, load(logits + j));
+    new_max[row] = maximum(top);
+  }
+  for (int row = 0; row < count; row += kLanes)
+    store(rescale + row, exp2(sub(load(maxima + row), load(new_max + row))));
+  for (int row = 0; row < count; ++row) {
+    const Vec most = splat(new_max[row]);
+    Vec total = splat(0.0f);
+    for (int j = 0; j < kTile; j += kLanes) {
+      const Vec weight = exp2(sub(load(scores + row * kTile + j), most));
+      total = add(total, weight);
+      Format::store_row(weights + row * kTokenUnits, j, weight);
+    }
+    maxima[row] = new_max[row];
+    totals[row] = totals[row] * rescale[row] + sum(total);
+  }
+}
+
+// Tokens of the tile at `first` that a row sees.
+template <class Format>
+RECALKV_INLINE typename Attention<Format>::Range Attention<Format>::visible(int row, int64_t first,
+                                                                            int valid) const {
+  const int64_t position = task.first_position + row / batch.queries_per_kv;
+  const int64_t oldest = layer.window ? position - layer.window + 1 : 0;
+  return {clamp(oldest - first, kTile), clamp(position - first + 1, valid)};
+}
+
+// Scores of a vector of tokens as logits of powers of two.
+template <class Format>
+RECALKV_INLINE Vec Attention<Format>::logits(Vec score, int token) const {
   const bool capped = layer.soft_cap > 0;
-  const Vec scale = splat(capped ? layer.scale : layer.scale * kLog2E);
-  Vec s[kCount];
-  Vec top = hidden;
-  for (int j = 0; j < kCount; ++j) {
-    s[j] = mul(load(row_scores + j * kLanes), scale);
-    if (layer.k_norm_weight) s[j] = mul(s[j], load(key_scale + j * kLanes));
-    if (capped) s[j] = mul(cap(s[j]), splat(kLog2E));
-    if (low > 0 || high < kTile)
-      s[j] = select_range(low - j * kLanes, high - j * kLanes, s[j], hidden);
-    top = max(top, s[j]);
-  }
-  if (low >= high) {
-    for (int j = 0; j < kCount; ++j) Format::store_row(row_weights, j * kLanes, splat(0.0f));
-    return 1.0f;
-  }
-  const float tile_max = maximum(top);
-  const float new_max = tile_max > m ? tile_max : m;
-  Vec total = splat(0.0f);
-  for (int j = 0; j < kCount; ++j) {
-    s[j] = exp2(sub(s[j], splat(new_max)));
-    total = add(total, s[j]);
-    Format::store_row(row_weights, j * kLanes, s[j]);
-  }
-  const float factor = m == new_max ? 1.0f : __builtin_exp2f(m - new_max);
-  l = l * factor + sum(total);
-  m = new_max;
-  return factor;
+  score = mul(score, splat(capped ? layer.scale : layer.scale * kLog2E));
+  if (layer.k_norm_weight) score = mul(score, load(key_scale + token));
+  return capped ? mul(cap(score), splat(kLog2E)) : score;
 }
 
 // cap · tanh(x / cap), with tanh(y) = sign(y) (1 - 2 e / (1 + e)), e = 2^(-2 |y| / ln 2).
@@ -64,44 +79,34 @@ void Attention<Format>::attend(int head, int64_t first, int valid) {
     if (newest < first) continue;
     if (layer.window && oldest - layer.window + 1 >= first + valid) continue;
 
-    for_blocks(count, kTile,
-               [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
-      constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
-      if constexpr (kV == kVecs) {
-        Vec acc[kR][kV];
-        for (int i = 0; i < kR; ++i)
-          for (int j = 0; j < kV; ++j)
-            acc[i][j] =
-                expanded ? load(scores + (row + i) * kTile + column + j * kLanes) : splat(0.0f);
-        product<Format>(acc, head_queries + int64_t{begin + row} * depth, depth, keys + column,
-                        kTile, exact_rows / Format::kPerUnit);
-        for (int i = 0; i < kR; ++i)
-          for (int j = 0; j < kV; ++j)
-            store(scores + (row + i) * kTile + column + j * kLanes, acc[i][j]);
-      }
-    });
-    for (int row = 0; row < count; ++row) {
-      const int64_t position = task.first_position + (begin + row) / batch.queries_per_kv;
-      const int64_t low = layer.window ? position - layer.window + 1 - first : 0;
-      const int64_t high = position - first + 1;
-      const int64_t state = int64_t{head} * rows + begin + row;
-      rescale[row] = softmax(scores + row * kTile, weights + row * kTokenUnits, clamp(low, kTile),
-                             clamp(high, valid), running_max[state], running_sum[state]);
-    }
-    for_blocks(count, width,
-               [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
-      constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
-      Vec acc[kR][kV];
-      float* out[kR];
-      for (int i = 0; i < kR; ++i) {
-        out[i] = row_sums(head, begin + row + i) + column;
-        const Vec factor = splat(rescale[row + i]);
-        for (int j = 0; j < kV; ++j) acc[i][j] = mul(load(out[i] + j * kLanes), factor);
-      }
-      product<Format>(acc, weights + row * kTokenUnits, kTokenUnits, values + column, width,
-                      used_units);
+    products.template run<Format>(
+        count, kTile, {head_queries + int64_t{begin} * depth, depth}, {keys, kTile},
+        exact_rows / Format::kPerUnit,
+        [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
       for (int i = 0; i < kR; ++i)
-        for (int j = 0; j < kV; ++j) store(out[i] + j * kLanes, acc[i][j]);
+        for (int j = 0; j < kV; ++j)
+          acc[i][j] =
+              expanded ? load(scores + (row + i) * kTile + column + j * kLanes) : splat(0.0f);
+    }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
+      for (int i = 0; i < kR; ++i)
+        for (int j = 0; j < kV; ++j)
+          store(scores + (row + i) * kTile + column + j * kLanes,
+                logits(acc[i][j], column + j * kLanes));
+    });
+    softmax(head, begin, count, first, valid);
+    products.template run<Format>(
+        count, width, {weights, kTokenUnits}, {values, width}, used_units,
+        [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
+      for (int i = 0; i < kR; ++i) {
+        const float* sum = row_sums(head, begin + row + i) + column;
+        const Vec factor = splat(rescale[row + i]);
+        for (int j = 0; j < kV; ++j) acc[i][j] = mul(load(sum + j * kLanes), factor);
+      }
+    }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
+      for (int i = 0; i < kR; ++i) {
+        float* sum = row_sums(head, begin + row + i) + column;
+        for (int j = 0; j < kV; ++j) store(sum + j * kLanes, acc[i][j]);
+      }
     });
   }
 }

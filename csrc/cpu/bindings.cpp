@@ -13,13 +13,12 @@
 namespace recalkv {
 namespace {
 
-// Empty for dtypes that there are no kernels for.
-std::string best_isa_of(at::ScalarType dtype) {
-  const bool known = dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16;
-  return known ? best_isa(element_type_of(dtype, "dtype")) : "";
+std::vector<std::string> instruction_sets_of(at::ScalarType dtype) {
+  return instruction_sets(element_type_of(dtype, "dtype"));
 }
 
-bool isa_supported(std::string_view name) { return find_isa(name) != nullptr; }
+// Whether an instruction set takes factors in bf16, rather than float32.
+bool bf16_products(std::string_view isa) { return checked_isa(isa).factors == kBFloat16; }
 
 // Sizes that tables are packed for: tile; terms and stretch of the expansion.
 std::vector<int64_t> table_sizes() { return {kTile, kTerms, kStretch}; }
@@ -89,8 +88,8 @@ TORCH_LIBRARY(recalkv_cpu, m) {
       .def("tracing_mode",
            [](const intrusive_ptr<AttentionLayer>&) -> std::string { return "real"; });
 
-  m.def("best_isa(ScalarType dtype) -> str", &recalkv::best_isa_of);
-  m.def("isa_supported(str name) -> bool", &recalkv::isa_supported);
+  m.def("instruction_sets(ScalarType dtype) -> str[]", &recalkv::instruction_sets_of);
+  m.def("bf16_products(str isa) -> bool", &recalkv::bf16_products);
   m.def("table_sizes() -> int[]", &recalkv::table_sizes);
   m.def(
       "latent_cache_update(Tensor z, Tensor(a!) kv_cache, Tensor slot_mapping, "

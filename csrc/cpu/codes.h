@@ -15,6 +15,11 @@ RECALKV_INLINE T load_as(const uint8_t* p) {
   return x;
 }
 
+// An integer code u of b bits stands for (u + 0.5 - 2^(b-1)) · scale.
+constexpr float center(Codec codec) {
+  return 0.5f - static_cast<float>(1 << (planes_of(codec).bits() - 1));
+}
+
 RECALKV_INLINE Vec to_floats(IVec x) {
 #if RECALKV_AVX512
   return _mm512_cvtepi32_ps(x);
@@ -149,11 +154,21 @@ RECALKV_INLINE __m256i load_32_codes(const uint8_t* low, const uint8_t* high, in
   }
 }
 
-// codes · scale + offset of 32 columns, in bf16.
+// Latents of 32 columns of one scale, in bf16. Up to 4 bits, every value that a code can stand for
+// is looked up.
 template <Codec kCodec>
 RECALKV_INLINE void store_32_latents(const uint8_t* low, const uint8_t* high, int64_t column,
-                                     Vec scale, Vec offset, uint16_t* out) {
+                                     float step, uint16_t* out) {
   const __m256i codes = load_32_codes<kCodec>(low, high, column);
+  const Vec scale = splat(step);
+  if constexpr (planes_of(kCodec).bits() <= 4) {
+    const Vec code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Vec values = mul(add(code, splat(center(kCodec))), scale);
+    const __m512i table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(values));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table));
+    return;
+  }
+  const Vec offset = splat(step * center(kCodec));
   const Vec first = to_floats(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes)));
   const Vec second = to_floats(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1)));
   _mm512_storeu_si512(

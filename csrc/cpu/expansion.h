@@ -52,13 +52,9 @@ void Attention<Format>::absorb(int head, int64_t first) {
     }
     Unit* out = absorbed + int64_t{head} * rows * kTerms * k_units;
     const Unit* factors = layer.pair_factors + int64_t{first_head + head} * pairs * layer.k_width;
-    for_blocks(rows * kTerms, layer.k_width,
-               [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
-      constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
-      Vec acc[kR][kV];
-      for (int i = 0; i < kR; ++i)
-        for (int j = 0; j < kV; ++j) acc[i][j] = splat(0.0f);
-      product<Format>(acc, turned + row * stride, stride, factors + column, layer.k_width, pairs);
+    products.template run<Format>(
+        rows * kTerms, layer.k_width, {turned, stride}, {factors, layer.k_width}, pairs, from_zero,
+        [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
       for (int i = 0; i < kR; ++i)
         for (int j = 0; j < kV; ++j)
           Format::store_row(out + (row + i) * k_units, column + j * kLanes, acc[i][j]);
@@ -72,21 +68,21 @@ void Attention<Format>::score_expanded(int head, int64_t first) {
   const Unit* rows_in = absorbed + int64_t{head} * rows * kTerms * k_units;
   const float* shift = offsets + int64_t{head} * rows * kTerms;
   const float* basis = layer.basis + first % kStretch;
-  for (int row = 0; row < rows; ++row) {
-    for (int column = 0; column < kTile; column += kVecs * kLanes) {
-      Vec acc[kTerms][kVecs];
-      for (int term = 0; term < kTerms; ++term)
-        for (int j = 0; j < kVecs; ++j) acc[term][j] = splat(shift[row * kTerms + term]);
-      product<Format>(acc, rows_in + int64_t{row} * kTerms * k_units, k_units, z_columns + column,
-                      kTile, k_units);
-      for (int j = 0; j < kVecs; ++j) {
+  products.template run<Format, kTerms>(
+      rows * kTerms, kTile, {rows_in, k_units}, {z_columns, kTile}, k_units,
+      [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int) __attribute__((always_inline)) {
+    for (int i = 0; i < kR; ++i)
+      for (int j = 0; j < kV; ++j) acc[i][j] = splat(shift[row + i]);
+  }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
+    if constexpr (kR == kTerms) {
+      for (int j = 0; j < kV; ++j) {
         Vec score = mul(acc[0][j], load(basis + column + j * kLanes));
         for (int term = 1; term < kTerms; ++term)
           score = fma(acc[term][j], load(basis + term * kStretch + column + j * kLanes), score);
-        store(scores + row * kTile + column + j * kLanes, score);
+        store(scores + row / kTerms * kTile + column + j * kLanes, score);
       }
     }
-  }
+  });
 }
 
 }  // namespace recalkv::RECALKV_ISA

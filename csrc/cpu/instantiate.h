@@ -1,6 +1,6 @@
 // All kernels of one instruction set, which the including file selects: its namespace RECALKV_ISA,
-// RECALKV_AVX512, RECALKV_BF16_DOT, and #pragma GCC target. Own macros, because GCC 12 does not
-// define __AVX512F__ and the like for that pragma in C++.
+// RECALKV_AVX512, RECALKV_BF16_DOT, RECALKV_AMX, and #pragma GCC target. Own macros, because GCC 12
+// does not define __AVX512F__ and the like for that pragma in C++.
 #pragma once
 
 #include "attend.h"

@@ -2,6 +2,12 @@
 #include "isa.h"
 
 #include <c10/util/Exception.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <vector>
 
 namespace recalkv {
 namespace {
@@ -21,36 +27,48 @@ bool has_avx512_bf16() {
          __builtin_cpu_supports("avx512vbmi");
 }
 
-struct Entry {
-  const char* name;
-  bool (*supported)();
-  const Kernels* kernels;
-};
+// Linux gives tile registers to a process that asks for them, once.
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2)
+  static const bool allowed = [] {
+    if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return true;
+    TORCH_WARN("The processor has AMX, but this process may not use it (arch_prctl: ",
+               std::strerror(errno), "); kernels use the next best instruction set.");
+    return false;
+  }();
+  return allowed;
+}
 
-constexpr Entry kFastestFirst[] = {
-    {"avx512_bf16", has_avx512_bf16, &avx512_bf16::kernels},
-    {"avx512", has_avx512, &avx512::kernels},
-    {"avx2", has_avx2, &avx2::kernels},
-};
+bool has_amx_bf16() {
+  return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+}
+
+std::vector<InstructionSet>& fastest_first() {
+  static std::vector<InstructionSet> sets{
+      {"amx_bf16", has_amx_bf16, &amx_bf16::kernels},
+      {"avx512_bf16", has_avx512_bf16, &avx512_bf16::kernels},
+      {"avx512", has_avx512, &avx512::kernels},
+      {"avx2", has_avx2, &avx2::kernels},
+  };
+  return sets;
+}
 
 }  // namespace
 
-std::string best_isa(ElementType type) {
-  for (const Entry& entry : kFastestFirst)
-    if (entry.supported() && entry.kernels->of[type].attend) return entry.name;
-  return "";
-}
+void add_isa(const InstructionSet& set) { fastest_first().push_back(set); }
 
-const Kernels* find_isa(std::string_view name) {
-  for (const Entry& entry : kFastestFirst)
-    if (name == entry.name) return entry.supported() ? entry.kernels : nullptr;
-  return nullptr;
+std::vector<std::string> instruction_sets(ElementType type) {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : fastest_first())
+    if (set.supported() && set.kernels->of[type].attend) names.push_back(set.name);
+  return names;
 }
 
 const Kernels& checked_isa(std::string_view name) {
-  const Kernels* kernels = find_isa(name);
-  TORCH_CHECK_VALUE(kernels, "isa: expected one that this processor supports, found ", name);
-  return *kernels;
+  for (const InstructionSet& set : fastest_first())
+    if (name == set.name && set.supported()) return *set.kernels;
+  TORCH_CHECK_VALUE(false, "isa: expected one that this processor supports, found ", name);
 }
 
 }  // namespace recalkv

@@ -3,18 +3,25 @@
 
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "kernels.h"
 
 namespace recalkv {
 
-// The name of the fastest instruction set for an element type, or an empty string.
-std::string best_isa(ElementType type);
+struct InstructionSet {
+  std::string name;
+  bool (*supported)();
+  const Kernels* kernels;
+};
 
-// Kernels of an instruction set, or null when unknown or not supported by the processor.
-const Kernels* find_isa(std::string_view name);
+// Names of the instruction sets of this processor with kernels for an element type, fastest first.
+std::vector<std::string> instruction_sets(ElementType type);
 
-// The same; throws a ValueError instead of returning null.
+// Kernels of an instruction set; throws a ValueError where the processor does not support it.
 const Kernels& checked_isa(std::string_view name);
+
+// Adds one behind all others, such as a model of one that the processor lacks.
+void add_isa(const InstructionSet& set);
 
 }  // namespace recalkv

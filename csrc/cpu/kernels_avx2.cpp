@@ -2,4 +2,5 @@
 #define RECALKV_ISA avx2
 #define RECALKV_AVX512 0
 #define RECALKV_BF16_DOT 0
+#define RECALKV_AMX 0
 #include "instantiate.h"

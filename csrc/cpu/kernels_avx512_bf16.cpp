@@ -2,4 +2,5 @@
 #define RECALKV_ISA avx512_bf16
 #define RECALKV_AVX512 1
 #define RECALKV_BF16_DOT 1
+#define RECALKV_AMX 0
 #include "instantiate.h"

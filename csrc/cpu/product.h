@@ -1,7 +1,9 @@
-// The one register-blocked matrix product: rows of units against a panel of units.
+// The matrix product of the kernels, rows of units times a panel of units, with accumulators in
+// vector registers.
 #pragma once
 
 #include "formats.h"
+#include "scratch.h"
 
 namespace recalkv::RECALKV_ISA {
 
@@ -31,8 +33,8 @@ RECALKV_INLINE void product(Vec (&acc)[Rows][Vecs], const Unit* a, int64_t lda, 
   }
 }
 
-// Calls f(rows_constant, vecs_constant, first_row, first_column) for blocks that cover
-// rows x columns; columns is a multiple of 16.
+// Calls f(rows_constant, vecs_constant, first_row, first_column) for blocks of up to kMost rows
+// that cover rows x columns; columns is a multiple of 16.
 template <int N>
 struct Constant {
   static constexpr int value = N;
@@ -52,20 +54,62 @@ RECALKV_INLINE void for_columns(int row, int columns, F&& f) {
   }
 }
 
-template <class F>
+template <int kMost, class F>
 RECALKV_INLINE void for_blocks(int rows, int columns, F&& f) {
   int row = 0;
-  for (; row + kRows <= rows; row += kRows) for_columns<kRows>(row, columns, f);
-  const int rest = rows - row;
-  if (rest >= 4 && kRows > 4) {
-    for_columns<4>(row, columns, f);
-    row += 4;
+  for (; row + kMost <= rows; row += kMost) for_columns<kMost>(row, columns, f);
+  if constexpr (kMost > 4) {
+    if (rows - row >= 4) {
+      for_columns<4>(row, columns, f);
+      row += 4;
+    }
   }
-  switch (rows - row) {
-    case 3: for_columns<3>(row, columns, f); break;
-    case 2: for_columns<2>(row, columns, f); break;
-    case 1: for_columns<1>(row, columns, f); break;
+  if constexpr (kMost > 2) {
+    switch (rows - row) {
+      case 3: for_columns<3>(row, columns, f); break;
+      case 2: for_columns<2>(row, columns, f); break;
+      case 1: for_columns<1>(row, columns, f); break;
+    }
+  } else if constexpr (kMost == 2) {
+    if (row < rows) for_columns<1>(row, columns, f);
   }
 }
+
+// Rows of units, `stride` units apart.
+struct Matrix {
+  const Unit* units;
+  int64_t stride;
+};
+
+struct RegisterProducts {
+  static constexpr int kBlockRows = kRows;
+
+  explicit RegisterProducts(Scratch&) {}
+
+  // For blocks acc of up to kMost rows of a · b, rows x columns in all: start(acc, row, column)
+  // sets what is added to, finish(acc, row, column) takes the sum. `depth` is in units, columns is
+  // a multiple of 16.
+  template <class Format, int kMost = kBlockRows, class Start, class Finish>
+  RECALKV_INLINE void run(int rows, int columns, Matrix a, Matrix b, int depth, Start&& start,
+                          Finish&& finish) {
+    for_blocks<kMost>(rows, columns,
+                      [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
+      Vec acc[decltype(r)::value][decltype(v)::value];
+      start(acc, row, column);
+      product<Format>(acc, a.units + row * a.stride, a.stride, b.units + column, b.stride, depth);
+      finish(acc, row, column);
+    });
+  }
+};
+
+template <int kR, int kV>
+RECALKV_INLINE void fill(Vec (&acc)[kR][kV], Vec v) {
+  for (int i = 0; i < kR; ++i)
+    for (int j = 0; j < kV; ++j) acc[i][j] = v;
+}
+
+// Starts a product from zero.
+constexpr auto from_zero = []<int kR, int kV>(Vec (&acc)[kR][kV], int, int)
+                               __attribute__((always_inline)) { fill(acc, splat(0.0f)); };
 
 }  // namespace recalkv::RECALKV_ISA

@@ -17,16 +17,14 @@ void Attention<Format>::reconstruct(int head, int64_t tile) {
   if (norm) {
     for (int t = 0; t < kTile; t += kLanes) store(key_scale + t, splat(0.0f));
   }
-  for_blocks(exact_rows, kTile,
-             [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
-    constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
-    if constexpr (kR % 2 == 0 && kV == kVecs) {
-      prefetch_some();
-      Vec acc[kR][kV];
-      for (int i = 0; i < kR; ++i)
-        for (int j = 0; j < kV; ++j) acc[i][j] = splat(bias ? bias[row + i] : 0.0f);
-      product<Format>(acc, factors + int64_t{row} * k_units, k_units, z_columns + column, kTile,
-                      k_units);
+  products.template run<Format>(
+      exact_rows, kTile, {factors, k_units}, {z_columns, kTile}, k_units,
+      [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int) __attribute__((always_inline)) {
+    prefetch_some();
+    for (int i = 0; i < kR; ++i)
+      for (int j = 0; j < kV; ++j) acc[i][j] = splat(bias ? bias[row + i] : 0.0f);
+  }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
+    if constexpr (kR % 2 == 0) {
       if (norm) {
         for (int j = 0; j < kV; ++j) {
           Vec square = load(key_scale + column + j * kLanes);
@@ -67,13 +65,10 @@ void Attention<Format>::reconstruct(int head, int64_t tile) {
 template <class Format>
 void Attention<Format>::reconstruct_values(int head) {
   const Unit* panel = layer.v_panel + int64_t{head} * v_units * width;
-  for_blocks(kTile, width, [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
-    constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
+  products.template run<Format>(kTile, width, {z_rows, v_units}, {panel, width}, v_units, from_zero,
+                                [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column)
+                                    __attribute__((always_inline)) {
     if constexpr (kR % 2 == 0) {
-      Vec acc[kR][kV];
-      for (int i = 0; i < kR; ++i)
-        for (int j = 0; j < kV; ++j) acc[i][j] = splat(0.0f);
-      product<Format>(acc, z_rows + row * v_units, v_units, panel + column, width, v_units);
       for (int i = 0; i < kR; i += 2)
         for (int j = 0; j < kV; ++j)
           Format::store_pair(values + (row + i) / Format::kPerUnit * width + column + j * kLanes,

@@ -1,6 +1,8 @@
 // Query rows in, result rows out.
 #pragma once
 
+#include <limits>
+
 #include "tile.h"
 
 namespace recalkv::RECALKV_ISA {
@@ -48,7 +50,8 @@ void Attention<Format>::start() {
   for (int i = 0; i < widest; ++i) zeros[i] = 0;
   for (int head = 0; head < num_heads; ++head) {
     for (int row = 0; row < rows; ++row) {
-      running_max[int64_t{head} * rows + row] = -__builtin_inff();
+      // Finite: a row that sees nothing yet still subtracts it from logits.
+      running_max[int64_t{head} * rows + row] = -std::numeric_limits<float>::max();
       running_sum[int64_t{head} * rows + row] = 0.0f;
       float* out = row_sums(head, row);
       for (int i = 0; i < width; i += kLanes) store(out + i, splat(0.0f));

@@ -13,9 +13,9 @@ namespace recalkv::RECALKV_ISA {
 constexpr float kLog2E = 1.44269504f;
 
 // 2^x for x <= 0 within 2 ulp: a polynomial of least relative error (9e-8) on [-0.5, 0.5], and a
-// power of two.
+// power of two. 2^-inf is 0.
 RECALKV_INLINE Vec exp2(Vec x) {
-  x = max(splat(-126.0f), x);  // this order keeps NaN
+  x = max(splat(kLeastPower), x);  // this order keeps NaN
   const Vec n = round(x);
   const Vec r = sub(x, n);
   Vec p = splat(0.001326472731f);

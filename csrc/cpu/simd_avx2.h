@@ -36,6 +36,8 @@ RECALKV_INLINE float maximum(Vec a) {
 RECALKV_INLINE Vec round(Vec a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+// Powers of two from here on are zero.
+constexpr float kLeastPower = -127.0f;
 RECALKV_INLINE Vec scale_by_power(Vec a, Vec n) {
   const IVec biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));

@@ -28,6 +28,8 @@ RECALKV_INLINE float maximum(Vec a) { return _mm512_reduce_max_ps(a); }
 RECALKV_INLINE Vec round(Vec a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+// Powers of two from here on are zero.
+constexpr float kLeastPower = -200.0f;
 RECALKV_INLINE Vec scale_by_power(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 // Lanes [begin, end) of a, the others from b.
 RECALKV_INLINE Vec select_range(int begin, int end, Vec a, Vec b) {

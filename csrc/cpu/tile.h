@@ -4,13 +4,16 @@
 
 #include "batch.h"
 #include "layer.h"
-#include "product.h"
+#include "products.h"
 #include "scratch.h"
 #include "task.h"
 
 namespace recalkv::RECALKV_ISA {
 
 RECALKV_INLINE int round_up(int count) { return (count + 15) / 16 * 16; }
+
+// Tokens whose codes are still in the nearest cache when a next segment of them is read.
+constexpr int kTokenBlock = 8;
 
 // x, but no less than 0 and no more than `most`.
 RECALKV_INLINE int clamp(int64_t x, int most) {
@@ -43,6 +46,7 @@ struct Attention {
   const int v_units;                // units of a V span
   const int width;                  // columns of a row of sums: of values, or of value latents
 
+  Products products;
   Unit* queries;       // [num_heads][rows][depth], pair order
   Unit* z_columns;     // [k_units][kTile]
   Unit* keys;          // [depth][kTile]
@@ -52,6 +56,7 @@ struct Attention {
   float* running_max;  // [num_heads][rows], of logits in base 2
   float* running_sum;  // [num_heads][rows]
   float* key_scale;    // [kTile], 1 / RMS of each key
+  float* new_max;      // [kRowBlock]
   float* rescale;      // [kRowBlock]
   Raw* zeros;          // a latent for tokens past the end
   Unit* widened;       // [kLanes][widest row], where the source is not made of units
@@ -75,6 +80,9 @@ struct Attention {
   };
   Segment* segments;  // [num_segments], see plan_segments()
   int num_segments = 0;
+  Range groups;   // whose scales they have
+  float* scales;  // [kTokenBlock][scales_stride], of these
+  int64_t scales_stride;
   Range* code_ranges;  // [num_code_ranges], bytes of a token's codes that they take
   int num_code_ranges = 0;
   // Where a tile's tokens lie; latents are null past the end.
@@ -100,16 +108,19 @@ struct Attention {
         exact_rows(expanded ? 2 * l.exact_pairs : l.head_dim),
         dense(t.heads != nullptr),
         v_units(l.v_width / Format::kPerUnit),
-        width(dense ? l.head_dim : l.v_width) {
+        width(dense ? l.head_dim : l.v_width),
+        products(scratch) {
     queries = scratch.take<Unit>(int64_t{num_heads} * rows * depth);
     z_columns = scratch.take<Unit>(k_units * kTile);
     keys = scratch.take<Unit>(depth * kTile);
     values = scratch.take<Unit>(kTokenUnits * width);
     scores = scratch.take<float>(kRowBlock * kTile);
     weights = scratch.take<Unit>(kRowBlock * kTokenUnits);
-    running_max = scratch.take<float>(int64_t{num_heads} * rows);
+    // Read in whole vectors.
+    running_max = scratch.take<float>(int64_t{num_heads} * rows + kLanes);
     running_sum = scratch.take<float>(int64_t{num_heads} * rows);
     key_scale = scratch.take<float>(kTile);
+    new_max = scratch.take<float>(kRowBlock);
     rescale = scratch.take<float>(kRowBlock);
     const int widest = layer.k_width > layer.v_width ? layer.k_width : layer.v_width;
     zeros = scratch.take<Raw>(widest);
@@ -123,8 +134,10 @@ struct Attention {
       // A line more than a row, or the rows of large ranks would share few sets of the cache.
       dequantized_stride = batch.latents.rank + 64 / static_cast<int64_t>(sizeof(Raw));
       dequantized = scratch.take<Raw>(kTile * dequantized_stride);
+      scales_stride = round_up(batch.latents.groups);
+      scales = scratch.take<float>(kTokenBlock * scales_stride);
     }
-    prefetch_step = kTile / (num_heads * (exact_rows / kRows + 1)) + 1;
+    prefetch_step = kTile / (num_heads * (exact_rows / Products::kBlockRows + 1)) + 1;
     if (expanded) {
       turned = scratch.take<Unit>(rows * kTerms * round_up(layer.expanded_pairs));
       absorbed = scratch.take<Unit>(int64_t{num_heads} * rows * kTerms * k_units);
@@ -180,6 +193,11 @@ struct Attention {
   void dequantize(const Tile& tile, int begin, int end);
   template <ScaleType kType, Codec kCodec>
   void dequantize(const Segment& segment, const Tile& tile, int begin, int end);
+  template <ScaleType kType>
+  RECALKV_INLINE void widen_scales(const Tile& tile, int begin, int end);
+  template <Codec kCodec>
+  RECALKV_INLINE void dequantize_blocks(const Segment& segment, const Tile& tile, int begin,
+                                        int end);
   RECALKV_INLINE void prefetch_codes(int token) const;
 
   // reconstruct.h
@@ -191,8 +209,9 @@ struct Attention {
   void score_expanded(int head, int64_t first);
 
   // attend.h
-  RECALKV_INLINE float softmax(float* row_scores, Unit* row_weights, int low, int high, float& m,
-                               float& l);
+  void softmax(int head, int begin, int count, int64_t first, int valid);
+  RECALKV_INLINE Range visible(int row, int64_t first, int valid) const;
+  RECALKV_INLINE Vec logits(Vec score, int token) const;
   RECALKV_INLINE Vec cap(Vec x) const;
   void attend(int head, int64_t first, int valid);
 

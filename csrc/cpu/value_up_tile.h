@@ -1,7 +1,7 @@
 // Value latents of some rows to head outputs: out = L_v o_lat + b_v.
 #pragma once
 
-#include "product.h"
+#include "products.h"
 #include "scratch.h"
 #include "value_up.h"
 
@@ -9,12 +9,13 @@ namespace recalkv::RECALKV_ISA {
 
 template <class Format>
 struct ValueUpScratch {
+  Products products;
   Unit* columns;  // [v units][kTile], the rows' latents
   float* result;  // [head_dim][kTile]
   Unit* narrow;   // [kLanes][v units]
   Unit* widened;  // [head_dim][v units], where the factors are not made of units
 
-  ValueUpScratch(const ValueUp& job, Scratch& scratch) {
+  ValueUpScratch(const ValueUp& job, Scratch& scratch) : products(scratch) {
     const int units = job.v_width / Format::kPerUnit;
     columns = scratch.take<Unit>(int64_t{units} * kTile);
     result = scratch.take<float>(int64_t{job.head_dim} * kTile);
@@ -27,7 +28,7 @@ template <class Format, class Output>
 void value_up(const ValueUp& job, void* memory) {
   using Raw = typename Format::Raw;
   Scratch scratch{static_cast<char*>(memory)};
-  const ValueUpScratch<Format> space(job, scratch);
+  ValueUpScratch<Format> space(job, scratch);
   const int units = job.v_width / Format::kPerUnit;
   const int rows = static_cast<int>(job.rows);
   const int columns = (rows + 15) / 16 * 16;
@@ -63,14 +64,12 @@ void value_up(const ValueUp& job, void* memory) {
     factors = space.widened;
   }
   const float* bias = job.bias ? job.bias + int64_t{job.head} * job.head_dim : nullptr;
-  for_blocks(job.head_dim, columns,
-             [&](auto r, auto v, int row, int column) __attribute__((always_inline)) {
-    constexpr int kR = decltype(r)::value, kV = decltype(v)::value;
-    Vec acc[kR][kV];
+  space.products.template run<Format>(
+      job.head_dim, columns, {factors, units}, {space.columns, kTile}, units,
+      [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int) __attribute__((always_inline)) {
     for (int i = 0; i < kR; ++i)
       for (int j = 0; j < kV; ++j) acc[i][j] = splat(bias ? bias[row + i] : 0.0f);
-    product<Format>(acc, factors + int64_t{row} * units, units, space.columns + column, kTile,
-                    units);
+  }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
     for (int i = 0; i < kR; ++i)
       for (int j = 0; j < kV; ++j)
         store(space.result + (row + i) * kTile + column + j * kLanes, acc[i][j]);

@@ -13,13 +13,29 @@
 
 namespace recalkv {
 
-// Where block results go: row `column` under KV head `head` of `split`.
-RECALKV_DEVICE int64_t result_row(const DecodeParams& p, const Rows& rows, int head, int column,
+// Where results go: row `row` under KV head `head`, counted from token `first_token`, of `split`.
+RECALKV_DEVICE int64_t result_row(const DecodeParams& p, int first_token, int head, int row,
                                   int split) {
   const int per_kv = p.num_heads / p.num_kv_heads;
-  const int row = rows.begin + column;
-  const int64_t token = static_cast<int64_t>(split) * p.tokens + rows.first_token + row / per_kv;
+  const int64_t token = static_cast<int64_t>(split) * p.tokens + first_token + row / per_kv;
   return token * p.num_heads + head * per_kv + row % per_kv;
+}
+
+// Zeros and minus infinity for rows of no sequence; splits leave the zeros to the merge.
+RECALKV_DEVICE void clear_padding(const DecodeParams& p, const Padding& padding, int first_head,
+                                  int v_block, int block_columns) {
+  const int count = padding.end - padding.begin;
+  const int v_begin = v_block * block_columns;
+  const int v_left = p.v_width - v_begin;
+  const int v_columns = v_left < block_columns ? v_left : block_columns;
+  for (int i = 0; i < p.kernel.heads * count; ++i) {
+    const int64_t row =
+        result_row(p, 0, first_head + i / count, padding.begin + i % count, block_y());
+    if (v_block == 0 && thread_index() == 0) p.lse[row] = kMinusInfinity;
+    for (int v = thread_index(); p.kernel.splits == 1 && v < v_columns; v += thread_count()) {
+      p.out[row * p.v_width + v_begin + v] = 0.0f;
+    }
+  }
 }
 
 // Merge the teams' results through shared memory and write them. All threads take part; no copy may
@@ -97,8 +113,8 @@ RECALKV_DEVICE void merge_teams(const DecodeParams& p, const SharedLayout<S>& sh
       const float2 part = maxima[t * num_columns + column];
       if (part.x != kMinusInfinity) total += part.y * exp2_fast(part.x - highest);
     }
-    const int64_t row =
-        result_row(p, rows, first_head + column / S::kColumns, column % S::kColumns, split);
+    const int64_t row = result_row(p, rows.first_token, first_head + column / S::kColumns,
+                                   rows.begin + column % S::kColumns, split);
     const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
     float* out = p.out + row * p.v_width + v_block * (16 * S::kVTiles);
     for (int v = lane; v < v_columns; v += 32) {
@@ -117,16 +133,20 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const 
   // Blocks that read the same latents are neighbors, so that all but one hit L2.
   const int head_block = block_x() % head_blocks;
   const int v_block = block_x() / head_blocks % v_blocks;
-  const Rows rows = find_rows(p, block_x() / head_blocks / v_blocks, S::kColumns);
-  if (rows.seq < 0) return;
-  const TokenRange range = split_range(p, rows, block_y(), S::kTokens);
   const int first_head = head_block * p.kernel.heads;
+  const int row_block = block_x() / head_blocks / v_blocks;
+  const Rows rows = find_rows(p, row_block, S::kColumns);
+  const Padding padding = find_padding(p, rows, row_block, S::kColumns);
+  if (padding.begin < padding.end) clear_padding(p, padding, first_head, v_block, 16 * S::kVTiles);
+  if (rows.begin >= rows.end) return;
+  const TokenRange range = split_range(p, rows, block_y(), S::kTokens);
   const int thread = thread_index();
   if (p.kernel.splits > 1 && range.tile_from >= range.tile_to) {
     // The merge does not read the output of a split that has seen nothing.
     for (int i = thread; v_block == 0 && i < p.kernel.heads * S::kColumns; i += thread_count()) {
-      if (rows.begin + i % S::kColumns >= rows.end) continue;
-      p.lse[result_row(p, rows, first_head + i / S::kColumns, i % S::kColumns, block_y())] =
+      const int row = rows.begin + i % S::kColumns;
+      if (row >= rows.end) continue;
+      p.lse[result_row(p, rows.first_token, first_head + i / S::kColumns, row, block_y())] =
           kMinusInfinity;
     }
     return;

@@ -7,9 +7,9 @@ namespace recalkv {
 
 // Row `r` of a sequence is query `r / per_kv` of query head `r % per_kv` under each KV head.
 struct Rows {
-  int seq;          // index of the sequence; -1 if the block has no rows
+  int seq;          // index of the sequence
   int first_token;  // row of q with the sequence's first query
-  int begin, end;   // rows of this block
+  int begin, end;   // rows of this block; none unless begin < end
   int num_queries;
   int length;  // cached tokens of the sequence
 };
@@ -30,7 +30,24 @@ RECALKV_DEVICE Rows find_rows(const DecodeParams& p, int row_block, int columns)
   const int rows = num_queries * per_kv;
   const int begin = (row_block - start * per_kv / columns - low) * columns;
   const int end = begin + columns < rows ? begin + columns : rows;
-  return {begin < rows ? low : -1, start, begin, end, num_queries, p.seq_lens[low]};
+  return {low, start, begin, end, num_queries, p.seq_lens[low]};
+}
+
+// Rows of no sequence, which a padded batch has after the last one's. A block with fewer rows than
+// columns takes as many of these, in order: all blocks together have a column for each.
+struct Padding {
+  int begin, end;  // counted over all tokens, `per_kv` rows each
+};
+
+RECALKV_DEVICE Padding find_padding(const DecodeParams& p, const Rows& rows, int row_block,
+                                    int columns) {
+  const int per_kv = p.num_heads / p.num_kv_heads;
+  const int all = rows.num_queries * per_kv;
+  const int before = rows.first_token * per_kv + (rows.begin < all ? rows.begin : all);
+  const int own = rows.begin < rows.end ? rows.end - rows.begin : 0;
+  const int begin = p.query_start_loc[p.num_seqs] * per_kv + row_block * columns - before;
+  const int end = begin + columns - own;
+  return {begin, end < p.tokens * per_kv ? end : p.tokens * per_kv};
 }
 
 // Tokens [first, end) are visible to some row; tiles [tile_from, tile_to) are this split's.

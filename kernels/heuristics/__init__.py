@@ -4,21 +4,30 @@ The choices follow from two budgets, registers and shared memory. Both are held 
 compiler reports by ``python -m recalkv_vllm.benchmarks.compile_report``.
 """
 
-from recalkv_vllm.kernels.heuristics.choice import attention_config
+from recalkv_vllm.kernels.heuristics.choice import attention_config, query_lengths
+from recalkv_vllm.kernels.heuristics.preference import prefers_cuda
 from recalkv_vllm.kernels.heuristics.shapes import AttentionConfig, AttentionShape, shared_memory
 from recalkv_vllm.kernels.heuristics.splits import most_programs, split_count
-from recalkv_vllm.kernels.heuristics.targets import Target, target_of
-from recalkv_vllm.kernels.heuristics.value_up import ValueUpConfig, value_up_config
+from recalkv_vllm.kernels.heuristics.targets import WIDE_MMA, Target, target_of
+from recalkv_vllm.kernels.heuristics.value_up import (
+    ValueUpConfig,
+    value_up_config,
+    value_up_tokens,
+)
 
 __all__ = [
+    "WIDE_MMA",
     "AttentionConfig",
     "AttentionShape",
     "Target",
     "ValueUpConfig",
     "attention_config",
     "most_programs",
+    "prefers_cuda",
+    "query_lengths",
     "shared_memory",
     "split_count",
     "target_of",
     "value_up_config",
+    "value_up_tokens",
 ]

@@ -17,10 +17,18 @@ from recalkv_vllm.kernels.heuristics.shapes import (
     tile_columns,
     value_block,
 )
-from recalkv_vllm.kernels.heuristics.targets import INTERPRETER, Target
+from recalkv_vllm.kernels.heuristics.targets import HOPPER, INTERPRETER, Target
 
 #: Query rows of one program in prefill: each reconstructed key serves them all.
 PREFILL_ROWS = 64
+
+
+def query_lengths() -> list[int]:
+    """Usual query lengths that :func:`attention_config` tells apart, of the powers of two.
+
+    No program has more query rows than :data:`PREFILL_ROWS`.
+    """
+    return [2**i for i in range(PREFILL_ROWS.bit_length())]
 
 
 @cache
@@ -108,4 +116,11 @@ def _prefetching(shape: AttentionShape, config: AttentionConfig, target: Target)
         and shape.code_bits is None
         and (config.warps == 8 or not ragged(config.v_block))
     )
-    return deeper if roomy and light else config
+    # With three stages, ptxas of Triton 3.7 makes room for one more program and spills 8 bytes.
+    crowded = (
+        target.family in HOPPER
+        and (config.tile, config.warps, config.rows) == (32, 4, 32)
+        and config.v_block <= 48
+        and (shape.key_norm or shape.dim <= 64)
+    )
+    return deeper if roomy and (light or crowded) else config

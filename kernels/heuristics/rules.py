@@ -54,7 +54,7 @@ UNLIMITED = 1 << 30
 # fmt: off
 RULES = (
     Rule(families=HOPPER, tile=64, warps=4, local_rope=True,
-         factor=128 * 128, factors=128 * 128, rows=16, v_block=256, columns=512, ragged=True),
+         factor=128 * 128, factors=128 * 128, rows=16, v_block=256, columns=320, ragged=True),
     Rule(families=HOPPER, tile=64, warps=4,
          factor=256 * 128, factors=64 * 128, rows=16, v_block=256, columns=512, ragged=True),
     Rule(families=HOPPER, tile=64, warps=4,
@@ -113,6 +113,7 @@ def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bo
         and _fits_several_heads(shape, config, rule)
         and _fits_ragged_widths(shape, config, rule)
         and _fits_quantized_latents(shape, config, rule)
+        and (rule.families != HOPPER or _fits_hopper(shape, config, rule))
     )
 
 
@@ -147,6 +148,18 @@ def _fits_ragged_widths(shape: AttentionShape, config: AttentionConfig, rule: Ru
     # 8 bytes spilled on sm_80.
     biased = shape.key_bias and rule.families == NARROW_MMA
     return not (biased and config.rows > 16 and config.v_block > 64)
+
+
+def _fits_hopper(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:
+    """Where the tile-local rotation costs 8 to 88 bytes with the ptxas of Triton 3.7."""
+    if not rule.local_rope:
+        return True
+    joint = shape.shared_columns == shape.k_width == config.v_block
+    if joint and ragged(config.v_block) and shape.k_width * shape.dim >= 96 * 128:
+        return False
+    if joint and shape.code_bits is not None and shape.k_width > 64:
+        return False
+    return not shape.key_norm or tile_columns(shape, config) <= 256
 
 
 def _fits_quantized_latents(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:

@@ -19,12 +19,24 @@ class ValueUpConfig:
     stages: int = 3
 
 
+#: Query rows of a program at most.
+MANY_ROWS = 64
+
+
+def value_up_tokens(queries_per_kv: int) -> list[int]:
+    """Numbers of tokens that between them get all parameters that :func:`value_up_config` gives."""
+    tokens = [1]
+    while tokens[-1] * queries_per_kv <= MANY_ROWS:
+        tokens.append(2 * tokens[-1])
+    return tokens
+
+
 @cache
 def value_up_config(rows: int, head_dim: int, v_width: int) -> ValueUpConfig:
     """Blocks for ``rows`` query rows per KV head; few rows want many programs over columns."""
-    many = rows > 64
+    many = rows > MANY_ROWS
     return ValueUpConfig(
-        rows=64 if many else max(16, next_power_of_2(rows)),
+        rows=MANY_ROWS if many else max(16, next_power_of_2(rows)),
         columns=min(64 if many else 32, next_power_of_2(head_dim)),
         depth=min(64, v_width & -v_width),  # the largest power of two that divides the width
     )

@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from recalkv_vllm.checkpoint import AttentionGeometry, RecalkvConfig, read_hf_config
     from recalkv_vllm.compression.base_model.find import find_model
     from recalkv_vllm.compression.errors import InputError, check_least
+    from recalkv_vllm.compression.ranks.cpu_rates import cpu_rates
+    from recalkv_vllm.compression.ranks.targets import chosen_target
     from recalkv_vllm.serving import capacity
 
     check_least(options, max_model_len=1, tensor_parallel_size=1, block_size=1)
@@ -97,8 +99,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 )
             ),
         }
+    target = chosen_target("auto")
     return {
         "model": options.model,
+        "target": target,
+        "cpu": asdict(cpu_rates()) if target.startswith("cpu") else None,
         "max_model_len": options.max_model_len,
         "tensor_parallel_size": tp_size,
         "supposed": recalkv is not None and "recalkv" not in hf_config,
@@ -128,7 +133,15 @@ def show(result: dict[str, Any]) -> None:
     for label, cells in rows.items():
         table.add_row(label, *cells)
     Console().print(table)
+    print(f"this machine: --target {result['target']}{_rates(result['cpu'])}")
     if result["supposed"]:
         print("compressed: an estimate; this model has not been compressed yet")
     elif "compressed" not in result["kv_cache_tokens"]:
         print("compressed: pass --compression, or a compressed checkpoint")
+
+
+def _rates(cpu: dict[str, float] | None) -> str:
+    if cpu is None:
+        return ""
+    matrix, memory = cpu["flop_per_s"] / 1e12, cpu["bytes_per_s"] / 1e9
+    return f" (matrix products {matrix:.2f} TFLOP/s, memory {memory:.0f} GB/s, measured)"

@@ -18,8 +18,9 @@ def add_target_option(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|N",
         default="auto",
         help="kfac only: limit on the FLOP spent reconstructing keys per cached byte (of bands: "
-        "per byte of half the dense cache): the limit of the device that will serve (h100, a100 "
-        "or cpu; auto: the one at hand), a number, or none, for the best accuracy at any speed",
+        "per byte of half the dense cache): the limit of the device that will serve (h100, a100, "
+        "cpu-amx or cpu; auto: the one at hand), a number, or none, for the best accuracy at any "
+        "speed",
     )
 
 

@@ -49,6 +49,9 @@ class CheckedLayer(BoundLayer):
     def reserve(self, limits: BatchLimits) -> None:
         self._bound.reserve(limits)
 
+    def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
+        return self._bound.warm_up(kv_cache, limits)
+
 
 def bind(layer: LatentLayer) -> CheckedLayer:
     """Check a layer's constants and pack them for the implementation that serves it.

@@ -195,8 +195,8 @@ class BoundLayer(Protocol):
         Returns:
             ``o_lat: [tokens, h_q, v_width]``, per-head value latents, and ``lse: [tokens, h_q]``,
             the natural log-sum-exp of the logits, both float32. Rows past ``query_start_loc[-1]``,
-            which a padded batch has, are zero in ``o_lat`` and unspecified in ``lse``: what follows
-            in the model may take a maximum over all rows.
+            which a padded batch has, are zero in ``o_lat``, as what follows in the model may take
+            a maximum over all rows, and minus infinity in ``lse``.
         """
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -223,6 +223,17 @@ class BoundLayer(Protocol):
     def reserve(self, limits: BatchLimits) -> None:
         """Allocate what calls within ``limits`` need, before memory is profiled and graphs are
         captured."""
+
+    def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
+        """Compile and load every kernel that calls within ``limits`` reach, before they come.
+
+        Args:
+            kv_cache: the cache that calls will be given; it is not changed.
+
+        Returns:
+            Kernels launched for it; 0 where nothing is compiled when first called.
+        """
+        return 0
 
 
 class Implementation(Protocol):

@@ -37,13 +37,21 @@ def partial_results(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``o_lat: [splits, tokens, h_q, v_width]`` and ``lse: [splits, tokens, h_q]``, float32.
 
-    They lie in the workspace, and hold until the next call on the device asks for theirs. ``lse``
-    starts as minus infinity, so that merging makes zero of rows that no program writes: those of
-    no sequence.
+    They lie in the workspace, and hold until the next call on the device asks for theirs.
     """
     rows = tokens * num_heads
     nbytes = partial_bytes(splits, rows, v_width)
     elements = reserve_workspace(device, nbytes)[:nbytes].view(torch.float32)
     cut = splits * rows * v_width
     o_lat = elements[:cut].view(splits, tokens, num_heads, v_width)
-    return o_lat, elements[cut:].view(splits, tokens, num_heads).fill_(-torch.inf)
+    return o_lat, elements[cut:].view(splits, tokens, num_heads)
+
+
+def clear_rows(o_lat: torch.Tensor, lse: torch.Tensor, rows: range) -> None:
+    """Give ``rows`` what rows of no sequence have, where no kernel runs that would.
+
+    No batch that a graph is captured for has such rows.
+    """
+    if rows:
+        o_lat[rows.start : rows.stop] = 0
+        lse[rows.start : rows.stop] = -torch.inf

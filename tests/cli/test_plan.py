@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from recalkv_vllm.cli import main
 from recalkv_vllm.cli.sizes import size
+from recalkv_vllm.compression.ranks.targets import chosen_target
 
 FEW = ["--num-samples", "4", "--seq-len", "32"]
 
@@ -55,6 +56,9 @@ def test_tokens_are_vllms_own_count(tmp_path, capsys):
     assert result["supposed"]
     # 134.5 million parameters, known from the model's card.
     assert result["weight_bytes"]["dense"] == pytest.approx(134.5e6 * 4, rel=0.01)
+    assert result["target"] == chosen_target("auto")
+    if result["target"].startswith("cpu"):
+        assert result["cpu"].keys() == {"flop_per_s", "bytes_per_s"}
 
 
 def test_checkpoint_weighs_what_a_server_loads(tiny, tmp_path, capsys):

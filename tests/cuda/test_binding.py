@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from recalkv_vllm.band_format import BandFormat, CacheFormat
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.heuristics import Target
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import BatchLimits, KernelUnavailableError, cuda
 from recalkv_vllm.ops.cuda import CudaLayer, attention, extension
 from recalkv_vllm.ops.cuda.shapes import Limits
-from recalkv_vllm.ops.triton.attention import TritonAttention, TritonLayer
+from recalkv_vllm.ops.triton.attention import TritonAttention
+from recalkv_vllm.ops.triton.layer import TritonLayer
 from tests.ops.cases import AttentionCase, build, spanned
 from tests.ops.checks import assert_matches_oracle
+from tests.ops.padding import PADDED_CALLS, padded_call
 
 Configure = Callable[[int, int], None]
 #: Not bfloat16: Triton's interpreter multiplies its bits as integers, up to Triton 3.9 at least.
@@ -80,6 +84,49 @@ def test_prefill_without_hints_is_tritons(calls: list[str]) -> None:
     assert_matches_oracle(result, case, DTYPE)
 
 
+#: Spans that Triton takes tiles of 64 tokens for on sm_90, and ones that it has only 32 for.
+NARROW = spanned("narrow", (4, 2, 64), 1, 32, 2, 32, batch=((1, 45), (1, 50)))
+WIDE = spanned("wide", (4, 2, 64), 2, 512, 1, 512, batch=((1, 45), (1, 50)))
+
+
+@needs_triton
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize(
+    ("case", "arch", "expected"),
+    [(NARROW, 80, "cuda"), (NARROW, 90, "triton"), (WIDE, 80, "cuda"), (WIDE, 90, "cuda")],
+    ids=str,
+)
+def test_preferred_kernel_decodes(
+    case: AttentionCase,
+    arch: int,
+    expected: str,
+    forced: bool,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By compute capability and spans; a forced one always."""
+    if forced:
+        monkeypatch.setenv("RECALKV_KERNEL", "cuda")
+    layer = bind(case)
+    if layer.triton is not None:
+        layer.triton.planner.target = Target(arch, 132)
+    result = layer.attend(
+        *build(case, DTYPE, DEVICE).change(num_decodes=2, num_decode_tokens=2).call
+    )
+    assert calls == ["cuda" if forced else expected]
+    assert_matches_oracle(result, case, DTYPE)
+
+
+@pytest.mark.parametrize(
+    ("arch", "where"), [(80, " on"), (90, " of layers that Triton has only narrow")]
+)
+def test_log_says_what_decodes(arch: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "target_of", lambda device: Target(arch, 132))
+    said = cuda.describe(torch.device("cuda"), DTYPE)
+    assert said.startswith(f"CUDA C++ for decode{where}")
+    assert f"sm_{arch}" in said
+
+
 def test_empty_batch(configure: Configure) -> None:
     inputs = build(CASE, DTYPE, DEVICE)
     inputs = inputs.change(
@@ -94,19 +141,28 @@ def test_empty_batch(configure: Configure) -> None:
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_rows_of_no_sequence_are_zero(split: bool, multiprocessors: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("name", PADDED_CALLS)
+def test_rows_of_no_sequence_are_cleared(
+    name: str, split: bool, multiprocessors: Callable[[int], None]
+) -> None:
+    """By the kernels, in outputs and a workspace that start as NaN."""
     multiprocessors(200 if split else 1)
-    case = replace(CASE, padding_rows=3, batch=((1, 700), (0, 0)) if split else BATCH)
-    inputs = build(case, DTYPE, DEVICE)
-    layer = bind(case)
-    assert (layer.decode._plan(len(inputs.q), len(case.batch), 4, 700)[2] > 1) == split
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        o_lat, _ = layer.attend(*inputs.call)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert o_lat[-3:].eq(0).all()
-    assert o_lat.isfinite().all()
+    case, inputs = padded_call(name, DTYPE, DEVICE)
+    layer = cuda.bind(inputs.layer)
+    assert (layer.decode._plan(len(inputs.q), len(case.batch), 8, 1024)[2] > 1) == split
+    assert_matches_oracle(layer.attend(*inputs.call), case, DTYPE)
+
+
+def test_rows_without_a_sequence(configure: Configure) -> None:
+    inputs = build(CASE, DTYPE, DEVICE)
+    inputs = inputs.change(
+        block_table=inputs.batch.block_table[:0],
+        seq_lens=inputs.batch.seq_lens[:0],
+        query_start_loc=torch.zeros(1, device=DEVICE).int(),
+    )
+    o_lat, lse = bind(CASE).attend(*inputs.call)
+    assert o_lat.eq(0).all()
+    assert lse.eq(-torch.inf).all()
 
 
 def test_misaligned_cache_is_refused(configure: Configure) -> None:

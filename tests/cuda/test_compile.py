@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
 
+import cuda_build
 from recalkv_vllm.benchmarks import cuda_compile_report as report
 
 KERNELS = [
@@ -21,6 +23,11 @@ def test_kernels_compile_without_faults(arch: str) -> None:
     for row in report.compile_kernels(KERNELS, arch):
         assert row.faults() == [], row
         assert row.registers <= 255
+
+
+def test_the_report_is_of_what_is_built() -> None:
+    built = re.findall(r"code=\[?(sm_\w+)", " ".join(cuda_build.ARCHITECTURES))
+    assert tuple(built) == report.ARCHES
 
 
 def test_common_models_have_plans() -> None:

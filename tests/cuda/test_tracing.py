@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from recalkv_vllm.ops import cuda
+from recalkv_vllm.ops import BatchLimits, cuda
 from recalkv_vllm.ops.cuda import extension
+from recalkv_vllm.ops.cuda.shapes import KernelShape
 from tests.ops.cases import build, spanned
 from tests.ops.checks import assert_matches_oracle
 from tests.ops.replay import PADDED, GraphMemory
@@ -34,6 +36,33 @@ def test_ops(length: int, names: set[str], configure: Callable[[int, int], None]
 
 def test_every_op_has_a_test_here(configure: Callable[[int, int], None]) -> None:
     assert ops_on_tensors(NAMESPACE) == {DECODE, MERGE}
+
+
+@pytest.mark.parametrize("heads", [(8, 2, 128), (16, 1, 64)], ids=str)
+def test_warming_up_runs_every_kernel_that_decodes_reach(
+    heads: tuple[int, int, int], configure: Callable[[int, int], None]
+) -> None:
+    """CUDA loads a kernel when it is first called: which one that is follows from the plan."""
+
+    def kernels(calls: list[tuple[Any, tuple]]) -> set[Any]:
+        loaded = set()
+        for op, arguments in calls:
+            shape = KernelShape(*arguments[14]) if op._schema.name == DECODE else None
+            loaded.add(shape and (shape.column_tiles, shape.v_tiles, shape.resident))
+        return loaded
+
+    batches = [((1, 17),), ((1, 700),), ((4, 60),), ((16, 100), (9, 300))]
+    inputs = [
+        build(spanned("decode", heads, 1, 48, 1, 80, batch=batch), torch.bfloat16, DEVICE)
+        for batch in batches
+    ]
+    layer = cuda.bind(inputs[0].layer)
+    with RecordedCalls(NAMESPACE) as warm:
+        layer.warm_up(inputs[0].kv_cache, BatchLimits(heads[0], 8, 4, 2048))
+    with RecordedCalls(NAMESPACE) as asked:
+        for each in inputs:
+            layer.attend(*each.call)
+    assert kernels(asked.calls) == kernels(warm.calls)
 
 
 @pytest.mark.parametrize("name", PADDED)

@@ -10,6 +10,8 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from recalkv_vllm.ops import workspace
+
 
 def to_bits(x: np.ndarray) -> np.ndarray:
     """float32 to the bits of bfloat16, rounding to nearest even as a GPU does."""
@@ -54,8 +56,13 @@ def bfloat16() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every new tensor starts as NaN, so that an output or workspace left unwritten shows."""
+
+    def new_workspace(device: torch.device, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)  # all ones: NaN in float32
+
+    monkeypatch.setattr(workspace, "reserve_workspace", new_workspace)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -6,6 +6,7 @@ depends on the dtype (rounding, the local rotation's table) runs in bfloat16 and
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 
@@ -30,6 +31,7 @@ from tests.ops.cases import (
     spanned,
 )
 from tests.ops.checks import assert_matches_oracle
+from tests.ops.padding import PADDED_CALLS, padded_call
 from tests.ops.replay import PADDED, GraphMemory
 
 BY_NAME = {case.name: case for case in CASES + QUANTIZED_CASES}
@@ -154,6 +156,14 @@ class NoDeviceReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoFills(TorchDispatchMode):
+    """Fails on a launch of torch's own that would fill memory."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in func.name() for name in ("fill", "zero", "full")), func.name()
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("hinted", [False, True])
 def test_launches_read_nothing_from_the_device(
     hinted: bool, monkeypatch: pytest.MonkeyPatch
@@ -196,20 +206,29 @@ def test_replayed_launches_serve_padded_batches(
     assert_matches_oracle(result, memory.case, torch.float32)
 
 
-@pytest.mark.parametrize("hinted", [False, True])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_rows_of_no_sequence_are_zero(
-    splits: int, hinted: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", PADDED_CALLS)
+def test_rows_of_no_sequence_are_cleared(
+    name: str, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a padded batch, in memory that starts as NaN."""
+    """By the launches themselves, in outputs and a workspace that start as NaN."""
     monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
-    case = BY_NAME["mixed"] if not hinted else replace(BY_NAME["mixed"], batch=((1, 45), (0, 0)))
-    hints = {"num_decodes": 2, "num_decode_tokens": 1 + case.padding_rows} if hinted else {}
-    inputs = inputs_of(case, torch.float32).change(**hints)
     assert torch.empty(8, device=DEVICE).isnan().all()
-    o_lat, _ = bind(inputs).attend(*inputs.call)
-    assert case.padding_rows == 3
-    assert o_lat[-3:].eq(0).all()
+    case, inputs = padded_call(name, torch.float32, DEVICE)
+    layer = bind(inputs)
+    with NoFills() if name != "after-the-hint" else nullcontext():
+        result = layer.attend(*inputs.call)
+    assert_matches_oracle(result, case, torch.float32)
+
+
+def test_rows_without_a_sequence() -> None:
+    inputs = inputs_of(BY_NAME["mixed"], torch.float32)
+    batch = inputs.batch
+    nothing = {"block_table": batch.block_table[:0], "seq_lens": batch.seq_lens[:0]}
+    nothing["query_start_loc"] = batch.query_start_loc[:1]
+    o_lat, lse = bind(inputs).attend(*inputs.change(**nothing).call)
+    assert o_lat.eq(0).all()
+    assert lse.eq(-torch.inf).all()
 
 
 @pytest.mark.parametrize("bounded", [True, False], ids=["decode", "prefill"])

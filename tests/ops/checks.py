@@ -53,11 +53,17 @@ def assert_close_to_oracle(
     rows: int,
     what: str = "",
 ) -> None:
-    """Compare the first ``rows`` rows of ``(o_lat, lse)``, element by element."""
+    """Compare the first ``rows`` rows of ``(o_lat, lse)``, element by element.
+
+    The others are of no sequence: they must be cleared, as the oracle's are.
+    """
     for name, got, want, limit in zip(("o_lat", "lse"), result, oracle, allowed, strict=True):
         assert got.dtype == torch.float32, f"{name}: expected float32, found {got.dtype}"
         assert got.shape == want.shape, f"{name}: expected {want.shape}, found {got.shape}"
         assert_within(got[:rows], want[:rows], limit[:rows], f"{what}: {name}")
+        assert torch.equal(got[rows:].cpu(), want[rows:].float().cpu()), (
+            f"{what}: padding of {name}"
+        )
 
 
 def assert_within(

@@ -1,4 +1,4 @@
-"""Instruction sets of this processor that the C++ ops have versions for."""
+"""Instruction sets of this processor that the C++ ops have versions for, and a model of AMX."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from contextlib import contextmanager
 
 import torch
 
-from recalkv_vllm.ops import cpu  # noqa: F401  (loads the extension)
+from recalkv_vllm.ops.cpu.plan import DTYPES
+from tests.ops import amx_model
 from tests.ops.cases import AttentionCase
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = [
-    isa for isa in ("avx2", "avx512", "avx512_bf16") if torch.ops.recalkv_cpu.isa_supported(isa)
-]
-# The bf16 dot product is for bfloat16 alone.
+if amx_model.compilable():
+    amx_model.ensure_loaded()
+
+#: Of an instruction set and a dtype that it has kernels for.
 VERSIONS = [
-    (isa, dtype)
-    for isa in ISAS
-    for dtype in DTYPES
-    if isa != "avx512_bf16" or dtype == torch.bfloat16
+    (isa, dtype) for dtype in DTYPES for isa in torch.ops.recalkv_cpu.instruction_sets(dtype)
 ]
 
 

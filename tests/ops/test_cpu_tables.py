@@ -13,7 +13,7 @@ from tests.ops.cases import AttentionCase, attend, build, spanned
 from tests.ops.checks import assert_matches_oracle, difference
 
 needs_bf16_dot = pytest.mark.skipif(
-    not torch.ops.recalkv_cpu.isa_supported("avx512_bf16"),
+    "avx512_bf16" not in torch.ops.recalkv_cpu.instruction_sets(torch.bfloat16),
     reason="only the bf16 dot product expands rotations",
 )
 

@@ -11,6 +11,7 @@ import torch
 from recalkv_vllm import ops
 from recalkv_vllm.ops import KernelUnavailableError, cpu, dispatch, reference
 from recalkv_vllm.ops.cpu import extension
+from recalkv_vllm.ops.cpu.plan import DTYPES, instruction_set, instruction_sets
 from tests.ops.cases import build, spanned
 
 CPU = torch.device("cpu")
@@ -49,8 +50,17 @@ def test_forced_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_forced_isa_of_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECALKV_CPU_ISA", "neon")
-    with pytest.raises(KernelUnavailableError, match=r"RECALKV_CPU_ISA: .* found 'neon'"):
+    with pytest.raises(KernelUnavailableError, match=r"RECALKV_CPU_ISA: .* avx2.* found 'neon'"):
         dispatch.implementation(CPU, torch.float32, 64)
+
+
+def test_forced_isa_is_for_dtypes_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = torch.ops.recalkv_cpu.instruction_sets
+    for isa in instruction_sets():
+        monkeypatch.setenv("RECALKV_CPU_ISA", isa)
+        for dtype in DTYPES:
+            expected = isa if isa in sets(dtype) else sets(dtype)[0]
+            assert instruction_set(dtype) == expected, (isa, dtype)
 
 
 def test_missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:

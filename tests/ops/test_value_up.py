@@ -6,21 +6,20 @@ import torch
 from recalkv_vllm.ops import bind, reference
 from tests.ops.cases import value_layer
 from tests.ops.checks import assert_within
-from tests.ops.cpu_versions import DTYPES, ISAS
+from tests.ops.cpu_versions import DTYPES, VERSIONS
 from tests.ops.rounding import allowed_value_up_error
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize(
     "shape", [(1, 9, 3, 64, 96), (7, 8, 8, 80, 16), (33, 4, 1, 128, 48), (40, 4, 2, 112, 512)]
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("isa", "dtype"), VERSIONS, ids=str)
 def test_matches_oracle(
+    isa: str,
     dtype: torch.dtype,
     shape: tuple[int, ...],
     bias: bool,
-    isa: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RECALKV_CPU_ISA", isa)
@@ -37,11 +36,10 @@ def test_matches_oracle(
     assert_within(result, oracle, allowed_value_up_error(o_lat, v_up, v_bias), "value up")
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("isa", "dtype"), VERSIONS, ids=str)
 def test_out_dtype(
-    dtype: torch.dtype, out_dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+    isa: str, dtype: torch.dtype, out_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECALKV_CPU_ISA", isa)
     o_lat, v_up = torch.randn(3, 4, 16), torch.randn(2, 32, 16).to(dtype)

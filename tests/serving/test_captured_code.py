@@ -5,33 +5,61 @@ nothing to capture.
 """
 
 import ast
-from pathlib import Path
 
 import pytest
 
-import recalkv_vllm
+from recalkv_vllm.ops import dispatch
+from tests.test_imports import import_graph, sources
 
-PACKAGE = Path(recalkv_vllm.__file__).parent
-KERNELS = PACKAGE.parent / "kernels"
-CAPTURED = (
-    *sorted((PACKAGE / "serving" / "attention").glob("[!_]*.py")),
-    PACKAGE / "serving" / "model" / "self_attention.py",
-    PACKAGE / "serving" / "model" / "factor_layers.py",
-    *(PACKAGE / name for name in ("band_format.py", "latent_format.py", "span.py")),
-    *(PACKAGE / "ops" / name for name in ("checked.py", "contract.py", "workspace.py")),
-    *sorted((PACKAGE / "ops" / "validation").glob("*.py")),
-    *sorted((PACKAGE / "ops" / "triton").glob("*.py")),
-    *sorted((PACKAGE / "ops" / "cuda").glob("*.py")),
-    *sorted(KERNELS.rglob("*.py")),
+#: Where a captured forward pass enters: the layer, vLLM's two opaque ops, and the ops on a GPU.
+ENTRIES = (
+    "recalkv_vllm.serving.model.self_attention",
+    "recalkv_vllm.serving.attention.backend",
+    *(dispatch.MODULES[name] for name in dispatch.PREFERENCE["cuda"]),
 )
+#: Runs when weights are loaded; layers are built by its layouts.
+LOADING = "recalkv_vllm.checkpoint"
 #: They wait for the device.
 READING = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize"}
 #: Called when the user asks for checks of values alone.
 DEBUGGING = {"_check_values"}
 
 
-@pytest.mark.parametrize("path", CAPTURED, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_nothing_is_read_from_the_device(path):
+FILES = sources()
+
+
+def captured() -> list[str]:
+    """Every module that the entries import, by way of others too."""
+    graph = import_graph(FILES)
+    reached, left = set(), list(ENTRIES)
+    while left:
+        name = left.pop()
+        if name in graph and name not in reached and not name.startswith(LOADING):
+            reached.add(name)
+            left += graph[name]
+    return sorted(reached)
+
+
+CAPTURED = captured()
+
+
+def test_every_layer_of_the_path_is_reached():
+    assert set(ENTRIES) <= set(CAPTURED)
+    for name in (
+        "serving.attention.metadata",
+        "ops.checked",
+        "ops.validation.calls",
+        "ops.triton.launch",
+        "ops.workspace",
+        "kernels.attention",
+        "kernels.heuristics.choice",
+    ):
+        assert f"recalkv_vllm.{name}" in CAPTURED
+
+
+@pytest.mark.parametrize("name", CAPTURED, ids=lambda name: name.removeprefix("recalkv_vllm."))
+def test_nothing_is_read_from_the_device(name):
+    path = FILES[name]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     debugging = {
         node

@@ -1,91 +1,75 @@
-"""Metadata that vLLM builds while it captures CUDA graphs, and before it replays them."""
+"""CUDA graphs of attention: captured and replayed with metadata that vLLM itself builds."""
 
-from types import SimpleNamespace
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from recalkv_vllm.serving.attention.metadata import LatentMetadataBuilder
 
-MAX_MODEL_LEN = 4096
-#: Of a graph of uniform decodes: requests, and queries of each (one, or tokens to verify).
-SIZES = [(requests, queries) for queries in (1, 4) for requests in (1, 2, 8, 24, 256)]
+RUNNER_V2 = Path(__file__).parents[1] / "e2e" / "model_runner_v2"
+MAX_MODEL_LEN = 1024
 
 
-class Runner:
-    """What vLLM's model runners do around a builder: memory of fixed addresses, padded batches."""
-
-    def __init__(self, requests: int, queries: int):
-        self.requests, self.queries = requests, queries
-        speculation = SimpleNamespace(num_speculative_tokens=queries - 1, parallel_drafting=False)
-        config = SimpleNamespace(
-            speculative_config=speculation if queries > 1 else None,
-            parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        )
-        self.builder = LatentMetadataBuilder(None, ["layer"], config, torch.device("cpu"))
-        self.query_start_loc = torch.zeros(requests + 1, dtype=torch.int32)
-        self.seq_lens = torch.zeros(requests, dtype=torch.int32)
-        self.block_table = torch.zeros(requests, MAX_MODEL_LEN // 16, dtype=torch.int32)
-
-    def common(self, counts: list[int], lengths: list[int], max_seq_len: int):
-        """A batch padded to the graph's size, in the runner's memory."""
-        padding = self.requests - len(counts)
-        starts = torch.tensor([0, *counts, *[0] * padding]).cumsum(0)
-        self.query_start_loc.copy_(starts)
-        self.seq_lens.copy_(torch.tensor([*lengths, *[0] * padding]))
-        return CommonAttentionMetadata(
-            query_start_loc=self.query_start_loc,
-            query_start_loc_cpu=self.query_start_loc.clone(),
-            seq_lens=self.seq_lens,
-            num_reqs=self.requests,
-            num_actual_tokens=self.requests * self.queries,
-            max_query_len=self.queries,
-            max_seq_len=max_seq_len,
-            block_table_tensor=self.block_table,
-            slot_mapping=torch.full((self.requests * self.queries,), -1),
-        )
-
-    def capture(self):
-        dummy = [self.queries] * self.requests
-        return self.builder.build_for_cudagraph_capture(self.common(dummy, dummy, MAX_MODEL_LEN))
+@pytest.fixture(scope="module")
+def replays():
+    """Of batches of some sizes, decodes and verification of two drafted tokens each."""
+    folders = [str(RUNNER_V2), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serving.graph_metadata"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize(("requests", "queries"), SIZES)
-def test_all_of_a_captured_batch_is_decodes_of_any_length(requests, queries):
-    runner = Runner(requests, queries)
-    metadata = runner.capture()
-    assert metadata.num_actual_tokens == requests * queries
-    batch = metadata.batch
-    assert (batch.num_decodes, batch.num_decode_tokens) == (requests, requests * queries)
-    assert batch.max_decode_query_len == queries
-    assert batch.max_seq_len == MAX_MODEL_LEN
+def test_every_batch_has_a_graph_and_some_are_padded(replays):
+    assert [(each["queries"], each["requests"]) for each in replays] == [
+        (queries, requests) for queries in (1, 3) for requests in (1, 3, 5, 8)
+    ]
+    for queries in (1, 3):
+        padding = {
+            each["padded requests"] - each["requests"]
+            for each in replays
+            if each["queries"] == queries
+        }
+        assert len(padding) > 1
 
 
-@pytest.mark.parametrize(("requests", "queries"), SIZES)
-def test_captured_metadata_shows_the_batch_of_a_replay(requests, queries):
+def test_all_of_a_captured_batch_is_decodes_of_any_length(replays):
+    for each in replays:
+        captured, requests, queries = each["captured"], each["padded requests"], each["queries"]
+        assert captured["decodes"] == requests
+        assert captured["tokens"] == [requests * queries] * 2
+        assert captured["queries"] == queries
+        assert captured["longest"] == MAX_MODEL_LEN
+
+
+def test_captured_metadata_shows_the_batch_of_a_replay(replays):
     """A graph reads what tensors hold when it is replayed: they must be the runner's own."""
-    runner = Runner(requests, queries)
-    captured = runner.capture()
-    counts = [queries] * (requests - requests // 3)
-    common = runner.common(counts, [100 + i for i in range(len(counts))], max_seq_len=400)
-    replayed = runner.builder.build(0, common)
-    for name in ("query_start_loc", "seq_lens", "block_table"):
-        held = getattr(captured.batch, name)
-        assert held.data_ptr() == getattr(replayed.batch, name).data_ptr()
-    assert captured.batch.seq_lens[len(counts) :].eq(0).all()
-    # What launches follow from is the graph's, whatever the batch, but for a shorter bound.
-    assert replayed.num_actual_tokens == captured.num_actual_tokens
-    assert replayed.batch.num_decodes == captured.batch.num_decodes
-    assert replayed.batch.num_decode_tokens == captured.batch.num_decode_tokens
-    assert replayed.batch.max_seq_len <= captured.batch.max_seq_len
+    for each in replays:
+        captured, replayed = each["captured"], each["replayed"]
+        # What launches follow from is the graph's, whatever the batch, but for a shorter bound.
+        assert replayed.pop("longest") == max(each["lengths"]) <= captured.pop("longest")
+        assert replayed == captured
+        padding = [0] * (each["padded requests"] - each["requests"])
+        assert each["lengths shown"] == each["lengths"] + padding
 
 
-def test_one_batch_is_built_once_for_all_layers():
-    runner = Runner(4, 1)
-    common = runner.common([1, 1, 1], [5, 6, 7], 7)
-    other = LatentMetadataBuilder(None, ["other"], runner.builder.vllm_config, torch.device("cpu"))
-    assert other.build(0, common) is runner.builder.build(0, common)
+def test_replayed_launches_attend_the_batch_and_clear_what_is_padded(replays):
+    for each in replays:
+        assert each["error"] < 1e-5, each
+
+
+def test_one_batch_is_built_once_for_all_layers(replays):
+    assert all(each["built once"] for each in replays)
 
 
 def test_the_reference_is_never_captured(monkeypatch):

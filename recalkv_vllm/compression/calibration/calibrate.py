@@ -10,11 +10,11 @@ import torch
 
 from recalkv_vllm.compression.base_model.devices import calibration_dtype
 from recalkv_vllm.compression.base_model.model import BaseModel
+from recalkv_vllm.compression.cache_directory import cache_directory
 from recalkv_vllm.compression.calibration.samples import draw_samples, interleave, shares
 from recalkv_vllm.compression.calibration.self_text import sample_self
 from recalkv_vllm.compression.calibration.statistics import (
     Statistics,
-    cache_directory,
     collect,
     samples_digest,
 )

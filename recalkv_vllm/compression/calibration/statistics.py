@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 
 from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.attention import CausalLM
+from recalkv_vllm.compression.cache_directory import cache_directory
 from recalkv_vllm.compression.calibration.calibration_pass import run_pass, sum_shapes
 from recalkv_vllm.compression.calibration.kronecker import KroneckerFactors, mean_factors
 from recalkv_vllm.compression.calibration.observers import FisherDiagonal, InputMoments, Observer
@@ -73,13 +73,6 @@ class Statistics:
         """Diagonal Fisher information ``[2, h_kv · d, H]`` of a layer's key and value projection
         (observer ``fisher``)."""
         return self._sums["fisher"][layer].astype(np.float64) / self._counts["samples"]
-
-
-def cache_directory() -> Path:
-    """Where statistics are kept: ``$RECALKV_CACHE``, or ``recalkv`` in the user's cache."""
-    if root := os.environ.get("RECALKV_CACHE"):
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recalkv"
 
 
 def samples_digest(samples: torch.Tensor) -> str:

@@ -19,8 +19,9 @@ from recalkv_vllm.compression.ranks.targets import flop_per_byte
 
 #: FLOP per byte, of attention kernels, by target. H100 and A100 (80 GB): two thirds of the peak
 #: matrix rate over that of memory, 990 TFLOP/s over 3.35 TB/s and 312 over 2.04; not measured. CPU:
-#: from times against vLLM's kernel (docs/performance.md), which it gives within a tenth.
-RIDGES = {"h100": 200.0, "a100": 102.0, "cpu": 32.0}
+#: from times against vLLM's kernel (docs/performance.md), which it gives within a tenth; with AMX
+#: four times that, not measured.
+RIDGES = {"h100": 200.0, "a100": 102.0, "cpu-amx": 128.0, "cpu": 32.0}
 
 
 def ridge_of(target: str) -> float:

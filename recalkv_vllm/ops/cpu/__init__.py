@@ -1,6 +1,6 @@
 """The ops in C++ (``csrc/cpu``), bound for torch tensors on the CPU.
 
-``RECALKV_CPU_ISA=avx2|avx512|avx512_bf16`` forces an instruction set below the best one.
+``RECALKV_CPU_ISA=avx2|avx512|avx512_bf16|amx_bf16`` forces an instruction set.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import torch
 from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.cpu import extension
 from recalkv_vllm.ops.cpu.attention import CpuLayer
-from recalkv_vllm.ops.cpu.plan import instruction_set
+from recalkv_vllm.ops.cpu.plan import DTYPES, instruction_set, instruction_sets
 
 __all__ = ["CpuLayer", "bind", "describe", "unsupported_reason"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
 
 
@@ -34,8 +33,8 @@ def unsupported_reason(
     isa = instruction_set(dtype)
     if not isa:
         return "expected a processor with AVX2, FMA and F16C"
-    if not torch.ops.recalkv_cpu.isa_supported(isa):
-        return f"RECALKV_CPU_ISA: expected an instruction set of this processor, found {isa!r}"
+    if isa not in (available := instruction_sets()):
+        return f"RECALKV_CPU_ISA: expected one of {', '.join(available)}, found {isa!r}"
     if head_dim is not None and (head_dim % 16 or not 0 < head_dim <= LARGEST_HEAD_DIM):
         return f"expected a head size in multiples of 16 up to {LARGEST_HEAD_DIM}, found {head_dim}"
     return None

@@ -31,13 +31,14 @@ class CpuLayer(BoundLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         starts = batch.query_start_loc
         o_lat, lse = self._attend(q, kv_cache, batch.block_table, batch.seq_lens, starts)
-        _zero_padding(o_lat, starts)
+        _clear_padding(o_lat, starts, 0)
+        _clear_padding(lse, starts, -torch.inf)
         return o_lat, lse
 
     def attend_heads(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> torch.Tensor:
         starts = batch.query_start_loc
         heads = self._attend_heads(q, kv_cache, batch.block_table, batch.seq_lens, starts)
-        _zero_padding(heads, starts)
+        _clear_padding(heads, starts, 0)
         return heads
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -53,7 +54,7 @@ class CpuLayer(BoundLayer):
         """Nothing to reserve: threads keep their scratch memory."""
 
 
-def _zero_padding(rows: torch.Tensor, query_start_loc: torch.Tensor) -> None:
-    """Zero the rows that belong to no sequence, which the op leaves as they were."""
+def _clear_padding(rows: torch.Tensor, query_start_loc: torch.Tensor, value: float) -> None:
+    """Fill the rows that belong to no sequence, which the op leaves as they were."""
     if (used := int(query_start_loc[-1])) < len(rows):
-        rows[used:] = 0
+        rows[used:] = value

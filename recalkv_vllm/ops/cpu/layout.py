@@ -59,7 +59,7 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
 
     Columns of a head are in pair order.
     """
-    bf16_products = isa == "avx512_bf16"
+    bf16_products: bool = torch.ops.recalkv_cpu.bf16_products(isa)
     classes = torch.classes.recalkv_cpu
     order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)
     k_factors = layer.k_up.reshape(-1, layer.head_dim, layer.k_width)[:, order]

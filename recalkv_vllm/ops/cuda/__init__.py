@@ -1,7 +1,8 @@
 """The ops in CUDA C++ (``csrc/cuda``), for decode on NVIDIA GPUs; the rest is Triton's.
 
-Decode attention (up to 16 queries per sequence) runs here; prefill, cache update and the value
-up-projection run the Triton kernels.
+Decode attention (up to 16 queries per sequence) runs here, where the launch rules prefer it
+(``kernels/heuristics/preference.py``). Prefill, cache update and the value up-projection run the
+Triton kernels.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import os
 
 import torch
 
+from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops.contract import KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda import extension
 from recalkv_vllm.ops.cuda.attention import CudaLayer, DecodeAttention
 from recalkv_vllm.ops.cuda.plan import HEAD_DIMS
-from recalkv_vllm.ops.triton.attention import TritonAttention, TritonLayer
+from recalkv_vllm.ops.triton.attention import TritonAttention
+from recalkv_vllm.ops.triton.layer import TritonLayer
 
 __all__ = ["CudaLayer", "bind", "describe", "unsupported_reason"]
 
@@ -42,8 +45,10 @@ def unsupported_reason(
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """The architecture, for the log."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"CUDA C++ for decode on sm_{major}{minor}, Triton for prefill"
+    target = heuristics.target_of(device)
+    wide = target.family in heuristics.WIDE_MMA
+    where = " of layers that Triton has only narrow tiles for" if wide else ""
+    return f"CUDA C++ for decode{where} on sm_{target.arch}, Triton for the rest"
 
 
 def bind(layer: LatentLayer) -> CudaLayer | TritonLayer:
@@ -62,4 +67,4 @@ def bind(layer: LatentLayer) -> CudaLayer | TritonLayer:
             raise KernelUnavailableError(f"RECALKV_KERNEL=cuda: {error}") from error
         logger.warning("recalkv: Triton instead of CUDA C++ for a layer: %s", error)
         return TritonLayer(layer)
-    return CudaLayer(layer, decode, prefill=None if forced else TritonAttention(layer))
+    return CudaLayer(layer, decode, triton=None if forced else TritonAttention(layer))

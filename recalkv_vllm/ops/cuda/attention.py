@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
 
+from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops.contract import Batch, BatchLimits, KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda.layout import pack_layer, tile_columns
 from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, plan, split_count
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
-from recalkv_vllm.ops.triton.attention import CacheAndValues, TritonAttention
+from recalkv_vllm.ops.triton.attention import TritonAttention
+from recalkv_vllm.ops.triton.cache_and_values import CacheAndValues
 from recalkv_vllm.ops.triton.plan import Part
-from recalkv_vllm.ops.workspace import partial_bytes, partial_results, reserve_workspace
+from recalkv_vllm.ops.triton.warm_up import attention_launches, empty_batch, run_all
+from recalkv_vllm.ops.workspace import (
+    clear_rows,
+    partial_bytes,
+    partial_results,
+    reserve_workspace,
+)
 
 
 @cache
@@ -40,6 +50,7 @@ class DecodeAttention:
                 f"latent_format: expected None, found {layer.latent_format.dtype}"
             )
         self.device = device = layer.k_up.device
+        self.dtype, self.head_dim = layer.k_up.dtype, layer.head_dim
         shape = LayerShape.of(layer)
         self.limits = device_limits(device)
         self.num_kv_heads, self.v_width = layer.num_kv_heads, layer.v_width
@@ -92,6 +103,20 @@ class DecodeAttention:
         if splits > 1:
             torch.ops.recalkv_cuda.merge(out, out_lse, o_lat, lse, splits)
 
+    def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
+        """Run every kernel once, since CUDA loads them when first called; returns how many.
+
+        One token's rows and those of many take different plans.
+        """
+        for tokens in (1, MAX_QUERIES):
+            shape = (tokens, limits.num_heads)
+            q = torch.zeros(*shape, self.head_dim, dtype=self.dtype, device=self.device)
+            o_lat = q.new_empty(*shape, self.v_width, dtype=torch.float32)
+            lse = q.new_empty(shape, dtype=torch.float32)
+            self.run(q, kv_cache, empty_batch(tokens, limits, self.device), o_lat, lse)
+        torch.ops.recalkv_cuda.merge(o_lat[None], lse[None], o_lat, lse, 1)
+        return 3
+
     def _plan(
         self, tokens: int, num_seqs: int, num_heads: int, max_seq_len: int
     ) -> tuple[Plan, torch.Tensor, int]:
@@ -114,44 +139,60 @@ class DecodeAttention:
 
 
 class CudaLayer(CacheAndValues):
-    """The ops of one layer: decode in CUDA C++, prefill by ``prefill``, the rest in Triton.
+    """The ops of one layer: decode in CUDA C++ if it is preferred, the rest in Triton.
 
-    Without ``prefill``, CUDA C++ attends all: right for any batch, slow for long queries.
+    Without ``triton``, CUDA C++ attends all: right for any batch, slow for long queries.
     """
 
-    def __init__(
-        self, layer: LatentLayer, decode: DecodeAttention, prefill: TritonAttention | None
-    ):
+    def __init__(self, layer: LatentLayer, decode: DecodeAttention, triton: TritonAttention | None):
         super().__init__(layer)
-        self.decode, self.prefill = decode, prefill
+        self.decode, self.triton = decode, triton
+
+    def decodes(self, num_heads: int, queries: int) -> bool:
+        """Whether CUDA C++ decodes ``queries`` of ``num_heads`` heads per sequence."""
+        if self.triton is None:
+            return True
+        planner = self.triton.planner
+        return heuristics.prefers_cuda(planner.shape(num_heads), planner.target, queries)
 
     def reserve(self, limits: BatchLimits) -> None:
         reserve_workspace(self.decode.device, self.decode.workspace_bytes(limits))
-        if self.prefill is not None:
-            self.prefill.reserve(limits)
+        if self.triton is not None:
+            self.triton.reserve(limits)
+
+    def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
+        decodes = self.decodes(limits.num_heads, limits.decode_query_len)
+        launches = self.first_launches(kv_cache, limits)
+        if self.triton is not None:
+            attention = attention_launches(self.triton, kv_cache, limits, decodes=not decodes)
+            launches = chain(attention, launches)
+        loaded = self.decode.warm_up(kv_cache, limits) if decodes else 0
+        return loaded + run_all(launches)
 
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, num_heads, _ = q.shape
         num_seqs = batch.num_seqs
-        # Zeros for the rows of no sequence, which no block owns.
-        o_lat = q.new_zeros(tokens, num_heads, self.decode.v_width, dtype=torch.float32)
+        if self.triton is not None and not self.decodes(num_heads, batch.max_decode_query_len):
+            return self.triton.attend(q, kv_cache, batch)
+        o_lat = q.new_empty(tokens, num_heads, self.decode.v_width, dtype=torch.float32)
         lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
-        if tokens == 0 or num_seqs == 0:
-            return o_lat, lse
-        num_decodes, num_decode_tokens = batch.num_decodes, batch.num_decode_tokens
-        if self.prefill is None or (num_decodes == 0 and tokens <= MAX_QUERIES * num_seqs):
-            num_decodes, num_decode_tokens = num_seqs, tokens
-        if num_decodes and num_decode_tokens:
+        if self.triton is None or (batch.num_decodes == 0 and tokens <= MAX_QUERIES * num_seqs):
+            owned = tokens if num_seqs else 0
+            batch = replace(batch, num_decodes=num_seqs, num_decode_tokens=owned)
+        decode_tokens = batch.num_decode_tokens
+        if batch.num_decodes and decode_tokens:
             self.decode.run(
-                q[:num_decode_tokens],
+                q[:decode_tokens],
                 kv_cache,
-                batch.first(num_decodes),
-                o_lat[:num_decode_tokens],
-                lse[:num_decode_tokens],
+                batch.first(batch.num_decodes),
+                o_lat[:decode_tokens],
+                lse[:decode_tokens],
             )
-        if self.prefill is not None:
-            rest = Part.rest(num_decodes, num_seqs, range(num_decode_tokens, tokens))
-            self.prefill.run(rest, q, kv_cache, batch, o_lat, lse)
+        rest = Part.rest(batch, tokens)
+        if self.triton is not None:
+            self.triton.run(rest, q, kv_cache, batch, o_lat, lse)
+        else:
+            clear_rows(o_lat, lse, rest.tokens)
         return o_lat, lse

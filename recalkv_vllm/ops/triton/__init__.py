@@ -10,8 +10,8 @@ import triton
 
 from recalkv_vllm.kernels.heuristics import target_of
 from recalkv_vllm.ops.contract import LatentLayer
-from recalkv_vllm.ops.triton.attention import TritonLayer
 from recalkv_vllm.ops.triton.launch import INTERPRETED
+from recalkv_vllm.ops.triton.layer import TritonLayer
 
 __all__ = ["TritonLayer", "bind", "describe", "unsupported_reason"]
 

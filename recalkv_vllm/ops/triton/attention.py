@@ -1,4 +1,4 @@
-"""One layer's ops in Triton: from the contract's arguments to kernel launches."""
+"""One layer's attention in Triton: from the contract's arguments to kernel launches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.attention import latent_attention
 from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
-from recalkv_vllm.ops.triton.cache_and_values import CacheAndValues
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.layout import kernel_constants, local_rotation
 from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import AttentionPlanner, Part
-from recalkv_vllm.ops.workspace import partial_results, reserve_workspace
+from recalkv_vllm.ops.workspace import clear_rows, partial_results, reserve_workspace
 
 
 class TritonAttention:
@@ -25,7 +24,7 @@ class TritonAttention:
     """
 
     def __init__(self, layer: LatentLayer, target: heuristics.Target | None = None):
-        self.device = layer.k_up.device
+        self.device, self.dtype = layer.k_up.device, layer.k_up.dtype
         self.latent_format = layer.latent_format
         self.group_size = layer.k_group_size
         self.constants = kernel_constants(layer)
@@ -44,13 +43,10 @@ class TritonAttention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`BoundLayer.attend`."""
         tokens, num_heads, _ = q.shape
-        # Zeros for the rows of no sequence, which no program owns.
-        o_lat = q.new_zeros(tokens, num_heads, self.planner.v_width, dtype=torch.float32)
+        o_lat = q.new_empty(tokens, num_heads, self.planner.v_width, dtype=torch.float32)
         lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
-        others = range(batch.num_decode_tokens, tokens)
         self.run(Part.decodes(batch), q, kv_cache, batch, o_lat, lse)
-        rest = Part.rest(batch.num_decodes, batch.num_seqs, others)
-        self.run(rest, q, kv_cache, batch, o_lat, lse)
+        self.run(Part.rest(batch, tokens), q, kv_cache, batch, o_lat, lse)
         return o_lat, lse
 
     def run(
@@ -62,14 +58,21 @@ class TritonAttention:
         o_lat: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """Attend ``part`` of a batch; writes its rows of ``o_lat`` and ``lse``."""
-        if part.count and part.tokens:
+        """Attend ``part`` of a batch; writes its rows of ``o_lat`` and ``lse``, all of them."""
+        if not part.count:
+            clear_rows(o_lat, lse, part.tokens)
+        elif part.tokens:
             for launch in self.launches(part, q, kv_cache, batch, o_lat, lse):
                 launch.run()
 
     def reserve(self, limits: BatchLimits) -> None:
         """See :meth:`BoundLayer.reserve`."""
         reserve_workspace(self.device, self.planner.workspace_bytes(limits))
+
+    def new_queries(self, tokens: int, num_heads: int) -> torch.Tensor:
+        """Zeros ``[tokens, h_q, d]`` of the queries' dtype."""
+        shape = (tokens, num_heads, self.constants["HEAD_DIM"])
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def launches(
         self,
@@ -108,6 +111,7 @@ class TritonAttention:
             "num_seqs": part.count,
             "num_splits": splits,
             "first_token": part.tokens.start if splits > 1 else 0,
+            "end_token": part.tokens.stop,
             "stride_q_token": q.stride(0),
             "stride_q_head": q.stride(1),
             "stride_block": codes.stride(0),
@@ -150,19 +154,3 @@ class TritonAttention:
         if splits > 1:
             owned = slice(part.tokens.start, part.tokens.stop)
             yield merge_launch(out, out_lse, o_lat[owned], lse[owned])
-
-
-class TritonLayer(CacheAndValues):
-    """A layer's constants packed; see :class:`BoundLayer`."""
-
-    def __init__(self, layer: LatentLayer):
-        super().__init__(layer)
-        self.attention = TritonAttention(layer)
-
-    def attend(
-        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.attention.attend(q, kv_cache, batch)
-
-    def reserve(self, limits: BatchLimits) -> None:
-        self.attention.reserve(limits)

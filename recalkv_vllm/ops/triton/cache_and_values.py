@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from recalkv_vllm.ops.contract import BoundLayer, LatentLayer
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.ops.contract import BatchLimits, BoundLayer, LatentLayer
 from recalkv_vllm.ops.triton.cache_update import cache_update_launch
+from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.value_up import value_up_launch
 
 
@@ -29,3 +33,15 @@ class CacheAndValues(BoundLayer):
         if o_lat.shape[0]:
             value_up_launch(o_lat, v_up, self._v_bias, out).run()
         return out
+
+    def first_launches(self, kv_cache: torch.Tensor, limits: BatchLimits) -> Iterator[Launch]:
+        """Every launch that the two can reach; they write to no slot of the cache."""
+        v_up, width = self._v_up, kv_cache.shape[2]
+        rank = width if self._latent_format is None else self._latent_format.rank_of(width)
+        nowhere = torch.full((1,), -1, dtype=torch.int64, device=v_up.device)
+        yield cache_update_launch(v_up.new_zeros(1, rank), kv_cache, nowhere, self._latent_format)
+        num_kv_heads, head_dim, v_width = v_up.shape
+        for tokens in heuristics.value_up_tokens(limits.num_heads // num_kv_heads):
+            o_lat = v_up.new_zeros(tokens, limits.num_heads, v_width, dtype=torch.float32)
+            out = v_up.new_empty(tokens, limits.num_heads, head_dim)
+            yield value_up_launch(o_lat, v_up, self._v_bias, out)

@@ -16,8 +16,9 @@ from recalkv_vllm.ops.workspace import partial_bytes
 class Part:
     """Sequences of one call that share a launch: from ``first`` on, ``count`` of them.
 
-    ``tokens`` is the range of rows of ``q`` that they own; no sequence has more than ``queries``
-    of them if ``bounded``, else ``queries`` is only what is usual.
+    ``tokens`` is a range of rows of ``q``: those that they own, and of a padded batch those of no
+    sequence after them. No sequence has more than ``queries`` if ``bounded``, else ``queries`` is
+    only what is usual.
     """
 
     first: int
@@ -33,9 +34,10 @@ class Part:
         return cls(0, batch.num_decodes, tokens, batch.max_decode_query_len, bounded=True)
 
     @classmethod
-    def rest(cls, first: int, num_seqs: int, tokens: range) -> Part:
-        """All sequences from ``first`` on, of any lengths."""
-        count = num_seqs - first
+    def rest(cls, batch: Batch, num_tokens: int) -> Part:
+        """All other sequences of a batch of ``num_tokens`` rows, of any lengths."""
+        first, tokens = batch.num_decodes, range(batch.num_decode_tokens, num_tokens)
+        count = batch.num_seqs - first
         usual = next_power_of_2(max(1, len(tokens) // max(1, count)))
         return cls(first, count, tokens, usual, bounded=False)
 
@@ -83,7 +85,9 @@ class AttentionPlanner:
     def plan(self, part: Part, num_heads: int, longest: int) -> LaunchPlan:
         """Parameters for a part whose sequences have up to ``longest`` tokens."""
         config = heuristics.attention_config(self.shape(num_heads), self.target, part.queries)
-        search = not part.bounded or config.query_block < part.queries
+        # Every row has a place in some program: without a search, there are `queries` per sequence.
+        placed = len(part.tokens) <= part.count * part.queries
+        search = not (part.bounded and placed) or config.query_block < part.queries
         blocks = part.count
         if search:
             block = config.query_block
@@ -129,7 +133,8 @@ class AttentionPlanner:
         programs = heuristics.most_programs(self.target)
         prefill = max(
             4 * programs * config.rows * (config.v_block + 1)
-            for config in (heuristics.attention_config(shape, self.target, 2**i) for i in range(8))
+            for queries in heuristics.query_lengths()
+            for config in [heuristics.attention_config(shape, self.target, queries)]
         )
         return max(decode, prefill)
 

@@ -40,6 +40,10 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         self._ops.reserve(self._limits)
         self.bound = True
 
+    def warm_up(self, kv_cache: torch.Tensor) -> int:
+        """Compile and load all kernels of the layer for its cache; returns how many were run."""
+        return self._ops.warm_up(own_slots(kv_cache, self._slot_width), self._limits)
+
     def do_kv_cache_update(
         self,
         layer: nn.Module,

@@ -17,6 +17,7 @@ from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.ops import BatchLimits
 from recalkv_vllm.serving.attention.backend import RecalkvBackend
 from recalkv_vllm.serving.attention.implementation import LatentAttentionImpl
+from recalkv_vllm.serving.attention.warm_up import warm_up
 
 
 class LatentAttention(nn.Module, AttentionLayerBase):
@@ -63,7 +64,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.impl = LatentAttentionImpl(num_heads, head_dim, scale, limits, self.slot_width)
         #: ``[num_blocks, 1, block_size, page_width]``, the layout that KV connectors expect.
         self.kv_cache = torch.tensor([])
-        vllm_config.compilation_config.static_forward_context[prefix] = self
+        self._layers = vllm_config.compilation_config.static_forward_context
+        self._layers[prefix] = self
 
     def forward(self, query: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """Cache ``latent: [tokens, rank]`` and attend ``query: [tokens, h_q·d]``, rotated.
@@ -84,6 +86,18 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             kv_cache_dummy_dep=written,
         )
         return output
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take the allocated cache ``[num_blocks, 1, block_size, width]``.
+
+        vLLM binds all layers' caches before it captures graphs, whatever its runner. The last one
+        to get its cache warms up all: strides of caches are among what kernels are compiled for.
+        """
+        waited = self.kv_cache.numel() == 0
+        super().bind_kv_cache(kv_cache)
+        layers = [layer for layer in self._layers.values() if isinstance(layer, LatentAttention)]
+        if waited and all(layer.kv_cache.numel() for layer in layers):
+            warm_up(layers)
 
     def get_attn_backend(self) -> type[RecalkvBackend]:
         return self.attn_backend

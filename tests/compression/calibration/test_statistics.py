@@ -6,7 +6,8 @@ import torch
 
 from recalkv_vllm.compression.base_model.attention import attention_modules
 from recalkv_vllm.compression.base_model.model import BaseModel
-from recalkv_vllm.compression.calibration import calibration_pass, statistics
+from recalkv_vllm.compression.cache_directory import cache_directory
+from recalkv_vllm.compression.calibration import calibration_pass
 from recalkv_vllm.compression.calibration.statistics import collect
 from recalkv_vllm.compression.calibration.sum_store import SumStore, is_complete, read_complete
 from recalkv_vllm.compression.errors import InputError
@@ -163,4 +164,4 @@ def test_sums_are_float32_whatever_the_model_computes_in(tiny, geometry):
 def test_cache_location(monkeypatch, tmp_path):
     monkeypatch.delenv("RECALKV_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert statistics.cache_directory() == tmp_path / "recalkv"
+    assert cache_directory() == tmp_path / "recalkv"

@@ -1,0 +1,32 @@
+"""One layer's ops in Triton."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+
+from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
+from recalkv_vllm.ops.triton.attention import TritonAttention
+from recalkv_vllm.ops.triton.cache_and_values import CacheAndValues
+from recalkv_vllm.ops.triton.warm_up import attention_launches, run_all
+
+
+class TritonLayer(CacheAndValues):
+    """A layer's constants packed; see :class:`BoundLayer`."""
+
+    def __init__(self, layer: LatentLayer):
+        super().__init__(layer)
+        self.attention = TritonAttention(layer)
+
+    def attend(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.attention.attend(q, kv_cache, batch)
+
+    def reserve(self, limits: BatchLimits) -> None:
+        self.attention.reserve(limits)
+
+    def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
+        attention = attention_launches(self.attention, kv_cache, limits, decodes=True)
+        return run_all(chain(attention, self.first_launches(kv_cache, limits)))

@@ -1,0 +1,53 @@
+"""Every launch that a layer can reach: Triton compiles a kernel, for a second or so, at its first.
+
+What a kernel is compiled for follows from the layer, the cache and the launch rules. Of a batch,
+those look at the decodes' query length, the usual query length of the rest, and rows of values. All
+of them are tried here, on a sequence of no tokens, which reads nothing from the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.ops.contract import Batch, BatchLimits
+from recalkv_vllm.ops.triton.attention import TritonAttention
+from recalkv_vllm.ops.triton.launch import INTERPRETED, Launch
+from recalkv_vllm.ops.triton.merge import merge_launch
+from recalkv_vllm.ops.triton.plan import Part
+
+
+def run_all(launches: Iterable[Launch]) -> int:
+    """Run launches, and count them. The interpreter has nothing to compile and runs none."""
+    count = 0
+    for launch in () if INTERPRETED else launches:
+        launch.run()
+        count += 1
+    return count
+
+
+def empty_batch(queries: int, limits: BatchLimits, device: torch.device) -> Batch:
+    """One sequence of ``queries`` queries and, as far as a kernel can see, no cached tokens."""
+    starts = torch.tensor([0, queries], dtype=torch.int32, device=device)
+    nothing = torch.zeros(1, dtype=torch.int32, device=device)
+    return Batch(nothing[None], nothing, starts, max_seq_len=limits.seq_len)
+
+
+def attention_launches(
+    attention: TritonAttention, kv_cache: torch.Tensor, limits: BatchLimits, *, decodes: bool
+) -> Iterator[Launch]:
+    """Attention's launches and the merge's; ``decodes`` says whether decodes are Triton's too."""
+    parts = [Part(0, 1, range(n), n, bounded=False) for n in heuristics.query_lengths()]
+    if decodes:
+        length = limits.decode_query_len
+        parts.append(Part(0, 1, range(length), length, bounded=True))
+    for part in parts:
+        rows = (len(part.tokens), limits.num_heads)
+        q = attention.new_queries(*rows)
+        o_lat = q.new_empty(*rows, attention.planner.v_width, dtype=torch.float32)
+        lse = q.new_empty(rows, dtype=torch.float32)
+        batch = empty_batch(part.queries, limits, q.device)
+        yield from attention.launches(part, q, kv_cache, batch, o_lat, lse)
+        yield merge_launch(o_lat[None], lse[None], o_lat, lse)
