@@ -23,7 +23,8 @@ PARALLEL_PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no
 OUT ?= .cache/gpu
 MINUTES ?= 7.5
 SANITIZED := build/sanitized
-CXX_FILES := $(wildcard csrc/*/*) $(wildcard tests/cuda/emulation/*.h tests/cuda/emulation/*.cpp)
+CXX_FILES := $(wildcard csrc/*/*) $(wildcard tests/cuda/emulation/*.h tests/cuda/emulation/*.cpp \
+	tests/ops/amx_model/*.h tests/ops/amx_model/*.cpp)
 
 # vLLM's CUDA build, the package built against its torch, and libraries that answer for a driver.
 CUDA_VLLM ?= 0.33.0

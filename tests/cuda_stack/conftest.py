@@ -53,7 +53,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     from vllm.model_executor.layers.attention import attention
 
     recorded: list[Launch] = []
-    monkeypatch.setattr(Launch, "run", recorded.append)
+    monkeypatch.setattr(Launch, "run", lambda launch: recorded.append(launch))
     for name in ("unified_kv_cache_update", "unified_attention_with_output"):
         # Under fake tensors, an op's fake implementation runs, and vLLM's does nothing.
         monkeypatch.setattr(torch.ops.vllm, name, getattr(attention, name))

@@ -25,22 +25,21 @@ CASE = Case("small", 0.5, 1, "joint")
 
 
 @pytest.fixture
-def compile_only() -> Iterator[None]:
-    triton.runtime.driver.set_active(CompileOnlyDriver(ARCH))
-    yield
-    triton.runtime.driver.reset_active()
+def compile_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not by reset_active(): that would ask for the real driver.
+    monkeypatch.setattr(triton.runtime.driver, "_active", CompileOnlyDriver(ARCH))
 
 
 def prefill_launches(layer: object) -> Iterator[Launch]:
     """Of one layer, for one sequence."""
     bound = layer.impl._ops._bound
-    attention: TritonAttention = getattr(bound, "prefill", None) or bound.attention
+    attention: TritonAttention = getattr(bound, "triton", None) or bound.attention
     with on_gpu():
         q = torch.zeros(PREFILL_TOKENS, layer.num_heads, layer.head_dim)
         o_lat = torch.zeros(*q.shape[:2], attention.planner.v_width, dtype=torch.float32)
         index = torch.zeros(2, dtype=torch.int32)
         batch = Batch(index[None], index[:1], index, max_seq_len=PREFILL_TOKENS)
-        part = Part.rest(0, 1, range(PREFILL_TOKENS))
+        part = Part.rest(batch, PREFILL_TOKENS)
         cache = own_slots(layer.kv_cache, layer.slot_width)
         yield from attention.launches(part, q, cache, batch, o_lat, o_lat[..., 0])
 

@@ -9,6 +9,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,6 +35,8 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, 
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from recalkv_vllm.ops.triton.launch import Launch
 
 MAX_MODEL_LEN = 512
 DEVICE = torch.device("cuda", 0)
@@ -142,9 +145,10 @@ class Worker:
         return init_attn_backend(self.cache, self.config, DEVICE)
 
     def bind_cache(self) -> None:
-        """Give every layer its part of the cache."""
-        with on_gpu():
-            init_kv_cache(self.layers, self.cache, DEVICE, self.attention[2], self.config)
+        """Give every layer its part of the cache; what warms up is not run."""
+        layers, cache, sizes = self.layers, self.cache, self.attention[2]
+        with on_gpu(), mock.patch.object(Launch, "run"):
+            init_kv_cache(layers, cache, DEVICE, sizes, self.config)
 
     def capture_inputs(self, num_reqs: int, queries: int, device: torch.device) -> Any:
         """Metadata and slot mappings while a graph of uniform decodes is captured."""
