@@ -16,9 +16,7 @@ import argparse
 import itertools
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -40,7 +38,7 @@ from recalkv_vllm.ops.triton.value_up import value_up_launch
 
 from .geometries import GEOMETRIES, SPANS, Latent, group_sizes, latent_of
 from .inputs import latent_layer
-from .sass import Loop, loop_of
+from .sass import Loop, cuobjdump, loop_of
 
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
 LATENT_DTYPES = ("bf16", *BITS, "bands")
@@ -178,13 +176,7 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
 @cache
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of stack (Triton's kernels have no stack but for spills)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run(
-            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+    usage = cuobjdump(cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump: expected registers and stack, found {usage!r}")

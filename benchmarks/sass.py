@@ -39,11 +39,15 @@ def longest_loop(sass: str) -> Loop:
 @cache
 def loop_of(cubin: bytes) -> Loop:
     """The same of a compiled kernel."""
+    return longest_loop(cuobjdump(cubin, "-sass"))
+
+
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What Triton's cuobjdump prints about a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        told = subprocess.run(
-            [tool, "-sass", file.name], check=True, capture_output=True, text=True
-        )
-    return longest_loop(told.stdout)
+        return subprocess.run(
+            [tool, option, file.name], check=True, capture_output=True, text=True
+        ).stdout

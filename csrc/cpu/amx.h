@@ -7,10 +7,6 @@
 
 #include "inline.h"
 
-#ifdef RECALKV_AMX_MODEL
-#include "amx_model.h"
-#else
-
 namespace recalkv::RECALKV_ISA::amx {
 
 constexpr int kTileRows = 16;
@@ -25,6 +21,14 @@ struct alignas(64) TileShapes {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 };
+
+}  // namespace recalkv::RECALKV_ISA::amx
+
+#ifdef RECALKV_AMX_MODEL
+#include "amx_model.h"
+#else
+
+namespace recalkv::RECALKV_ISA::amx {
 
 // Sets the shapes of all registers, and their contents to zero.
 RECALKV_INLINE void configure(const TileShapes& shapes) {

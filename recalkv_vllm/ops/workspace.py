@@ -48,7 +48,7 @@ def partial_results(
 
 
 def clear_rows(o_lat: torch.Tensor, lse: torch.Tensor, rows: range) -> None:
-    """Give ``rows`` what rows of no sequence have, where no kernel runs that would.
+    """Give ``rows`` what rows of no sequence have, where no kernel does.
 
     No batch that a graph is captured for has such rows.
     """

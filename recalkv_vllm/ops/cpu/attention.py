@@ -7,6 +7,7 @@ import torch
 from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer
 from recalkv_vllm.ops.cpu.layout import pack_format, pack_layer
 from recalkv_vllm.ops.cpu.plan import instruction_set
+from recalkv_vllm.ops.workspace import clear_rows
 
 
 class CpuLayer(BoundLayer):
@@ -31,14 +32,14 @@ class CpuLayer(BoundLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         starts = batch.query_start_loc
         o_lat, lse = self._attend(q, kv_cache, batch.block_table, batch.seq_lens, starts)
-        _clear_padding(o_lat, starts, 0)
-        _clear_padding(lse, starts, -torch.inf)
+        clear_rows(o_lat, lse, range(int(starts[-1]), len(o_lat)))
         return o_lat, lse
 
     def attend_heads(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> torch.Tensor:
         starts = batch.query_start_loc
         heads = self._attend_heads(q, kv_cache, batch.block_table, batch.seq_lens, starts)
-        _clear_padding(heads, starts, 0)
+        if (used := int(starts[-1])) < len(heads):
+            heads[used:] = 0
         return heads
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -52,9 +53,3 @@ class CpuLayer(BoundLayer):
 
     def reserve(self, limits: BatchLimits) -> None:
         """Nothing to reserve: threads keep their scratch memory."""
-
-
-def _clear_padding(rows: torch.Tensor, query_start_loc: torch.Tensor, value: float) -> None:
-    """Fill the rows that belong to no sequence, which the op leaves as they were."""
-    if (used := int(query_start_loc[-1])) < len(rows):
-        rows[used:] = value

@@ -1,6 +1,7 @@
-// The tile registers of csrc/cpu/amx.h in software, after Intel's description of LDTILECFG,
-// TILELOADD, TILESTORED, TILEZERO, TILERELEASE and TDPBF16PS (Intel 64 and IA-32 Architectures
-// Software Developer's Manual, volume 2). What the processor answers with an exception throws.
+// The tile registers of csrc/cpu/amx.h, which includes this, in software, after Intel's description
+// of LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE and TDPBF16PS (Intel 64 and IA-32
+// Architectures Software Developer's Manual, volume 2). What the processor answers with an
+// exception throws.
 #pragma once
 
 #include <cmath>
@@ -11,18 +12,7 @@
 
 namespace recalkv::RECALKV_ISA::amx {
 
-constexpr int kTileRows = 16;
-constexpr int kTileUnits = 16;
-constexpr int kTileRegisters = 8;
 constexpr int kRowBytes = 64;
-
-struct alignas(64) TileShapes {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
 static_assert(sizeof(TileShapes) == 64);
 
 struct State {
