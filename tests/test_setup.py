@@ -17,9 +17,15 @@ import os, sys, torch
 from torch.utils import cpp_extension
 torch.version.cuda = sys.argv[1] or None
 cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+torch.__version__ = os.environ.get("TORCH_VERSION", torch.__version__)
 from setuptools import distutils
-built = distutils.core.run_setup("setup.py", ["--quiet", "--name"], stop_after="init").ext_modules
+setup = distutils.core.run_setup("setup.py", ["--quiet", "--name"], stop_after="commandline")
+built = setup.ext_modules
 print(*(each.name for each in built))
+if "TORCH_VERSION" in os.environ:
+    build = setup.get_command_obj("build")
+    build.ensure_finalized()
+    print(build.build_lib, build.build_temp)
 for each in built:
     if each.name.endswith("._cuda"):
         print(*(f"-L{folder}" for folder in each.library_dirs))
@@ -70,6 +76,57 @@ def run_setup(
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+def test_driver_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No toolkit is found anywhere; a ``bin/nvcc`` where pip was started is not one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda_build.cpp_extension, "CUDA_HOME", None)
+    assert cuda_build.reason_against_cuda() == "no nvcc (CUDA_HOME=None)"
+
+
+@pytest.mark.parametrize("compiler", ["missing", "missing -m64", "/missing/c++", ""])
+def test_no_cpp_compiler(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs all that is compiled, nvcc's too, but not the installation."""
+    monkeypatch.setenv("CXX", compiler)
+    done = run_setup("13.0", NVCC_13, tmp_path)
+    assert done.stdout == "\n"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("recalkv_vllm:")]
+    expected = f"C++ and CUDA kernels are not built: no C++ compiler (CXX={compiler})"
+    assert lines == [f"recalkv_vllm: {expected}"]
+
+
+def test_cpp_compiler_with_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "c++ -m64")
+    assert run_setup("", None, tmp_path).stdout.split() == ["recalkv_vllm._cpu"]
+
+
+def test_cpp_compiler_that_fails_is_an_error(tmp_path: Path) -> None:
+    """An installation never loses its speed silently."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho cannot compile >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build", "--build-base", tmp_path / "build"],
+        cwd=ROOT,
+        env={**os.environ, "CXX": str(compiler), "CUDA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "cannot compile" in done.stdout + done.stderr
+
+
+def test_each_torch_has_its_own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an installation would find what another torch's left, and call it up to date."""
+    folders = set()
+    for version in ("2.13.0+cpu", "2.13.0+cu130", "2.14.0"):
+        monkeypatch.setenv("TORCH_VERSION", version)
+        folders |= set(run_setup("", None, tmp_path).stdout.splitlines()[1].split())
+    assert len(folders) == 6
 
 
 def compile_shared(output: Path, *arguments: str) -> None:
