@@ -67,7 +67,8 @@ class Environment:
 
     def pip(self, *arguments: str | Path, **environment: str) -> str:
         """What ``pip`` printed."""
-        return self.run("-m", "pip", *arguments, **environment).stdout
+        done = self.run("-m", "pip", *arguments, **environment)
+        return done.stdout + done.stderr
 
     def run(
         self, *arguments: str | Path, status: int = 0, **environment: str
