@@ -233,11 +233,14 @@ struct Attention {
   // Tokens of the tile at `first` that this task covers, 0 past its end.
   RECALKV_INLINE int tile_tokens(int64_t first) const { return clamp(task.kv_end - first, kTile); }
 
+  // As many as kSliceBytes hold, and no more than there are.
   int tiles_of_slice() const {
     if (rows <= kRowBlock) return 1;
     const int64_t panel = (int64_t{depth} * kTile + kTokenUnits * width) * sizeof(Unit);
+    const int64_t held = kSliceBytes / (num_heads * panel);
     const int64_t all = (task.kv_end - task.kv_begin + kTile - 1) / kTile;
-    return clamp(kSliceBytes / (num_heads * panel), all < 1 ? 1 : static_cast<int>(all));
+    const int64_t tiles = held < all ? held : all;
+    return tiles > 1 ? static_cast<int>(tiles) : 1;
   }
 
   RECALKV_INLINE void use_panel(int64_t panel) {
