@@ -5,13 +5,14 @@
 
 namespace recalkv::RECALKV_ISA {
 
-// Weights of rows [begin, begin + count) of a head from their logits of the tile's first `columns`
+// Weights of rows [begin, begin + count) of a head from their scores of the tile's first `columns`
 // tokens, and what new maxima do to sums so far. All maxima come first, so that no row's
 // exponentials wait for its own.
 template <class Format>
 void Attention<Format>::softmax(int head, int begin, int count, int columns, int64_t first) {
   float* const maxima = running_max + int64_t{head} * rows + begin;
   float* const totals = running_sum + int64_t{head} * rows + begin;
+  const float unit = scores_are_logits() ? 1.0f : layer.scale * kLog2E;
   const bool all_seen =
       visible(begin, first).end >= columns && visible(begin + count - 1, first).begin == 0;
   for (int row = 0; row < count; row += 4) {
@@ -20,25 +21,29 @@ void Attention<Format>::softmax(int head, int begin, int count, int columns, int
     for (int i = 0; i < 4; ++i) {
       tops[i] = splat(0.0f);
       if (row + i >= count) continue;
-      float* logits = scores + (row + i) * kTile;
-      if (!all_seen) hide(logits, visible(begin + row + i, first), columns);
-      tops[i] = splat(maxima[row + i]);
-      for (int j = 0; j < columns; j += kLanes) tops[i] = max(tops[i], load(logits + j));
+      float* of_row = scores + (row + i) * kTile;
+      if (!all_seen) hide(of_row, visible(begin + row + i, first), columns);
+      tops[i] = load(of_row);
+      for (int j = kLanes; j < columns; j += kLanes) tops[i] = max(tops[i], load(of_row + j));
     }
     reduce_rows(tops, new_max + row,
                 [](Vec a, Vec b) __attribute__((always_inline)) { return max(a, b); });
   }
-  for (int row = 0; row < count; row += kLanes)
-    store(rescale + row, exp2(sub(load(maxima + row), load(new_max + row))));
+  for (int row = 0; row < count; row += kLanes) {
+    const Vec before = load(maxima + row);
+    const Vec now = max(before, mul(load(new_max + row), splat(unit)));
+    store(new_max + row, now);
+    store(rescale + row, exp2(sub(before, now)));
+  }
   for (int row = 0; row < count; row += 4) {
     Vec sums[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       sums[i] = splat(0.0f);
       if (row + i >= count) continue;
-      const Vec most = splat(new_max[row + i]);
+      const Vec most = splat(-new_max[row + i]);
       for (int j = 0; j < columns; j += kLanes) {
-        const Vec weight = exp2(sub(load(scores + (row + i) * kTile + j), most));
+        const Vec weight = exp2(fma(load(scores + (row + i) * kTile + j), splat(unit), most));
         sums[i] = add(sums[i], weight);
         Format::store_row(weights + (row + i) * kTokenUnits, j, weight);
       }
@@ -53,14 +58,14 @@ void Attention<Format>::softmax(int head, int begin, int count, int columns, int
   }
 }
 
-// Logits of tokens that a row does not see.
+// Removes scores of tokens that a row does not see.
 template <class Format>
-RECALKV_INLINE void Attention<Format>::hide(float* logits, Range seen, int columns) const {
+RECALKV_INLINE void Attention<Format>::hide(float* of_row, Range seen, int columns) const {
   const int from = static_cast<int>(seen.begin), until = static_cast<int>(seen.end);
   if (from == 0 && until >= columns) return;
   for (int j = 0; j < columns; j += kLanes)
-    store(logits + j,
-          select_range(from - j, until - j, load(logits + j), splat(-__builtin_inff())));
+    store(of_row + j,
+          select_range(from - j, until - j, load(of_row + j), splat(-__builtin_inff())));
 }
 
 // Tokens of the tile at `first` that a row sees.
@@ -70,6 +75,12 @@ RECALKV_INLINE typename Attention<Format>::Range Attention<Format>::visible(int 
   const int64_t position = task.first_position + row / batch.queries_per_kv;
   const int64_t oldest = layer.window ? position - layer.window + 1 : 0;
   return {clamp(oldest - first, kTile), clamp(position - first + 1, tile_tokens(first))};
+}
+
+// Whether scores are stored as logits of powers of two; else softmax() scales them.
+template <class Format>
+RECALKV_INLINE bool Attention<Format>::scores_are_logits() const {
+  return layer.soft_cap > 0 || layer.k_norm_weight;
 }
 
 // Scores of a vector of tokens as logits of powers of two.
@@ -109,27 +120,36 @@ void Attention<Format>::attend(int head, int begin, int64_t first) {
       count, columns, {queries + (int64_t{head} * rows + begin) * depth, depth}, {keys, kTile},
       exact_rows / Format::kPerUnit,
       [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
+    const float* from = scores + row * kTile + column;
+    if (!expanded) return from_zero(acc, row, column);
     for_sums(acc, [&](Vec& sum, int i, int j) __attribute__((always_inline)) {
-      sum = expanded ? load(scores + (row + i) * kTile + column + j * kLanes) : splat(0.0f);
+      sum = load(from + i * kTile + j * kLanes);
     });
   }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
-    for_sums(acc, [&](Vec& sum, int i, int j) __attribute__((always_inline)) {
-      store(scores + (row + i) * kTile + column + j * kLanes, logits(sum, column + j * kLanes));
-    });
+    float* to = scores + row * kTile + column;
+    if (scores_are_logits()) {
+      for_sums(acc, [&](Vec& sum, int, int j)
+                        __attribute__((always_inline)) { sum = logits(sum, column + j * kLanes); });
+    }
+    for_sums(acc, [&](Vec& sum, int i, int j)
+                      __attribute__((always_inline)) { store(to + i * kTile + j * kLanes, sum); });
   });
   softmax(head, begin, count, columns, first);
+  float* const totals = sums + (int64_t{head} * rows + begin) * width;
+  const int64_t stride = width;
   products.template run<Format>(
       count, width, {weights, kTokenUnits}, {values, width},
       (seen + Format::kPerUnit - 1) / Format::kPerUnit,
       [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
+    const float* from = totals + row * stride + column;
+    const float* factors = rescale + row;
     for_sums(acc, [&](Vec& sum, int i, int j) __attribute__((always_inline)) {
-      sum =
-          mul(load(row_sums(head, begin + row + i) + column + j * kLanes), splat(rescale[row + i]));
+      sum = mul(load(from + i * stride + j * kLanes), splat(factors[i]));
     });
   }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
-    for_sums(acc, [&](Vec& sum, int i, int j) __attribute__((always_inline)) {
-      store(row_sums(head, begin + row + i) + column + j * kLanes, sum);
-    });
+    float* to = totals + row * stride + column;
+    for_sums(acc, [&](Vec& sum, int i, int j)
+                      __attribute__((always_inline)) { store(to + i * stride + j * kLanes, sum); });
   });
 }
 

@@ -66,7 +66,7 @@ struct Attention {
   Raw* zeros;          // a latent for tokens past the end
   Unit* widened;       // [kLanes][widest row], where the source is not made of units
   Unit* z_rows;        // [kTile][v_units], where values are reconstructed
-  float* sums;         // [num_heads][rows][width], where they are not in task.out
+  float* sums;         // [num_heads][rows][width], of weighted values or value latents
   Unit* turned;        // [rows][kTerms][expanded_pairs], see absorb()
   Unit* absorbed;      // [num_heads][rows][kTerms][k_units]
   float* offsets;      // [num_heads][rows][kTerms], the key bias' share
@@ -158,10 +158,8 @@ struct Attention {
       offsets = scratch.take<float>(int64_t{num_heads} * rows * kTerms);
     }
     widened = scratch.take<Unit>(kLanes * (widest > layer.head_dim ? widest : layer.head_dim));
-    if (dense) {
-      z_rows = scratch.take<Unit>(kTile * v_units);
-      sums = scratch.take<float>(int64_t{num_heads} * rows * width);
-    }
+    sums = scratch.take<float>(int64_t{num_heads} * rows * width);
+    if (dense) z_rows = scratch.take<Unit>(kTile * v_units);
   }
 
   // Row (query, head) of the results that a KV head's row is.
@@ -169,12 +167,6 @@ struct Attention {
     const int query = row / batch.queries_per_kv;
     return int64_t{query} * batch.num_heads + (first_head + head) * batch.queries_per_kv +
            row % batch.queries_per_kv;
-  }
-
-  // Sums of weighted values, or value latents, of a KV head's row.
-  RECALKV_INLINE float* row_sums(int head, int row) const {
-    return dense ? sums + (int64_t{head} * rows + row) * width
-                 : task.out + out_row(head, row) * width;
   }
 
   RECALKV_INLINE bool quantized() const { return batch.latents.num_bands != 0; }
@@ -224,8 +216,9 @@ struct Attention {
 
   // attend.h
   void softmax(int head, int begin, int count, int columns, int64_t first);
-  RECALKV_INLINE void hide(float* logits, Range seen, int columns) const;
+  RECALKV_INLINE void hide(float* of_row, Range seen, int columns) const;
   RECALKV_INLINE Range visible(int row, int64_t first) const;
+  RECALKV_INLINE bool scores_are_logits() const;
   RECALKV_INLINE Vec logits(Vec score, int token) const;
   RECALKV_INLINE Vec cap(Vec x) const;
   void attend(int head, int begin, int64_t first);
