@@ -28,7 +28,6 @@ from tests.ops.cases import (
 from tests.ops.checks import assert_matches_oracle, difference
 from tests.ops.cpu_versions import DTYPES, VERSIONS, poison_free_memory
 
-
 #: Many rows, which take several tiles at once: three slices of them (in bf16), and a window that
 #: leaves some tiles of a slice out.
 WIDE: tuple[int, int, int] = (4, 4, 112)

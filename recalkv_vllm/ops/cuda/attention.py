@@ -162,7 +162,7 @@ class CudaLayer(CacheAndValues):
 
     def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
         decodes = self.decodes(limits.num_heads, limits.decode_query_len)
-        launches = self.first_launches(kv_cache, limits)
+        launches = self.first_launches(kv_cache, limits, of_triton=False)
         if self.triton is not None:
             attention = attention_launches(self.triton, kv_cache, limits, decodes=not decodes)
             launches = chain(attention, launches)
