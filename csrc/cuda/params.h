@@ -17,7 +17,8 @@ struct DecodeParams {
   const float* k_bias;          // [h_kv, d] in pair order, or null
   const float* k_norm_weight;   // [d] in pair order, or null
   const float* base_rotation;   // [max_position/16, d/2, 2]: (cos, sin) of every 16th position
-  const float* local_rotation;  // [32, d/2, 2]: of the first positions
+  const float* local_rotation;  // [32, d/2, 2]: of the first positions; Hopper: [d/8, 4, lane, 4]
+  const float* slow_rotation;   // Hopper only: [d/2, 4], see `load_queries`
   const int32_t* tile_columns;  // [v_blocks, head_blocks, 2 + heads + chunks], see `TileColumns`
   float* out;                   // [splits, tokens, h_q, v_width]
   float* lse;                   // [splits, tokens, h_q]
@@ -49,6 +50,7 @@ struct DecodeParams {
     int32_t splits;        // blocks that share a sequence's tokens
     int32_t resident;      // whether the factor is kept in shared memory
     int32_t shared_bytes;
+    int32_t lean;  // Hopper only: see `HopperShape`
   } kernel;
 };
 

@@ -54,16 +54,25 @@ class DecodeAttention:
         shape = LayerShape.of(layer)
         self.limits = device_limits(device)
         self.num_kv_heads, self.v_width = layer.num_kv_heads, layer.v_width
-        plans = {tiles: plan(shape, self.limits, tiles) for tiles in (1, 2)}
+        plans = self.prepare(layer, shape)
         if plans[1] is None:
             raise KernelUnavailableError(
                 f"k_spans, v_spans: expected widths that fit {self.limits.shared_bytes} bytes of "
                 f"shared memory, found {layer.k_width} and {layer.v_width}"
             )
-        self.packed = pack_layer(layer)
         self.plans = {
             tiles: (p, tile_columns(shape, p).to(device)) for tiles, p in plans.items() if p
         }
+
+    def prepare(self, layer: LatentLayer, shape: LayerShape) -> dict[int, Plan | None]:
+        """Pack the layer's constants; returns plans by tiles of query rows."""
+        self.packed = pack_layer(layer)
+        return {tiles: plan(shape, self.limits, tiles) for tiles in (1, 2)}
+
+    @property
+    def op(self) -> Any:
+        """The torch op that starts the kernel."""
+        return torch.ops.recalkv_cuda.decode
 
     def run(
         self,
@@ -86,7 +95,7 @@ class DecodeAttention:
         if splits > 1:
             out, out_lse = partial_results(splits, tokens, num_heads, self.v_width, q.device)
         packed = self.packed
-        torch.ops.recalkv_cuda.decode(
+        self.op(
             q,
             kv_cache,
             batch.block_table,
@@ -122,7 +131,8 @@ class DecodeAttention:
     ) -> tuple[Plan, torch.Tensor, int]:
         """Plan, its tile columns, and splits for a batch."""
         rows = tokens * (num_heads // self.num_kv_heads)
-        tiles = 2 if rows > 8 * num_seqs and 2 in self.plans else 1
+        few = self.plans[1][0].columns * num_seqs
+        tiles = 2 if rows > few and 2 in self.plans else 1
         chosen, columns = self.plans[tiles]
         row_blocks = max(num_seqs, -(-rows // chosen.columns))
         return chosen, columns, split_count(chosen, self.limits, row_blocks, max_seq_len)

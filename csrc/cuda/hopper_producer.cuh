@@ -1,0 +1,202 @@
+// The producer warp of the decode kernel for Hopper: latents into the ring, and for each tile the
+// queries turned back by its position.
+#pragma once
+
+#include "hopper_primitives.cuh"
+#include "hopper_shape.cuh"
+#include "rows.cuh"
+#include "softmax.cuh"
+#include "staging.cuh"
+
+namespace recalkv {
+
+// Where the 16 tokens of a quarter of a tile are: pages are multiples of 16 tokens. Lane i < 4
+// follows quarter i from tile to tile, without a division, and asks for its page one tile ahead.
+struct PageWalk {
+  int position;  // of the quarter's first token
+  int index;     // of its page in the block table
+  int slot;      // in its page
+  int page;
+  int index_step, slot_step;
+
+  RECALKV_DEVICE PageWalk(const DecodeParams& p, const TokenRange& range, const int32_t* table,
+                          int lane) {
+    position = range.tile_from * 64 + lane % 4 * 16;
+    index = position / p.block_size;
+    slot = position % p.block_size;
+    index_step = 64 / p.block_size;
+    slot_step = 64 % p.block_size;
+    fetch(range, table);
+  }
+
+  // Quarters without a visible token are not copied: any page will do.
+  RECALKV_DEVICE void fetch(const TokenRange& range, const int32_t* table) {
+    page = position + 16 > range.first && position < range.end ? table[index] : 0;
+  }
+
+  RECALKV_DEVICE void next(const DecodeParams& p, const TokenRange& range, const int32_t* table) {
+    position += 64;
+    index += index_step;
+    slot += slot_step;
+    if (slot >= p.block_size) {
+      slot -= p.block_size;
+      ++index;
+    }
+    fetch(range, table);
+  }
+};
+
+// Start the copies of the tile that begins at `position` into `to`. Tokens that no row sees, and
+// slots past the sequence's end, become zeros: see `load_tile`.
+template <typename S>
+RECALKV_DEVICE void copy_latents(const DecodeParams& p, const HopperLayout<S>& shared,
+                                 unsigned char* to, const int32_t* sources, int chunks,
+                                 const TokenRange& range, int position, const PageWalk& pages,
+                                 int lane) {
+  const int64_t quarter = pages.page * p.cache_block_stride + pages.slot * p.cache_slot_stride;
+  const int row = lane / 8;
+  const int64_t step = 4 * p.cache_slot_stride;
+  int64_t from[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) from[i] = shuffle(quarter, i) + row * p.cache_slot_stride;
+  // Bit i: whether row 4i + `row` is visible.
+  const int dead = (range.first - position - row + 3) >> 2;
+  const int end = (range.end - position - row + 3) >> 2;
+  const uint32_t from_first = dead > 0 ? ~0u << dead : ~0u;
+  const uint32_t live = end < 16 ? from_first & ~(~0u << end) : from_first;
+  to += row * shared.row_bytes;
+#pragma unroll 1
+  for (int chunk = lane % 8; chunk < chunks; chunk += 8) {
+    const uint16_t* columns = p.kv_cache + sources[chunk];
+    unsigned char* place = to + chunk * 16;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      copy_async(place + i * 4 * shared.row_bytes, columns + from[i / 4] + i % 4 * step,
+                 live >> i & 1);
+    }
+  }
+}
+
+// The lane's share of the query rows, as float: of row lane/8 of every four, the pairs 16m + 8b +
+// 4h + lane%4, where b is bit 2 of the lane.
+//
+// Slow pairs turn back to the middle of the tile, and their score is the first two terms in the
+// offset from it. `slow_rotation` has, of each pair, the factors of both terms and the cosine and
+// sine of the way to the middle; those of a fast pair are 1, 0, 1, 0.
+template <typename S>
+struct QueryShare {
+  static constexpr int kSteps = S::kHeadDim / 32;
+  float2 query[S::kColumnTiles][kSteps][2];
+  float2 terms[kSteps][2];
+  float2 base[kSteps][2];  // of the next tile
+
+  RECALKV_DEVICE static int pair_of(int lane, int m, int half) {
+    return 16 * m + lane / 4 % 2 * 8 + half * 4 + lane % 4;
+  }
+
+  RECALKV_DEVICE void fetch_base(const DecodeParams& p, int tile, int lane) {
+    const float* row = p.base_rotation + tile * 4 * p.base_rotation_stride;
+#pragma unroll
+    for (int m = 0; m < kSteps; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        base[m][half] = reinterpret_cast<const float2*>(row)[pair_of(lane, m, half)];
+      }
+    }
+  }
+
+  RECALKV_DEVICE void load(const DecodeParams& p, const Rows& rows, int kv_head, int lane) {
+    const int per_kv = p.num_heads / p.num_kv_heads;
+    const float scale = p.soft_cap > 0.0f ? p.scale : p.scale * kLog2E;
+#pragma unroll
+    for (int m = 0; m < kSteps; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int pair = pair_of(lane, m, half);
+        const float4 slow = reinterpret_cast<const float4*>(p.slow_rotation)[pair];
+        terms[m][half] = {slow.x * scale, slow.y * scale};
+#pragma unroll
+        for (int c = 0; c < S::kColumnTiles; ++c) {
+          const int row = rows.begin + c * 4 + lane / 8;
+          float2 q = {0.0f, 0.0f};
+          if (row < rows.end) {
+            const int head = kv_head * per_kv + row % per_kv;
+            const uint16_t* from =
+                p.q + (rows.first_token + row / per_kv) * p.q_token_stride + head * S::kHeadDim;
+            int first, second;
+            pair_columns(p, pair, first, second);
+            q = unpack<typename S::Element>(from[first] |
+                                            static_cast<uint32_t>(from[second]) << 16);
+          }
+          query[c][m][half] = rotate(q, {slow.z, -slow.w});
+        }
+      }
+    }
+  }
+
+  // Right-hand fragments of the tile's scores; columns 2r and 2r + 1 are row r's two terms.
+  RECALKV_DEVICE void store(unsigned char* to, int lane) const {
+    using Element = typename S::Element;
+#pragma unroll
+    for (int c = 0; c < S::kColumnTiles; ++c) {
+#pragma unroll
+      for (int m = 0; m < kSteps; ++m) {
+        uint2 value, derivative;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 turned =
+              rotate(query[c][m][half], {base[m][half].x, -base[m][half].y});
+          const float2 term = terms[m][half];
+          (half ? value.y : value.x) = pack<Element>(turned.x * term.x, turned.y * term.x);
+          (half ? derivative.y : derivative.x) =
+              pack<Element>(turned.y * term.y, -turned.x * term.y);
+        }
+        uint2* place = reinterpret_cast<uint2*>(to + c * S::kQueryBytes) +
+                       (m * 32 + lane / 8 * 8 + lane % 4) * 2 + lane / 4 % 2;
+        place[0] = value;
+        place[8] = derivative;
+      }
+    }
+  }
+};
+
+template <typename S>
+RECALKV_DEVICE void produce(const DecodeParams& p, const HopperLayout<S>& shared,
+                            unsigned char* memory, const HopperBarriers& barriers,
+                            const Rows& rows, const TokenRange& range, const TileColumns& columns,
+                            int kv_head, int lane) {
+  const int factor_bytes = shared.rotation - shared.factor;
+  if (lane == 0) {
+    // One head's factor, as it lies in shared memory, and the rotations of the fast pairs.
+    const int rotation_bytes = S::kFastTiles * 2048;
+    const char* factor = static_cast<const char*>(p.k_factor);
+    barrier_expect(barriers.factor, factor_bytes + rotation_bytes);
+    copy_bulk(memory + shared.factor, factor + static_cast<int64_t>(kv_head) * factor_bytes,
+              factor_bytes, barriers.factor);
+    copy_bulk(memory + shared.rotation, p.local_rotation, rotation_bytes, barriers.factor);
+  }
+  const int32_t* sources = reinterpret_cast<const int32_t*>(memory + shared.columns);
+  const int32_t* table = p.block_table + rows.seq * p.table_stride;
+  QueryShare<S> queries;
+  queries.load(p, rows, kv_head, lane);
+  queries.fetch_base(p, range.tile_from, lane);
+  PageWalk pages(p, range, table, lane);
+  RingPlace place = {0, 1};
+#pragma unroll 1
+  for (int tile = range.tile_from; tile < range.tile_to; ++tile) {
+    unsigned char* stage = memory + shared.ring + place.stage * shared.stage_bytes;
+    barrier_wait(barriers.empty + place.stage, place.parity);
+    copy_latents<S>(p, shared, stage, sources, columns.chunks(), range, tile * S::kTokens, pages,
+                    lane);
+    copy_arrive(barriers.full + place.stage);
+    pages.next(p, range, table);
+    queries.store(stage + S::kTokens * shared.row_bytes, lane);
+    warp_sync();
+    if (lane == 0) barrier_arrive(barriers.full + place.stage);
+    if (tile + 1 < range.tile_to) queries.fetch_base(p, tile + 1, lane);
+    place.advance(1, p.kernel.stages);
+  }
+  copy_wait<0>();
+}
+
+}  // namespace recalkv
