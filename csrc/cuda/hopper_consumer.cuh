@@ -14,6 +14,9 @@
 
 namespace recalkv {
 
+// The maximum of no tokens: finite, so that differences from it are numbers.
+constexpr float kNoMaximum = -1e30f;
+
 // What a lane keeps from tile to tile: lane 4g + t has query rows 4c + t of the block, and of a tile
 // the tokens g and g + 8 of its warp's.
 template <typename S>
@@ -21,16 +24,17 @@ struct HopperState {
   float maximum[S::kColumnTiles];  // in base 2, of the warp's tokens
   float sum[S::kColumnTiles];      // of the lane's tokens only
   float out[S::kVTiles][4];        // [V column, query row]: column 2t + c is row 4c + t
-  int row_position[S::kColumnTiles];
+  // Of the rows, less that of the lane's first token in the tile at hand; far below where no row is.
+  int distance[S::kColumnTiles];
 
   RECALKV_DEVICE HopperState(const DecodeParams& p, const Rows& rows, int lane) {
 #pragma unroll
     for (int c = 0; c < S::kColumnTiles; ++c) {
-      maximum[c] = kMinusInfinity;
+      maximum[c] = kNoMaximum;
       sum[c] = 0.0f;
       const int row = rows.begin + c * 4 + lane % 4;
       const int query = row / (p.num_heads / p.num_kv_heads);
-      row_position[c] = row < rows.end ? rows.length - rows.num_queries + query : -1;
+      distance[c] = row < rows.end ? rows.length - rows.num_queries + query : -(1 << 30);
     }
 #pragma unroll
     for (int v = 0; v < S::kVTiles; ++v) {
@@ -40,25 +44,34 @@ struct HopperState {
   }
 };
 
-// keys = rows[64, k_width] factor^T. `latents` is the lane's place for `load_matrices` of its warp's
-// first 16 columns; columns past the span's end meet zeros of the factor.
+// keys (+)= rows[64, 64 columns] factor^T; `latents` is the lane's place for `load_matrices` of its
+// warp's first 16 columns.
+template <typename S>
+RECALKV_DEVICE void multiply_chunk(float (&keys)[S::kHeadDim / 2], uint32_t (&rows)[4][4],
+                                   const unsigned char* latents, SwizzledOperand factor, bool add) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) load_matrices(rows[k], latents + k * 32);
+  product_fence();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    product(typename S::Element{}, keys, rows[k], factor.at(k * 32), add || k > 0);
+  }
+  product_commit();
+  product_wait<0>(keys);
+}
+
+// keys = rows[64, k_width] factor^T, added to what is there if `add`. Columns past the span's end
+// meet zeros of the factor.
 template <typename S>
 RECALKV_DEVICE void reconstruct_keys(float (&keys)[S::kHeadDim / 2], const unsigned char* latents,
-                                     uint64_t factor, int k_chunks, bool add) {
+                                     SwizzledOperand factor, int k_chunks, bool add) {
   uint32_t rows[4][4];
+  multiply_chunk<S>(keys, rows, latents, factor, add);
 #pragma unroll 1
-  for (int chunk = 0; chunk < k_chunks; ++chunk) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) load_matrices(rows[k], latents + chunk * 128 + k * 32);
-    product_fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      product(typename S::Element{}, keys, rows[k], factor + k * 2, add || k > 0);
-    }
-    product_commit();
-    product_wait<0>(keys);
-    factor += S::kHeadDim * 128 / 16;
-    add = true;
+  for (int chunk = 1; chunk < k_chunks; ++chunk) {
+    latents += 128;
+    factor = factor.at(S::kHeadDim * 128);
+    multiply_chunk<S>(keys, rows, latents, factor, true);
   }
 }
 
@@ -139,10 +152,10 @@ RECALKV_DEVICE void score_keys(float (&scores)[S::kColumnTiles][2],
 }
 
 // Fold the lane's logits into the running softmax; `weights` is the right-hand fragment of the
-// values' product, tokens by query rows. `position` is that of the lane's first token.
+// values' product, tokens by query rows.
 template <typename S>
 RECALKV_DEVICE void weigh(HopperState<S>& state, float (&logits)[S::kColumnTiles][2],
-                          uint32_t (&weights)[2], const DecodeParams& p, int position) {
+                          uint32_t (&weights)[2], const DecodeParams& p) {
   float highest[S::kColumnTiles];
   bool higher = false;
 #pragma unroll
@@ -151,7 +164,7 @@ RECALKV_DEVICE void weigh(HopperState<S>& state, float (&logits)[S::kColumnTiles
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       // Negative distances are tokens after the row's.
-      const auto distance = static_cast<uint32_t>(state.row_position[c] - position - 8 * i);
+      const auto distance = static_cast<uint32_t>(state.distance[c] - 8 * i);
       if (distance >= static_cast<uint32_t>(p.window)) logits[c][i] = kMinusInfinity;
       highest[c] = fmaxf(highest[c], logits[c][i]);
     }
@@ -161,12 +174,9 @@ RECALKV_DEVICE void weigh(HopperState<S>& state, float (&logits)[S::kColumnTiles
     higher = higher || highest[c] > state.maximum[c];
   }
   if (warp_any(higher)) {
-    // Lane 4g + t has sums of rows 4c + t here, and of the output the same rows.
 #pragma unroll
     for (int c = 0; c < S::kColumnTiles; ++c) {
-      const float decay = highest[c] == kMinusInfinity
-                              ? 0.0f
-                              : exp2_fast(state.maximum[c] - highest[c]);
+      const float decay = exp2_fast(state.maximum[c] - highest[c]);
       state.maximum[c] = highest[c];
       state.sum[c] *= decay;
 #pragma unroll
@@ -179,11 +189,9 @@ RECALKV_DEVICE void weigh(HopperState<S>& state, float (&logits)[S::kColumnTiles
   float weight[2][2] = {};
 #pragma unroll
   for (int c = 0; c < S::kColumnTiles; ++c) {
-    // A row that has seen no token has no maximum to subtract.
-    const float shift = state.maximum[c] == kMinusInfinity ? 0.0f : state.maximum[c];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      weight[i][c] = exp2_fast(logits[c][i] - shift);
+      weight[i][c] = exp2_fast(logits[c][i] - state.maximum[c]);
       state.sum[c] += weight[i][c];
     }
   }
@@ -199,7 +207,8 @@ RECALKV_DEVICE void add_values(HopperState<S>& state, const unsigned char* value
                                const uint32_t (&weights)[2], int v_tiles) {
 #pragma unroll
   for (int v = 0; v < S::kVTiles; ++v) {
-    if (v >= v_tiles) break;
+    // Of four at a time: what lies past the span's end adds to sums that nobody reads.
+    if (v % 4 == 0 && v >= v_tiles) break;
     uint32_t value[4];
     load_matrices_transposed(value, values + v * 32);
     multiply_add<typename S::Element>(state.out[v], value, weights[0], weights[1]);
@@ -222,19 +231,23 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
       reinterpret_cast<const float4*>(memory + shared.rotation) + warp % 4 * 32 + lane;
   const float2* bias = reinterpret_cast<const float2*>(memory + shared.bias) + lane % 4;
   const float2* norm = reinterpret_cast<const float2*>(memory + shared.norm) + lane % 4;
-  const uint64_t factor = swizzled_operand(memory + shared.factor, 0);
+  const SwizzledOperand factor = swizzled_operand(memory + shared.factor);
   const int k_chunks = (p.k_width + 63) / 64;
   const int v_tiles = v_columns / 16;
   const float offset = static_cast<float>(first + lane / 4 - 32);
   const float cap = p.soft_cap * kLog2E;
   const float cap_factor = p.soft_cap > 0.0f ? 2.0f * kLog2E / p.soft_cap : 0.0f;
-  float keys[S::kHeadDim / 2];
+#pragma unroll
+  for (int c = 0; c < S::kColumnTiles; ++c) {
+    state.distance[c] -= (range.tile_from + group) * S::kTokens + first + lane / 4;
+  }
   barrier_wait(barriers.factor, 0);
   RingPlace place = {0, 0};
   place.advance(group, p.kernel.stages);
 #pragma unroll 1
   for (int tile = range.tile_from + group; tile < range.tile_to; tile += 2) {
     const unsigned char* stage = memory + shared.ring + place.stage * shared.stage_bytes;
+    float keys[S::kHeadDim / 2];
     barrier_wait(barriers.full + place.stage, place.parity);
     if (!S::kLean && p.k_bias) {
 #pragma unroll
@@ -266,11 +279,13 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
       }
     }
     uint32_t weights[2];
-    weigh<S>(state, logits, weights, p, tile * S::kTokens + first + lane / 4);
+    weigh<S>(state, logits, weights, p);
     add_values<S>(state, stage + v_place, weights, v_tiles);
     warp_sync();
     if (lane == 0) barrier_arrive(barriers.empty + place.stage);
     place.advance(2, p.kernel.stages);
+#pragma unroll
+    for (int c = 0; c < S::kColumnTiles; ++c) state.distance[c] -= 2 * S::kTokens;
   }
 }
 

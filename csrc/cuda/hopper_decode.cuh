@@ -66,11 +66,11 @@ RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& sh
   block_sync();
 #pragma unroll
   for (int c = 0; c < S::kColumnTiles; ++c) {
-    float highest = kMinusInfinity;
+    float highest = kNoMaximum;
     for (int w = 0; w < kConsumerWarps; ++w) {
       highest = fmaxf(highest, maxima[w * S::kColumns + c * 4 + lane % 4].x);
     }
-    const float weight = highest == kMinusInfinity ? 0.0f : exp2_fast(state.maximum[c] - highest);
+    const float weight = exp2_fast(state.maximum[c] - highest);
 #pragma unroll
     for (int v = 0; v < S::kVTiles; ++v) {
       state.out[v][c] *= weight;
@@ -96,14 +96,14 @@ RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& sh
   }
   for (int row = warp; row < S::kColumns; row += kConsumerWarps + 1) {
     if (rows.begin + row >= rows.end) continue;
-    float highest = kMinusInfinity;
+    float highest = kNoMaximum;
     for (int w = 0; w < kConsumerWarps; ++w) {
       highest = fmaxf(highest, maxima[w * S::kColumns + row].x);
     }
     float total = 0.0f;
     for (int w = 0; w < kConsumerWarps; ++w) {
       const float2 part = maxima[w * S::kColumns + row];
-      if (part.x != kMinusInfinity) total += part.y * exp2_fast(part.x - highest);
+      total += part.y * exp2_fast(part.x - highest);
     }
     const int64_t to = result_row(p, rows.first_token, kv_head, rows.begin + row, block_y());
     const float inverse = total > 0.0f ? 1.0f / total : 0.0f;

@@ -79,14 +79,19 @@ RECALKV_DEVICE void copy_bulk(void* to, const void* from, int bytes, uint64_t* b
 }
 
 // Descriptor of a right-hand operand b[k][n] that lies in shared memory as rows n of 64 elements k,
-// 128 bytes, with 128-byte swizzle: 16-byte word i of row n is at i ^ n % 8. Aligned to 1024 bytes;
-// `column` is the first k, a multiple of 16.
-RECALKV_DEVICE uint64_t swizzled_operand(const void* rows, int column) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62;
-  constexpr uint64_t kEightRows = 1024;  // bytes from 8 rows to the next 8
-  const uint64_t start = shared_address(rows) + column * 2;
-  return kSwizzle128 | (kEightRows >> 4) << 32 | 1ull << 16 | (start & 0x3ffff) >> 4;
+// 128 bytes, with 128-byte swizzle: 16-byte word i of row n is at i ^ n % 8. Aligned to 1024 bytes.
+// Its lower half: the address in units of 16 bytes, to which a number of bytes may be added.
+struct SwizzledOperand {
+  uint32_t low;
+  RECALKV_DEVICE SwizzledOperand at(int bytes) const { return {low + bytes / 16}; }
+};
+
+RECALKV_DEVICE SwizzledOperand swizzled_operand(const void* rows) {
+  return {(shared_address(rows) & 0x3ffff) >> 4 | 1u << 16};
 }
+
+// Its upper half: from 8 rows to the next 8 there are 1024 bytes; 128-byte swizzle.
+#define RECALKV_OPERAND_HIGH "0x40000040"
 
 // Before a warpgroup's first product, and after registers of a product have been written otherwise.
 RECALKV_DEVICE void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -123,14 +128,16 @@ RECALKV_DEVICE void product_wait(float (&sum)[kCount]) {
 // 16 of the rows, in the fragments of mma.m16n8k16; `sum` holds those of 8 columns after the other.
 // `sum` and `a` must not be touched before the wait; without `add`, `sum` need not be initialized.
 #define RECALKV_PRODUCT(ELEMENT, TYPE, COLUMNS, COUNT, A0, A1, A2, A3, B, ADD)                   \
-  RECALKV_DEVICE void product(ELEMENT, float (&sum)[COUNT], const uint32_t (&a)[4], uint64_t b,  \
-                              bool add) {                                                        \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" ADD ", 0;\n"                           \
+  RECALKV_DEVICE void product(ELEMENT, float (&sum)[COUNT], const uint32_t (&a)[4],              \
+                              SwizzledOperand b, bool add) {                                     \
+    asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %" ADD ", 0;\n"            \
+                 "mov.b64 b, {%" B ", " RECALKV_OPERAND_HIGH "};\n"                              \
                  "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {"      \
-                 RECALKV_LIST##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B              \
+                 RECALKV_LIST##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, b"                \
                  ", add, 1, 1, 0;\n}"                                                            \
                  : RECALKV_ACC##COUNT                                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add))); \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low),                       \
+                   "r"(static_cast<int>(add)));                                                  \
   }
 
 RECALKV_PRODUCT(BFloat16, "bf16", 64, 32, "32", "33", "34", "35", "36", "37")

@@ -46,8 +46,32 @@ struct PageWalk {
   }
 };
 
-// Start the copies of the tile that begins at `position` into `to`. Tokens that no row sees, and
-// slots past the sequence's end, become zeros: see `load_tile`.
+// Start the copies of 16-byte chunks of 64 rows into `to`; `from` has the lane's first row of every
+// 16. Bit i of `live`: whether row 4i + lane/8 is copied, else zeroed; `kWhole`: all are.
+template <bool kWhole>
+RECALKV_DEVICE void copy_rows(const DecodeParams& p, unsigned char* to, int row_bytes,
+                              const int32_t* sources, int chunks, const char* const (&from)[4],
+                              uint32_t live, int lane) {
+  const int64_t step = 8 * p.cache_slot_stride;  // bytes of 4 slots
+#pragma unroll 1
+  for (int chunk = lane % 8; chunk < chunks; chunk += 8) {
+    const int64_t source = 2 * sources[chunk];
+    unsigned char* place = to + chunk * 16;
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const char* row = from[quarter] + source;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        copy_async(place, row, kWhole || (live >> (4 * quarter + i) & 1));
+        place += 4 * row_bytes;
+        row += step;
+      }
+    }
+  }
+}
+
+// Start the copies of the tile that begins at `position`. Tokens that no row sees, and slots past
+// the sequence's end, become zeros: see `load_tile`.
 template <typename S>
 RECALKV_DEVICE void copy_latents(const DecodeParams& p, const HopperLayout<S>& shared,
                                  unsigned char* to, const int32_t* sources, int chunks,
@@ -55,25 +79,19 @@ RECALKV_DEVICE void copy_latents(const DecodeParams& p, const HopperLayout<S>& s
                                  int lane) {
   const int64_t quarter = pages.page * p.cache_block_stride + pages.slot * p.cache_slot_stride;
   const int row = lane / 8;
-  const int64_t step = 4 * p.cache_slot_stride;
-  int64_t from[4];
+  const char* first_row = reinterpret_cast<const char*>(p.kv_cache + row * p.cache_slot_stride);
+  const char* from[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) from[i] = shuffle(quarter, i) + row * p.cache_slot_stride;
-  // Bit i: whether row 4i + `row` is visible.
-  const int dead = (range.first - position - row + 3) >> 2;
-  const int end = (range.end - position - row + 3) >> 2;
-  const uint32_t from_first = dead > 0 ? ~0u << dead : ~0u;
-  const uint32_t live = end < 16 ? from_first & ~(~0u << end) : from_first;
+  for (int i = 0; i < 4; ++i) from[i] = first_row + shuffle(2 * quarter, i);
   to += row * shared.row_bytes;
-#pragma unroll 1
-  for (int chunk = lane % 8; chunk < chunks; chunk += 8) {
-    const uint16_t* columns = p.kv_cache + sources[chunk];
-    unsigned char* place = to + chunk * 16;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      copy_async(place + i * 4 * shared.row_bytes, columns + from[i / 4] + i % 4 * step,
-                 live >> i & 1);
-    }
+  if (range.first <= position && position + 64 <= range.end) {
+    copy_rows<true>(p, to, shared.row_bytes, sources, chunks, from, 0, lane);
+  } else {
+    const int dead = (range.first - position - row + 3) >> 2;
+    const int end = (range.end - position - row + 3) >> 2;
+    const uint32_t after = dead > 0 ? ~0u << dead : ~0u;
+    const uint32_t live = end < 16 ? after & ~(~0u << end) : after;
+    copy_rows<false>(p, to, shared.row_bytes, sources, chunks, from, live, lane);
   }
 }
 
@@ -81,13 +99,13 @@ RECALKV_DEVICE void copy_latents(const DecodeParams& p, const HopperLayout<S>& s
 // 4h + lane%4, where b is bit 2 of the lane.
 //
 // Slow pairs turn back to the middle of the tile, and their score is the first two terms in the
-// offset from it. `slow_rotation` has, of each pair, the factors of both terms and the cosine and
-// sine of the way to the middle; those of a fast pair are 1, 0, 1, 0.
+// offset from it. `slow_rotation` has, of each pair, the first term's factor, the second's relative
+// to it, and the cosine and sine of the way to the middle; those of a fast pair are 1, 0, 1, 0.
 template <typename S>
 struct QueryShare {
   static constexpr int kSteps = S::kHeadDim / 32;
   float2 query[S::kColumnTiles][kSteps][2];
-  float2 terms[kSteps][2];
+  float second[kSteps][2];
   float2 base[kSteps][2];  // of the next tile
 
   RECALKV_DEVICE static int pair_of(int lane, int m, int half) {
@@ -114,7 +132,7 @@ struct QueryShare {
       for (int half = 0; half < 2; ++half) {
         const int pair = pair_of(lane, m, half);
         const float4 slow = reinterpret_cast<const float4*>(p.slow_rotation)[pair];
-        terms[m][half] = {slow.x * scale, slow.y * scale};
+        second[m][half] = slow.y;
 #pragma unroll
         for (int c = 0; c < S::kColumnTiles; ++c) {
           const int row = rows.begin + c * 4 + lane / 8;
@@ -128,7 +146,9 @@ struct QueryShare {
             q = unpack<typename S::Element>(from[first] |
                                             static_cast<uint32_t>(from[second]) << 16);
           }
-          query[c][m][half] = rotate(q, {slow.z, -slow.w});
+          const float first_term = slow.x * scale;
+          query[c][m][half] =
+              rotate({q.x * first_term, q.y * first_term}, {slow.z, -slow.w});
         }
       }
     }
@@ -144,17 +164,17 @@ struct QueryShare {
         uint2 value, derivative;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float2 turned =
-              rotate(query[c][m][half], {base[m][half].x, -base[m][half].y});
-          const float2 term = terms[m][half];
-          (half ? value.y : value.x) = pack<Element>(turned.x * term.x, turned.y * term.x);
+          const float2 turned = rotate(query[c][m][half], {base[m][half].x, -base[m][half].y});
+          const float term = second[m][half];
+          (half ? value.y : value.x) = pack<Element>(turned.x, turned.y);
           (half ? derivative.y : derivative.x) =
-              pack<Element>(turned.y * term.y, -turned.x * term.y);
+              pack<Element>(turned.y * term, -(turned.x * term));
         }
         uint2* place = reinterpret_cast<uint2*>(to + c * S::kQueryBytes) +
                        (m * 32 + lane / 8 * 8 + lane % 4) * 2 + lane / 4 % 2;
         place[0] = value;
-        place[8] = derivative;
+        // Those of fast pairs are the zeros that the ring began with.
+        if (16 * m + 16 > 4 * S::kFastTiles) place[8] = derivative;
       }
     }
   }

@@ -17,7 +17,8 @@ from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 #: V tiles (of 16 columns) and tiles of four query rows of the instantiations: hopper_launch.cuh.
 HOPPER_V_TILES = (8, 16)
 HOPPER_COLUMN_TILES = (1, 2)
-#: Tiles in a block's ring at most: what two warpgroups work on, and as many again under way.
+#: Tiles in a block's ring at most; always an even number, so that a warpgroup sees every phase of the
+#: barriers that it waits for.
 MOST_STAGES = 6
 CONSUMER_WARPS = 8
 
@@ -56,7 +57,7 @@ def hopper_plan(
         start = layer.k_spans[head].start
         k_offset = sum(min(span.end, start) - span.start for span in spans if span.start < start)
         width = max(width, sum(span.width for span in spans), k_offset + padded)
-    for stages in range(MOST_STAGES, 1, -1):
+    for stages in range(MOST_STAGES, 1, -2):
         needed = hopper_shared_bytes(layer, column_tiles, v_tiles, stages, width, lean)
         if needed <= limits.shared_bytes:
             return HopperPlan(

@@ -125,7 +125,7 @@ def slow_rotations(local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         local: ``[64, d/2, 2]``, by the place in the tile.
 
     Returns:
-        ``[d/2, 4]`` float32: ``a``, ``b``, and the rotation to the middle; and the largest error
+        ``[d/2, 4]`` float32: ``a``, ``b / a``, and the rotation to the middle; and the largest error
         within a tile ``[d/2]``. ``a`` halves the error of the cosine, ``b`` is least squares.
     """
     turn = torch.view_as_complex(local.double())
@@ -135,4 +135,4 @@ def slow_rotations(local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     a = (from_middle.real.amax(dim=0) + from_middle.real.amin(dim=0)) / 2
     b = (x * from_middle.imag).sum(dim=0) / x.square().sum()
     errors = (from_middle - torch.complex(a.expand_as(x * b), x * b)).abs().amax(dim=0)
-    return torch.stack((a, b, middle.real, middle.imag), dim=1).float(), errors
+    return torch.stack((a, b / a, middle.real, middle.imag), dim=1).float(), errors

@@ -251,11 +251,15 @@ inline void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) 
   });
 }
 
-inline uint64_t swizzled_operand(const void* rows, int column) {
-  auto& machine = emulation::Machine::get();
-  if (emulation::shared_offset(rows) % 1024) machine.fail("a misaligned operand");
-  const uint64_t start = emulation::shared_offset(rows) + column * 2;
-  return 1ull << 62 | (1024ull >> 4) << 32 | 1ull << 16 | (start & 0x3ffff) >> 4;
+struct SwizzledOperand {
+  uint64_t descriptor;
+  SwizzledOperand at(int bytes) const { return {descriptor + bytes / 16}; }
+};
+
+inline SwizzledOperand swizzled_operand(const void* rows) {
+  const uint64_t start = emulation::shared_offset(rows);
+  if (start % 1024) emulation::Machine::get().fail("a misaligned operand");
+  return {1ull << 62 | (1024ull >> 4) << 32 | 1ull << 16 | (start & 0x3ffff) >> 4};
 }
 
 inline void product_fence() {
@@ -280,13 +284,15 @@ inline void product_wait(float (&)[kCount]) {
 }
 
 template <int kCount>
-inline void product(BFloat16, float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
-  emulation::product<BFloat16>(sum, a, b, add);
+inline void product(BFloat16, float (&sum)[kCount], const uint32_t (&a)[4], SwizzledOperand b,
+                    bool add) {
+  emulation::product<BFloat16>(sum, a, b.descriptor, add);
 }
 
 template <int kCount>
-inline void product(Float16, float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
-  emulation::product<Float16>(sum, a, b, add);
+inline void product(Float16, float (&sum)[kCount], const uint32_t (&a)[4], SwizzledOperand b,
+                    bool add) {
+  emulation::product<Float16>(sum, a, b.descriptor, add);
 }
 
 }  // namespace recalkv
