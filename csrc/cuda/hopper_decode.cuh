@@ -18,7 +18,7 @@ RECALKV_DEVICE void prepare_block(const DecodeParams& p, const HopperLayout<S>& 
   const int thread = thread_index();
   if (thread == 0) {
     for (int i = 0; i < p.kernel.stages; ++i) {
-      // The producer's lanes, for their copies, and one of them, for the queries.
+      // The lanes that copy, and one of those with the queries.
       barrier_init(barriers.full + i, 32 + 1);
       barrier_init(barriers.empty + i, 4);  // the warps of the warpgroup that consumes it
     }
@@ -42,8 +42,9 @@ RECALKV_DEVICE void prepare_block(const DecodeParams& p, const HopperLayout<S>& 
   block_sync();
 }
 
-// Merge the consumer warps' results through shared memory, in a fixed order, and write them. All
-// threads take part.
+RECALKV_DEVICE void consumer_sync() { team_sync(1, kConsumerThreads); }
+
+// Merge the consumer warps' results through shared memory, in a fixed order, and write them.
 template <typename S>
 RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& shared,
                                 unsigned char* memory, HopperState<S>& state, const Rows& rows,
@@ -52,18 +53,18 @@ RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& sh
   const int warp = thread_index() / 32;
   float2* maxima = reinterpret_cast<float2*>(memory + shared.maxima);  // (maximum, sum), by warp
   float* sums = reinterpret_cast<float*>(memory + shared.sums);
-  block_sync();  // the ring is free from here on
+  consumer_sync();  // the ring is free from here on
 #pragma unroll
   for (int c = 0; c < S::kColumnTiles; ++c) {
     float sum = state.sum[c];
     sum += shuffle_xor(sum, 4);
     sum += shuffle_xor(sum, 8);
     sum += shuffle_xor(sum, 16);
-    if (warp < kConsumerWarps && lane < 4) {
+    if (lane < 4) {
       maxima[warp * S::kColumns + c * 4 + lane] = {state.maximum[c], sum};
     }
   }
-  block_sync();
+  consumer_sync();
 #pragma unroll
   for (int c = 0; c < S::kColumnTiles; ++c) {
     float highest = kNoMaximum;
@@ -92,9 +93,9 @@ RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& sh
         }
       }
     }
-    block_sync();
+    consumer_sync();
   }
-  for (int row = warp; row < S::kColumns; row += kConsumerWarps + 1) {
+  for (int row = warp; row < S::kColumns; row += kConsumerWarps) {
     if (rows.begin + row >= rows.end) continue;
     float highest = kNoMaximum;
     for (int w = 0; w < kConsumerWarps; ++w) {
@@ -142,13 +143,19 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
   const int warp = thread_index() / 32;
   const int v_left = p.v_width - v_block * (16 * S::kVTiles);
   const int v_columns = v_left < 16 * S::kVTiles ? v_left : 16 * S::kVTiles;
-  HopperState<S> state(p, rows, lane);
-  if (warp == kConsumerWarps) {
-    produce<S>(p, shared, memory, barriers, rows, range, columns, kv_head, lane);
+  if (warp >= kConsumerWarps) {
+    shrink_registers<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
+      produce_latents<S>(p, shared, memory, barriers, rows, range, columns, kv_head, lane);
+    } else if (warp == kConsumerWarps + 1) {
+      produce_queries<S>(p, shared, memory, barriers, rows, range, kv_head, lane);
+    }
   } else {
+    grow_registers<kConsumerRegisters>();
+    HopperState<S> state(p, rows, lane);
     consume<S>(p, shared, memory, barriers, state, range, columns, v_columns, lane, warp);
+    merge_warps<S>(p, shared, memory, state, rows, kv_head, v_block, v_columns);
   }
-  merge_warps<S>(p, shared, memory, state, rows, kv_head, v_block, v_columns);
 #endif
 }
 

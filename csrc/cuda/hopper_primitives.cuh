@@ -25,6 +25,17 @@ RECALKV_DEVICE bool warp_any(bool value) { return __any_sync(0xffffffffu, value)
 
 #if RECALKV_HOPPER
 
+// Registers per thread from here on, of the calling warpgroup: fewer, or more than the kernel was
+// started with.
+template <int kCount>
+RECALKV_DEVICE void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+RECALKV_DEVICE void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
 // A barrier's phase ends when `arrivals` have arrived and all bytes that it expects are there.
 RECALKV_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),

@@ -1,5 +1,5 @@
-// The producer warp of the decode kernel for Hopper: latents into the ring, and for each tile the
-// queries turned back by its position.
+// The producer warps of the decode kernel for Hopper: one copies latents into the ring, one turns
+// the queries back by each tile's position.
 #pragma once
 
 #include "hopper_primitives.cuh"
@@ -47,14 +47,15 @@ struct PageWalk {
 };
 
 // Start the copies of 16-byte chunks of 64 rows into `to`; `from` has the lane's first row of every
-// 16. Bit i of `live`: whether row 4i + lane/8 is copied, else zeroed; `kWhole`: all are.
-template <bool kWhole>
+// 16. Bit i of `live`: whether row 4i + lane/8 is copied, else zeroed; `kWhole`: all are. Lanes copy
+// `kLines` times 8 chunks at a time, which lie one after the other.
+template <bool kWhole, int kLines>
 RECALKV_DEVICE void copy_rows(const DecodeParams& p, unsigned char* to, int row_bytes,
                               const int32_t* sources, int chunks, const char* const (&from)[4],
                               uint32_t live, int lane) {
   const int64_t step = 8 * p.cache_slot_stride;  // bytes of 4 slots
 #pragma unroll 1
-  for (int chunk = lane % 8; chunk < chunks; chunk += 8) {
+  for (int chunk = lane % 8; chunk < chunks; chunk += 8 * kLines) {
     const int64_t source = 2 * sources[chunk];
     unsigned char* place = to + chunk * 16;
 #pragma unroll
@@ -62,7 +63,11 @@ RECALKV_DEVICE void copy_rows(const DecodeParams& p, unsigned char* to, int row_
       const char* row = from[quarter] + source;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        copy_async(place, row, kWhole || (live >> (4 * quarter + i) & 1));
+#pragma unroll
+        for (int line = 0; line < kLines; ++line) {
+          copy_async(place + line * 128, row + line * 128,
+                     kWhole || (live >> (4 * quarter + i) & 1));
+        }
         place += 4 * row_bytes;
         row += step;
       }
@@ -75,8 +80,8 @@ RECALKV_DEVICE void copy_rows(const DecodeParams& p, unsigned char* to, int row_
 template <typename S>
 RECALKV_DEVICE void copy_latents(const DecodeParams& p, const HopperLayout<S>& shared,
                                  unsigned char* to, const int32_t* sources, int chunks,
-                                 const TokenRange& range, int position, const PageWalk& pages,
-                                 int lane) {
+                                 bool pairs_of_lines, const TokenRange& range, int position,
+                                 const PageWalk& pages, int lane) {
   const int64_t quarter = pages.page * p.cache_block_stride + pages.slot * p.cache_slot_stride;
   const int row = lane / 8;
   const char* first_row = reinterpret_cast<const char*>(p.kv_cache + row * p.cache_slot_stride);
@@ -85,13 +90,17 @@ RECALKV_DEVICE void copy_latents(const DecodeParams& p, const HopperLayout<S>& s
   for (int i = 0; i < 4; ++i) from[i] = first_row + shuffle(2 * quarter, i);
   to += row * shared.row_bytes;
   if (range.first <= position && position + 64 <= range.end) {
-    copy_rows<true>(p, to, shared.row_bytes, sources, chunks, from, 0, lane);
+    if (pairs_of_lines) {
+      copy_rows<true, 2>(p, to, shared.row_bytes, sources, chunks, from, 0, lane);
+    } else {
+      copy_rows<true, 1>(p, to, shared.row_bytes, sources, chunks, from, 0, lane);
+    }
   } else {
     const int dead = (range.first - position - row + 3) >> 2;
     const int end = (range.end - position - row + 3) >> 2;
     const uint32_t after = dead > 0 ? ~0u << dead : ~0u;
     const uint32_t live = end < 16 ? after & ~(~0u << end) : after;
-    copy_rows<false>(p, to, shared.row_bytes, sources, chunks, from, live, lane);
+    copy_rows<false, 1>(p, to, shared.row_bytes, sources, chunks, from, live, lane);
   }
 }
 
@@ -112,8 +121,7 @@ struct QueryShare {
     return 16 * m + lane / 4 % 2 * 8 + half * 4 + lane % 4;
   }
 
-  RECALKV_DEVICE void fetch_base(const DecodeParams& p, int tile, int lane) {
-    const float* row = p.base_rotation + tile * 4 * p.base_rotation_stride;
+  RECALKV_DEVICE void fetch_base(const float* row, int lane) {
 #pragma unroll
     for (int m = 0; m < kSteps; ++m) {
 #pragma unroll
@@ -181,13 +189,13 @@ struct QueryShare {
 };
 
 template <typename S>
-RECALKV_DEVICE void produce(const DecodeParams& p, const HopperLayout<S>& shared,
-                            unsigned char* memory, const HopperBarriers& barriers,
-                            const Rows& rows, const TokenRange& range, const TileColumns& columns,
-                            int kv_head, int lane) {
-  const int factor_bytes = shared.rotation - shared.factor;
+RECALKV_DEVICE void produce_latents(const DecodeParams& p, const HopperLayout<S>& shared,
+                                    unsigned char* memory, const HopperBarriers& barriers,
+                                    const Rows& rows, const TokenRange& range,
+                                    const TileColumns& columns, int kv_head, int lane) {
   if (lane == 0) {
     // One head's factor, as it lies in shared memory, and the rotations of the fast pairs.
+    const int factor_bytes = shared.rotation - shared.factor;
     const int rotation_bytes = S::kFastTiles * 2048;
     const char* factor = static_cast<const char*>(p.k_factor);
     barrier_expect(barriers.factor, factor_bytes + rotation_bytes);
@@ -197,26 +205,46 @@ RECALKV_DEVICE void produce(const DecodeParams& p, const HopperLayout<S>& shared
   }
   const int32_t* sources = reinterpret_cast<const int32_t*>(memory + shared.columns);
   const int32_t* table = p.block_table + rows.seq * p.table_stride;
+  const int chunks = columns.chunks();
+  // Whether the columns are one piece of whole pairs of lines of 128 bytes.
+  bool pieces = chunks % 16 != 0;
+  for (int i = lane; i < chunks; i += 32) pieces = pieces || sources[i] != sources[0] + 8 * i;
+  const bool pairs_of_lines = !warp_any(pieces);
+  PageWalk pages(p, range, table, lane);
+  RingPlace place = {0, 1};
+#pragma unroll 1
+  for (int tile = range.tile_from; tile < range.tile_to; ++tile) {
+    barrier_wait(barriers.empty + place.stage, place.parity);
+    copy_latents<S>(p, shared, memory + shared.ring + place.stage * shared.stage_bytes, sources,
+                    chunks, pairs_of_lines, range, tile * S::kTokens, pages, lane);
+    copy_arrive(barriers.full + place.stage);
+    pages.next(p, range, table);
+    place.advance(1, p.kernel.stages);
+  }
+  copy_wait<0>();
+}
+
+template <typename S>
+RECALKV_DEVICE void produce_queries(const DecodeParams& p, const HopperLayout<S>& shared,
+                                    unsigned char* memory, const HopperBarriers& barriers,
+                                    const Rows& rows, const TokenRange& range, int kv_head,
+                                    int lane) {
   QueryShare<S> queries;
   queries.load(p, rows, kv_head, lane);
-  queries.fetch_base(p, range.tile_from, lane);
-  PageWalk pages(p, range, table, lane);
+  const float* base = p.base_rotation + range.tile_from * 4 * p.base_rotation_stride;
+  queries.fetch_base(base, lane);
   RingPlace place = {0, 1};
 #pragma unroll 1
   for (int tile = range.tile_from; tile < range.tile_to; ++tile) {
     unsigned char* stage = memory + shared.ring + place.stage * shared.stage_bytes;
     barrier_wait(barriers.empty + place.stage, place.parity);
-    copy_latents<S>(p, shared, stage, sources, columns.chunks(), range, tile * S::kTokens, pages,
-                    lane);
-    copy_arrive(barriers.full + place.stage);
-    pages.next(p, range, table);
     queries.store(stage + S::kTokens * shared.row_bytes, lane);
     warp_sync();
     if (lane == 0) barrier_arrive(barriers.full + place.stage);
-    if (tile + 1 < range.tile_to) queries.fetch_base(p, tile + 1, lane);
+    base += 4 * p.base_rotation_stride;
+    if (tile + 1 < range.tile_to) queries.fetch_base(base, lane);
     place.advance(1, p.kernel.stages);
   }
-  copy_wait<0>();
 }
 
 }  // namespace recalkv

@@ -5,9 +5,14 @@
 
 namespace recalkv {
 
-// Two warpgroups that consume tiles in turns, and one warp that produces them.
+// Two warpgroups that consume tiles in turns, and one with a warp that copies latents and a warp
+// that turns queries.
 constexpr int kConsumerWarps = 8;
-constexpr int kHopperThreads = 32 * kConsumerWarps + 32;
+constexpr int kConsumerThreads = 32 * kConsumerWarps;
+constexpr int kHopperThreads = kConsumerThreads + 128;
+// Registers of a thread; a multiprocessor has 512 for each of 128 threads.
+constexpr int kConsumerRegisters = 208;
+constexpr int kProducerRegisters = 96;
 
 // kHeadDim is d; kColumnTiles and kVTiles are those of `DecodeParams::kernel`. A lean kernel rotates
 // only the first half of the pairs and knows no key bias, key norm or soft cap.

@@ -200,6 +200,11 @@ inline bool warp_any(bool value) {
   })[0];
 }
 
+template <int kCount>
+inline void shrink_registers() {}
+template <int kCount>
+inline void grow_registers() {}
+
 inline void barrier_init(uint64_t* barrier, int arrivals) {
   auto& machine = emulation::Machine::get();
   if (reinterpret_cast<uintptr_t>(barrier) % 8) machine.fail("barrier_init: a misaligned barrier");
