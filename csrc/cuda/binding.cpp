@@ -66,9 +66,16 @@ void assign(const std::vector<int64_t>& elements, const char* argument, Fields&.
 
 using Launch = decltype(&launch_decode);
 
+// What only the decode kernel for Hopper is told.
+struct HopperArguments {
+  std::optional<Tensor> slow_rotation;
+  std::optional<Tensor> band_blocks;
+  int64_t most_blocks = 0;
+  int64_t token_scales = 0;
+};
+
 // What both decode kernels are told; `launch` starts one of them.
-void run_decode(Launch launch, const char* what, const std::optional<Tensor>& slow_rotation,
-            const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+void run_decode(Launch launch, const char* what, const HopperArguments& hopper, const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
             const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& k_factor,
             const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
             const Tensor& base_rotation, const Tensor& local_rotation, const Tensor& tile_columns,
@@ -86,7 +93,10 @@ void run_decode(Launch launch, const char* what, const std::optional<Tensor>& sl
   p.k_norm_weight = optional_data(k_norm_weight);
   p.base_rotation = data<const float>(base_rotation);
   p.local_rotation = data<const float>(local_rotation);
-  p.slow_rotation = optional_data(slow_rotation);
+  p.slow_rotation = optional_data(hopper.slow_rotation);
+  p.band_blocks = hopper.band_blocks ? data<const int32_t>(*hopper.band_blocks) : nullptr;
+  p.most_blocks = static_cast<int32_t>(hopper.most_blocks);
+  p.token_scales = static_cast<int32_t>(hopper.token_scales);
   p.tile_columns = data<const int32_t>(tile_columns);
   p.out = data<float>(out);
   p.lse = data<float>(lse);
@@ -122,7 +132,7 @@ void decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
             const Tensor& base_rotation, const Tensor& local_rotation, const Tensor& tile_columns,
             Tensor out, Tensor lse, std::vector<int64_t> sizes, std::vector<int64_t> kernel,
             double scale, double soft_cap, double norm_eps, double norm_factor) {
-  run_decode(launch_decode, "decode attention", std::nullopt, q, kv_cache, block_table, seq_lens,
+  run_decode(launch_decode, "decode attention", {}, q, kv_cache, block_table, seq_lens,
              query_start_loc, k_factor, k_bias, k_norm_weight, base_rotation, local_rotation,
              tile_columns, out, lse, sizes, kernel, scale, soft_cap, norm_eps, norm_factor);
 }
@@ -133,8 +143,11 @@ void decode_hopper(const Tensor& q, const Tensor& kv_cache, const Tensor& block_
                    const Tensor& base_rotation, const Tensor& local_rotation,
                    const Tensor& slow_rotation, const Tensor& tile_columns, Tensor out, Tensor lse,
                    std::vector<int64_t> sizes, std::vector<int64_t> kernel, double scale,
-                   double soft_cap, double norm_eps, double norm_factor) {
-  run_decode(launch_hopper, "decode attention on Hopper", slow_rotation, q, kv_cache, block_table,
+                   double soft_cap, double norm_eps, double norm_factor,
+                   const std::optional<Tensor>& band_blocks, int64_t most_blocks,
+                   int64_t token_scales) {
+  run_decode(launch_hopper, "decode attention on Hopper",
+             {slow_rotation, band_blocks, most_blocks, token_scales}, q, kv_cache, block_table,
              seq_lens, query_start_loc, k_factor, k_bias, k_norm_weight, base_rotation,
              local_rotation, tile_columns, out, lse, sizes, kernel, scale, soft_cap, norm_eps,
              norm_factor);
@@ -170,7 +183,8 @@ STABLE_TORCH_LIBRARY(recalkv_cuda, library) {
       "Tensor query_start_loc, Tensor k_factor, Tensor? k_bias, Tensor? k_norm_weight, "
       "Tensor base_rotation, Tensor local_rotation, Tensor slow_rotation, Tensor tile_columns, "
       "Tensor(a!) out, Tensor(b!) lse, int[] sizes, int[] kernel, float scale, float soft_cap, "
-      "float norm_eps, float norm_factor) -> ()");
+      "float norm_eps, float norm_factor, Tensor? band_blocks, int most_blocks, "
+      "int token_scales) -> ()");
   library.def(
       "merge(Tensor partial_out, Tensor partial_lse, Tensor(a!) out, Tensor(b!) lse, int splits) "
       "-> ()");

@@ -5,6 +5,7 @@
 // Fragments are those of mma.m16n8k16, see `scores.cuh`.
 #pragma once
 
+#include "hopper_bands.cuh"
 #include "hopper_primitives.cuh"
 #include "hopper_shape.cuh"
 #include "rows.cuh"
@@ -60,13 +61,12 @@ RECALKV_DEVICE void multiply_chunk(float (&keys)[S::kHeadDim / 2], uint32_t (&ro
   product_wait<0>(keys);
 }
 
-// keys = rows[64, k_width] factor^T, added to what is there if `add`. Columns past the span's end
-// meet zeros of the factor.
+// keys = rows[64, k_width] factor^T. Columns past the span's end meet zeros of the factor.
 template <typename S>
 RECALKV_DEVICE void reconstruct_keys(float (&keys)[S::kHeadDim / 2], const unsigned char* latents,
-                                     SwizzledOperand factor, int k_chunks, bool add) {
+                                     SwizzledOperand factor, int k_chunks) {
   uint32_t rows[4][4];
-  multiply_chunk<S>(keys, rows, latents, factor, add);
+  multiply_chunk<S>(keys, rows, latents, factor, false);
 #pragma unroll 1
   for (int chunk = 1; chunk < k_chunks; ++chunk) {
     latents += 128;
@@ -219,20 +219,27 @@ template <typename S>
 RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared,
                             unsigned char* memory, const HopperBarriers& barriers,
                             HopperState<S>& state, const TokenRange& range,
-                            const TileColumns& columns, int v_columns, int lane, int warp) {
+                            const TileColumns& columns, const BandTable& bands, int v_columns,
+                            int lane, int warp) {
   const int group = warp / 4;
   const int first = warp % 4 * 16;  // of the warp's tokens in a tile
   const int row = first * shared.row_bytes;
   const int k_place =
       row + lane % 16 * shared.row_bytes + columns.k_offset() * 2 + lane / 16 * 16;
-  const int v_place = row + (lane / 16 * 8 + lane % 8) * shared.row_bytes +
-                      columns.v_offset(0) * 2 + lane / 8 % 2 * 16;
+  // Values are columns of the tile, or rows of the warp's own.
+  const int value_row = S::kBands ? S::kValueRowBytes : shared.row_bytes;
+  const int own_values = shared.values + warp * 16 * S::kValueRowBytes;
+  const int v_place = (S::kBands ? own_values : row + columns.v_offset(0) * 2) +
+                      (lane / 16 * 8 + lane % 8) * value_row + lane / 8 % 2 * 16;
   const float4* rotation =
       reinterpret_cast<const float4*>(memory + shared.rotation) + warp % 4 * 32 + lane;
   const float2* bias = reinterpret_cast<const float2*>(memory + shared.bias) + lane % 4;
   const float2* norm = reinterpret_cast<const float2*>(memory + shared.norm) + lane % 4;
   const SwizzledOperand factor = swizzled_operand(memory + shared.factor);
   const int k_chunks = (p.k_width + 63) / 64;
+  const BandBlock* blocks = reinterpret_cast<const BandBlock*>(memory + shared.blocks);
+  const int k_blocks = S::kBands ? bands.k_blocks() : 0;
+  const int all_blocks = S::kBands ? bands.all_blocks() : 0;
   const int v_tiles = v_columns / 16;
   const float offset = static_cast<float>(first + lane / 4 - 32);
   const float cap = p.soft_cap * kLog2E;
@@ -245,24 +252,37 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
   RingPlace place = {0, 0};
   place.advance(group, p.kernel.stages);
 #pragma unroll 1
-  for (int tile = range.tile_from + group; tile < range.tile_to; tile += 2) {
+  for (int next = range.tile_from + group; next < range.tile_to; next += 2) {
     const unsigned char* stage = memory + shared.ring + place.stage * shared.stage_bytes;
     float keys[S::kHeadDim / 2];
     barrier_wait(barriers.full + place.stage, place.parity);
+    if (S::kBands) {
+      const int token = first + lane / 4;
+      unsigned char* values =
+          memory + own_values + lane / 4 * S::kValueRowBytes + lane % 4 * 16;
+      const CodedTile tile = {stage + token * shared.row_bytes,
+                              stage + shared.scales + token * p.token_scales,
+                              values,
+                              8 * shared.row_bytes,
+                              8 * p.token_scales,
+                              8 * S::kValueRowBytes};
+      reconstruct_coded<S>(keys, tile, blocks, k_blocks, all_blocks, factor, lane % 4);
+    } else {
+      reconstruct_keys<S>(keys, stage + k_place, factor, k_chunks);
+    }
     if (!S::kLean && p.k_bias) {
 #pragma unroll
       for (int n = 0; n < S::kHeadDim / 8; ++n) {
-        keys[4 * n] = keys[4 * n + 2] = bias[n * 4].x;
-        keys[4 * n + 1] = keys[4 * n + 3] = bias[n * 4].y;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) keys[4 * n + i] += i % 2 ? bias[n * 4].y : bias[n * 4].x;
       }
     }
-    reconstruct_keys<S>(keys, stage + k_place, factor, k_chunks, !S::kLean && p.k_bias);
     float2 inverse_rms = {1.0f, 1.0f};
     if (!S::kLean && p.k_norm_weight) inverse_rms = norm_keys<S>(keys, norm, p);
     rotate_keys<S>(keys, rotation);
     float logits[S::kColumnTiles][2];
     const uint4* queries =
-        reinterpret_cast<const uint4*>(stage + S::kTokens * shared.row_bytes) + lane;
+        reinterpret_cast<const uint4*>(stage + shared.query) + lane;
     score_keys<S>(logits, keys, queries, offset);
     if (!S::kLean) {
 #pragma unroll
@@ -280,7 +300,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
     }
     uint32_t weights[2];
     weigh<S>(state, logits, weights, p);
-    add_values<S>(state, stage + v_place, weights, v_tiles);
+    add_values<S>(state, (S::kBands ? memory : stage) + v_place, weights, v_tiles);
     warp_sync();
     if (lane == 0) barrier_arrive(barriers.empty + place.stage);
     place.advance(2, p.kernel.stages);

@@ -14,12 +14,13 @@ namespace recalkv {
 template <typename S>
 RECALKV_DEVICE void prepare_block(const DecodeParams& p, const HopperLayout<S>& shared,
                                   unsigned char* memory, const HopperBarriers& barriers,
-                                  const TileColumns& columns, int kv_head) {
+                                  const TileColumns& columns, const BandTable& bands,
+                                  int kv_head) {
   const int thread = thread_index();
   if (thread == 0) {
     for (int i = 0; i < p.kernel.stages; ++i) {
-      // The lanes that copy, and one of those with the queries.
-      barrier_init(barriers.full + i, 32 + 1);
+      // The lanes that copy, one of those with the queries, and one with scales.
+      barrier_init(barriers.full + i, 32 + 1 + S::kBands);
       barrier_init(barriers.empty + i, 4);  // the warps of the warpgroup that consumes it
     }
     barrier_init(barriers.factor, 1);
@@ -27,6 +28,10 @@ RECALKV_DEVICE void prepare_block(const DecodeParams& p, const HopperLayout<S>& 
   }
   int32_t* sources = reinterpret_cast<int32_t*>(memory + shared.columns);
   for (int i = thread; i < columns.chunks(); i += kHopperThreads) sources[i] = columns.source(1, i);
+  BandBlock* blocks = reinterpret_cast<BandBlock*>(memory + shared.blocks);
+  for (int i = thread; S::kBands && i < bands.all_blocks(); i += kHopperThreads) {
+    blocks[i] = bands.blocks()[i];
+  }
   float* bias = reinterpret_cast<float*>(memory + shared.bias);
   for (int i = thread; p.k_bias && i < S::kHeadDim; i += kHopperThreads) {
     bias[i] = p.k_bias[kv_head * S::kHeadDim + i];
@@ -109,7 +114,10 @@ RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& sh
     const int64_t to = result_row(p, rows.first_token, kv_head, rows.begin + row, block_y());
     const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
     float* out = p.out + to * p.v_width + v_block * (16 * S::kVTiles);
-    for (int v = lane; v < v_columns; v += 32) out[v] = sums[row * S::kOutStride + v] * inverse;
+    for (int v = lane; v < v_columns; v += 32) {
+      const int place = S::kBands ? value_place(v) : v;
+      out[v] = sums[row * S::kOutStride + place] * inverse;
+    }
     if (lane == 0 && v_block == 0) {
       p.lse[to] = total > 0.0f ? (highest + log2_fast(total)) / kLog2E : kMinusInfinity;
     }
@@ -138,7 +146,8 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
   const HopperLayout<S> shared(p);
   const HopperBarriers barriers(shared, memory, p.kernel.stages);
   const TileColumns columns = tile_columns(p, v_block, kv_head);
-  prepare_block<S>(p, shared, memory, barriers, columns, kv_head);
+  const BandTable bands = band_table(p, v_block, kv_head);
+  prepare_block<S>(p, shared, memory, barriers, columns, bands, kv_head);
   const int lane = thread_index() % 32;
   const int warp = thread_index() / 32;
   const int v_left = p.v_width - v_block * (16 * S::kVTiles);
@@ -153,7 +162,7 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
   } else {
     grow_registers<kConsumerRegisters>();
     HopperState<S> state(p, rows, lane);
-    consume<S>(p, shared, memory, barriers, state, range, columns, v_columns, lane, warp);
+    consume<S>(p, shared, memory, barriers, state, range, columns, bands, v_columns, lane, warp);
     merge_warps<S>(p, shared, memory, state, rows, kv_head, v_block, v_columns);
   }
 #endif

@@ -18,16 +18,24 @@ const char* launch_hopper_shape(const DecodeParams& p, void* stream) {
                 kHopperThreads, p.kernel.shared_bytes, stream, p);
 }
 
+template <typename Element, int kHeadDim, int kColumnTiles, int kVTiles, bool kLean>
+const char* launch_hopper_latents(const DecodeParams& p, void* stream) {
+  return p.band_blocks ? launch_hopper_shape<
+                             HopperShape<Element, kHeadDim, kColumnTiles, kVTiles, kLean, true>>(
+                             p, stream)
+                       : launch_hopper_shape<
+                             HopperShape<Element, kHeadDim, kColumnTiles, kVTiles, kLean, false>>(
+                             p, stream);
+}
+
 template <typename Element, int kHeadDim, int kColumnTiles, int kVTiles>
 const char* launch_hopper_kind(const DecodeParams& p, void* stream) {
   return p.kernel.lean
-             ? launch_hopper_shape<HopperShape<Element, kHeadDim, kColumnTiles, kVTiles, true>>(
-                   p, stream)
-             : launch_hopper_shape<HopperShape<Element, kHeadDim, kColumnTiles, kVTiles, false>>(
-                   p, stream);
+             ? launch_hopper_latents<Element, kHeadDim, kColumnTiles, kVTiles, true>(p, stream)
+             : launch_hopper_latents<Element, kHeadDim, kColumnTiles, kVTiles, false>(p, stream);
 }
 
-// HOPPER_INSTANTIATIONS of recalkv_vllm/ops/cuda/hopper.py, which picks from them.
+// HOPPER_COLUMN_TILES and HOPPER_V_TILES of recalkv_vllm/ops/cuda/hopper.py, which picks from them.
 template <typename Element, int kHeadDim>
 const char* launch_hopper_element(const DecodeParams& p, void* stream) {
   switch (p.kernel.column_tiles * 100 + p.kernel.v_tiles) {

@@ -23,6 +23,12 @@ namespace recalkv {
 RECALKV_DEVICE void warp_sync() { __syncwarp(); }
 RECALKV_DEVICE bool warp_any(bool value) { return __any_sync(0xffffffffu, value); }
 
+// 1 as an element, and the bits of an element's mantissa.
+__host__ __device__ constexpr uint32_t one_bits(BFloat16) { return 0x3f80; }
+__host__ __device__ constexpr uint32_t one_bits(Float16) { return 0x3c00; }
+__host__ __device__ constexpr int mantissa_bits(BFloat16) { return 7; }
+__host__ __device__ constexpr int mantissa_bits(Float16) { return 10; }
+
 #if RECALKV_HOPPER
 
 // Registers per thread from here on, of the calling warpgroup: fewer, or more than the kernel was
@@ -133,6 +139,46 @@ RECALKV_DEVICE void product_wait(float (&sum)[kCount]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}
+
+// The same, where products stay under way: no sum may be read yet.
+template <int kPending>
+RECALKV_DEVICE void product_wait_some() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Sums and products of pairs of elements, rounded once.
+template <typename Element>
+RECALKV_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b);
+template <typename Element>
+RECALKV_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
+
+#define RECALKV_PAIRS(ELEMENT, NAME, INSTRUCTION)                                       \
+  template <>                                                                           \
+  RECALKV_DEVICE uint32_t NAME<ELEMENT>(uint32_t a, uint32_t b) {                       \
+    uint32_t result;                                                                    \
+    asm(INSTRUCTION " %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));                    \
+    return result;                                                                      \
+  }
+
+RECALKV_PAIRS(BFloat16, add_pairs, "add.rn.bf16x2")
+RECALKV_PAIRS(BFloat16, multiply_pairs, "mul.rn.bf16x2")
+RECALKV_PAIRS(Float16, add_pairs, "add.rn.f16x2")
+RECALKV_PAIRS(Float16, multiply_pairs, "mul.rn.f16x2")
+
+// Byte `i` of a word as a float, plus `kByteOffset`.
+constexpr float kByteOffset = 32768.0f;
+RECALKV_DEVICE float offset_byte(uint32_t word, int i) {
+  return __uint_as_float(__byte_perm(word, 0x47000000u, 0x7404 | i << 4));
+}
+
+// A scale of a band's block, the upper byte of a half without sign, as a pair of elements.
+template <typename Element>
+RECALKV_DEVICE uint32_t scale_of_byte(uint32_t byte) {
+  const uint32_t halves = byte * 0x00800080u;
+  if (mantissa_bits(Element{}) == 10) return halves;
+  const float scale = unpack<Float16>(halves).x;
+  return pack<Element>(scale, scale);
 }
 
 // sum[64 x kColumns] (+)= a[64 x 16] b[16 x kColumns], asynchronously, by a warpgroup. A warp has

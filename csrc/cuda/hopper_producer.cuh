@@ -104,6 +104,37 @@ RECALKV_DEVICE void copy_latents(const DecodeParams& p, const HopperLayout<S>& s
   }
 }
 
+// Bring the scales of a tile of coded latents to `to`, as a page has them: those of the 16 tokens of a
+// quarter lie together. At the edges of what is seen they are copied one by one, with zeros for
+// tokens that no row sees.
+RECALKV_DEVICE void copy_scales(const DecodeParams& p, unsigned char* to, uint64_t* full,
+                                const TokenRange& range, int position, const PageWalk& pages,
+                                int lane) {
+  const int quarter_bytes = 16 * p.token_scales;
+  const int64_t codes = p.block_size * p.cache_slot_stride;
+  const unsigned char* from =
+      reinterpret_cast<const unsigned char*>(p.kv_cache + pages.page * p.cache_block_stride +
+                                             codes) +
+      pages.slot * p.token_scales;
+  if (range.first <= position && position + 64 <= range.end) {
+    if (lane == 0) barrier_expect(full, 4 * quarter_bytes);
+    if (lane < 4) copy_bulk(to + lane * quarter_bytes, from, quarter_bytes, full);
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    const auto* quarter = reinterpret_cast<const unsigned char*>(
+        shuffle(reinterpret_cast<int64_t>(from), i));
+    for (int scale = lane; scale < quarter_bytes; scale += 32) {
+      const int token = position + 16 * i + scale / p.token_scales;
+      const bool live = token >= range.first && token < range.end;
+      to[i * quarter_bytes + scale] = live ? quarter[scale] : 0;
+    }
+  }
+  warp_sync();
+  if (lane == 0) barrier_arrive(full);
+}
+
 // The lane's share of the query rows, as float: of row lane/8 of every four, the pairs 16m + 8b +
 // 4h + lane%4, where b is bit 2 of the lane.
 //
@@ -215,8 +246,13 @@ RECALKV_DEVICE void produce_latents(const DecodeParams& p, const HopperLayout<S>
 #pragma unroll 1
   for (int tile = range.tile_from; tile < range.tile_to; ++tile) {
     barrier_wait(barriers.empty + place.stage, place.parity);
-    copy_latents<S>(p, shared, memory + shared.ring + place.stage * shared.stage_bytes, sources,
-                    chunks, pairs_of_lines, range, tile * S::kTokens, pages, lane);
+    unsigned char* stage = memory + shared.ring + place.stage * shared.stage_bytes;
+    copy_latents<S>(p, shared, stage, sources, chunks, pairs_of_lines, range, tile * S::kTokens,
+                    pages, lane);
+    if (S::kBands) {
+      copy_scales(p, stage + shared.scales, barriers.full + place.stage, range, tile * S::kTokens,
+                  pages, lane);
+    }
     copy_arrive(barriers.full + place.stage);
     pages.next(p, range, table);
     place.advance(1, p.kernel.stages);
@@ -238,7 +274,7 @@ RECALKV_DEVICE void produce_queries(const DecodeParams& p, const HopperLayout<S>
   for (int tile = range.tile_from; tile < range.tile_to; ++tile) {
     unsigned char* stage = memory + shared.ring + place.stage * shared.stage_bytes;
     barrier_wait(barriers.empty + place.stage, place.parity);
-    queries.store(stage + S::kTokens * shared.row_bytes, lane);
+    queries.store(stage + shared.query, lane);
     warp_sync();
     if (lane == 0) barrier_arrive(barriers.full + place.stage);
     base += 4 * p.base_rotation_stride;

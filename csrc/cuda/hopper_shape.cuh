@@ -15,11 +15,14 @@ constexpr int kConsumerRegisters = 208;
 constexpr int kProducerRegisters = 96;
 
 // kHeadDim is d; kColumnTiles and kVTiles are those of `DecodeParams::kernel`. A lean kernel rotates
-// only the first half of the pairs and knows no key bias, key norm or soft cap.
-template <typename Element_, int kHeadDim_, int kColumnTiles_, int kVTiles_, bool kLean_>
+// only the first half of the pairs and knows no key bias, key norm or soft cap. With `kBands`,
+// latents are coded: a row of a tile has codes, and each warp its own values.
+template <typename Element_, int kHeadDim_, int kColumnTiles_, int kVTiles_, bool kLean_,
+          bool kBands_>
 struct HopperShape {
   using Element = Element_;
   static constexpr bool kLean = kLean_;
+  static constexpr bool kBands = kBands_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kPairs = kHeadDim / 2;
   static constexpr int kTokens = 64;
@@ -31,14 +34,15 @@ struct HopperShape {
   static constexpr int kFastTiles = kLean ? kHeadDim / 16 : kHeadDim / 8;
   static constexpr int kQueryBytes = kHeadDim / 32 * 512;  // of 4 rows
   static constexpr int kOutStride = 16 * kVTiles + 4;
+  static constexpr int kValueRowBytes = 32 * kVTiles + 16;
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128 && kColumnTiles <= 2);
 };
 
 // Byte offsets into a block's shared memory. What the end needs reuses the ring.
 template <typename S>
 struct HopperLayout {
-  int factor, rotation, bias, norm, columns, barriers, ring, row_bytes, stage_bytes, maxima, sums,
-      total;
+  int factor, rotation, bias, norm, columns, blocks, values, barriers, ring, row_bytes, query, scales,
+      stage_bytes, maxima, sums, total;
 
   RECALKV_BOTH explicit HopperLayout(const DecodeParams& p) {
     const auto& k = p.kernel;
@@ -47,11 +51,15 @@ struct HopperLayout {
     bias = rotation + S::kFastTiles * 2048;
     norm = bias + (p.k_bias ? S::kHeadDim * 4 : 0);
     columns = norm + (p.k_norm_weight ? S::kHeadDim * 4 : 0);
-    barriers = columns + (k.tile_width / 8 * 4 + 15) / 16 * 16;
+    blocks = columns + (k.tile_width / 8 * 4 + 15) / 16 * 16;
+    values = blocks + (S::kBands ? p.most_blocks * 16 : 0);
+    barriers = values + (S::kBands ? kConsumerWarps * 16 * S::kValueRowBytes : 0);
     ring = barriers + (2 * k.stages + 1 + 1) / 2 * 16;
     // An odd number of 16-byte words: eight rows start in different banks.
     row_bytes = k.tile_width * 2 + 16;
-    stage_bytes = S::kTokens * row_bytes + S::kColumnTiles * S::kQueryBytes;
+    query = S::kTokens * row_bytes;  // in a stage, as the next
+    scales = query + S::kColumnTiles * S::kQueryBytes;
+    stage_bytes = scales + (S::kBands ? S::kTokens * p.token_scales : 0);
     maxima = ring;
     sums = maxima + kConsumerWarps * S::kColumns * 8;
     const int after_ring = ring + k.stages * stage_bytes;

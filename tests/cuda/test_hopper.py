@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from recalkv_vllm.ops.cuda import extension, hopper
 from recalkv_vllm.ops.cuda.hopper import HopperAttention, HopperPlan
 from recalkv_vllm.ops.cuda.plan import HEAD_DIMS
+from tests.ops.band_cases import BAND_CASES
 from tests.ops.cases import CASES, AttentionCase, AttentionInputs, build, joint, spanned
 from tests.ops.checks import assert_close_to_oracle, assert_matches_oracle, expected_of
 from tests.ops.strategies import attention_cases
@@ -21,6 +22,7 @@ Configure = Callable[[int, int], None]
 #: Two tiles of 1,024 columns do not fit a multiprocessor's shared memory.
 TOO_WIDE = "rank-1024"
 SUPPORTED = [case for case in CASES if case.head_dim in HEAD_DIMS and case.name != TOO_WIDE]
+BANDS = [c for c in BAND_CASES if c.head_dim in HEAD_DIMS and c.name != "bands-rank-1024"]
 BF16 = torch.bfloat16
 
 ON_GPU = torch.cuda.is_available() and extension.load_error is None
@@ -55,7 +57,13 @@ def test_matrix(case: AttentionCase, dtype: torch.dtype, configure: Configure) -
     check(case, dtype)
 
 
-@pytest.mark.parametrize("case", SUPPORTED, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", BANDS, ids=str)
+def test_bands(case: AttentionCase, dtype: torch.dtype, configure: Configure) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", [*SUPPORTED, *BANDS], ids=str)
 def test_matrix_with_early_copies_on_one_multiprocessor(
     case: AttentionCase, configure: Configure, multiprocessors: Callable[[int], None]
 ) -> None:

@@ -44,11 +44,15 @@ class DecodeAttention:
         KernelUnavailableError: the kernel cannot serve this layer; says why.
     """
 
+    #: Formats of latents that the kernel reads.
+    formats: tuple[type, ...] = (type(None),)
+    format_names: tuple[str, ...] = ("None",)
+
     def __init__(self, layer: LatentLayer):
-        if layer.latent_format is not None:
-            raise KernelUnavailableError(
-                f"latent_format: expected None, found {layer.latent_format.dtype}"
-            )
+        if not isinstance(layer.latent_format, self.formats):
+            found = None if layer.latent_format is None else layer.latent_format.dtype
+            names = " or ".join(self.format_names)
+            raise KernelUnavailableError(f"latent_format: expected {names}, found {found}")
         self.device = device = layer.k_up.device
         self.dtype, self.head_dim = layer.k_up.dtype, layer.head_dim
         shape = LayerShape.of(layer)
@@ -61,13 +65,25 @@ class DecodeAttention:
                 f"shared memory, found {layer.k_width} and {layer.v_width}"
             )
         self.plans = {
-            tiles: (p, tile_columns(shape, p).to(device)) for tiles, p in plans.items() if p
+            tiles: (p, self.columns(shape, p).to(device)) for tiles, p in plans.items() if p
         }
 
     def prepare(self, layer: LatentLayer, shape: LayerShape) -> dict[int, Plan | None]:
         """Pack the layer's constants; returns plans by tiles of query rows."""
         self.packed = pack_layer(layer)
         return {tiles: plan(shape, self.limits, tiles) for tiles in (1, 2)}
+
+    def columns(self, shape: LayerShape, plan: Plan) -> torch.Tensor:
+        """The table of a plan's tiles: see :func:`~.layout.tile_columns`."""
+        return tile_columns(shape, plan)
+
+    def elements(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """The cache as rows of 16-bit elements, one per token."""
+        return kv_cache
+
+    def last_arguments(self) -> tuple[Any, ...]:
+        """What the op takes after the layer's scalars."""
+        return ()
 
     @property
     def op(self) -> Any:
@@ -83,6 +99,7 @@ class DecodeAttention:
         lse: torch.Tensor,
     ) -> None:
         """Attend all of a batch, whatever its query lengths; writes ``o_lat`` and ``lse``."""
+        kv_cache = self.elements(kv_cache)
         if kv_cache.data_ptr() % 16 or kv_cache.stride(0) % 8 or kv_cache.stride(1) % 8:
             raise ValueError(
                 "kv_cache: expected 16-byte aligned rows, found "
@@ -108,6 +125,7 @@ class DecodeAttention:
             packed.sizes,
             chosen.kernel_shape(splits),
             *packed.scalars,
+            *self.last_arguments(),
         )
         if splits > 1:
             torch.ops.recalkv_cuda.merge(out, out_lse, o_lat, lse, splits)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from recalkv_vllm.band_format import BLOCK_COLUMNS
 from recalkv_vllm.ops.contract import KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda.layout import (
     LayerScalars,
@@ -78,10 +79,13 @@ def pack_hopper_layer(layer: LatentLayer) -> HopperLayer:
     terms[: layer.head_dim // (4 if lean else 2)] = torch.tensor(
         [1.0, 0.0, 1.0, 0.0], device=device
     )
+    k_up = layer.k_up
+    if layer.latent_format is not None:
+        k_up = k_up.unflatten(2, (-1, BLOCK_COLUMNS))[..., operand_order()].flatten(2)
     order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox).to(device)
     return HopperLayer(
         tensors=HopperTensors(
-            k_factor=swizzle_factor(layer.k_up, layer.head_dim, order),
+            k_factor=swizzle_factor(k_up, layer.head_dim, order),
             k_bias=packed.tensors.k_bias,
             k_norm_weight=packed.tensors.k_norm_weight,
             base_rotation=base,
@@ -107,6 +111,17 @@ def swizzle_factor(k_up: torch.Tensor, head_dim: int, order: torch.Tensor) -> to
     row, place = torch.arange(head_dim)[:, None] % 8, torch.arange(8)
     index = (place ^ row).to(k_up.device)[..., None].expand(head_dim, 8, 8)
     return words.gather(3, index.expand_as(words)).flatten(-2).contiguous()
+
+
+def operand_order() -> torch.Tensor:
+    """Columns of a block of 32 in the order of the product's inner dimension.
+
+    Pair ``q`` of lane ``t`` is of the columns ``8t + q`` and ``8t + q + 4``: see hopper_bands.cuh.
+    """
+    step, half, member, i = torch.meshgrid(
+        *(torch.arange(n) for n in (2, 2, 4, 2)), indexing="ij"
+    )
+    return (8 * member + 2 * step + half + 4 * i).flatten()
 
 
 def lane_rotations(local: torch.Tensor) -> torch.Tensor:

@@ -288,6 +288,41 @@ inline void product_wait(float (&)[kCount]) {
   });
 }
 
+template <int kPending>
+inline void product_wait_some() {
+  emulation::Machine::get().exchange("wgmma.wait", nullptr, 0, [](emulation::Warp& warp) {
+    emulation::wait_products(warp, kPending);
+  });
+}
+
+constexpr uint32_t one_bits(BFloat16) { return 0x3f80; }
+constexpr uint32_t one_bits(Float16) { return 0x3c00; }
+constexpr int mantissa_bits(BFloat16) { return 7; }
+constexpr int mantissa_bits(Float16) { return 10; }
+
+template <typename Element>
+inline uint32_t add_pairs(uint32_t a, uint32_t b) {
+  const float2 left = unpack<Element>(a), right = unpack<Element>(b);
+  return pack<Element>(left.x + right.x, left.y + right.y);
+}
+
+template <typename Element>
+inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  const float2 left = unpack<Element>(a), right = unpack<Element>(b);
+  return pack<Element>(left.x * right.x, left.y * right.y);
+}
+
+constexpr float kByteOffset = 32768.0f;
+inline float offset_byte(uint32_t word, int i) {
+  return emulation::as_float(0x47000000u | (word >> (8 * i) & 0xff) << 8);
+}
+
+template <typename Element>
+inline uint32_t scale_of_byte(uint32_t byte) {
+  const float scale = unpack<Float16>(byte << 7).x;
+  return pack<Element>(scale, scale);
+}
+
 template <int kCount>
 inline void product(BFloat16, float (&sum)[kCount], const uint32_t (&a)[4], SwizzledOperand b,
                     bool add) {
