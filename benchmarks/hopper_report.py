@@ -40,23 +40,25 @@ class HopperInstantiation:
     column_tiles: int
     v_tiles: int
     lean: bool
+    bands: bool
 
     def source(self) -> str:
         """An explicit instantiation, in C++."""
-        sizes = f"{self.head_dim}, {self.column_tiles}, {self.v_tiles}, {str(self.lean).lower()}"
-        kernel = f"decode_attention_hopper<HopperShape<{self.element}, {sizes}>>"
+        sizes = f"{self.head_dim}, {self.column_tiles}, {self.v_tiles}"
+        kinds = f"{str(self.lean).lower()}, {str(self.bands).lower()}"
+        kernel = f"decode_attention_hopper<HopperShape<{self.element}, {sizes}, {kinds}>>"
         return f"template __global__ void {kernel}(const DecodeParams);\n"
 
     @classmethod
     def of_symbol(cls, symbol: str) -> HopperInstantiation:
         """Read a mangled name."""
         found = re.search(
-            r"HopperShapeINS_\d+(\w+?)ELi(\d+)ELi(\d+)ELi(\d+)ELb([01])E", symbol
+            r"HopperShapeINS_\d+(\w+?)ELi(\d+)ELi(\d+)ELi(\d+)ELb([01])ELb([01])E", symbol
         )
         if found is None:
             raise ValueError(f"expected a kernel for Hopper, found {symbol}")
-        element, *sizes, lean = found.groups()
-        return cls(element, *map(int, sizes), lean == "1")
+        element, *sizes, lean, bands = found.groups()
+        return cls(element, *map(int, sizes), lean == "1", bands == "1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,14 @@ class HopperRow:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a tile of one KV head consists of, and its budget of warp instructions."""
+    """What a tile of one KV head consists of, and its budget of warp instructions.
+
+    Args:
+        row_bytes: copied of a token.
+        one_piece: whether its columns are.
+        k_bits: of the K span's blocks of 32 columns, where latents are in bands.
+        v_bits: of the V span's blocks that K does not read.
+    """
 
     name: str
     kernel: HopperInstantiation
@@ -79,20 +88,54 @@ class Layout:
     row_bytes: int
     one_piece: bool
     budget: int
+    k_bits: tuple[int, ...] = ()
+    v_bits: tuple[int, ...] = ()
 
 
-LEAN = HopperInstantiation("BFloat16", 128, 1, 8, True)
+PLAIN = HopperInstantiation("BFloat16", 128, 1, 8, True, False)
+CODED = HopperInstantiation("BFloat16", 128, 1, 8, True, True)
+WIDE = HopperInstantiation("BFloat16", 128, 1, 16, True, True)
 #: Llama-3.1-8B, one head per group, one query.
 LAYOUTS = (
-    Layout("joint, 50 %, bf16", LEAN, k_width=128, row_bytes=256, one_piece=True, budget=1500),
-    Layout("split, 50 %, bf16", LEAN, k_width=64, row_bytes=256, one_piece=False, budget=1500),
+    Layout("joint, 50 %, bf16", PLAIN, k_width=128, row_bytes=256, one_piece=True, budget=1500),
+    Layout("split, 50 %, bf16", PLAIN, k_width=64, row_bytes=256, one_piece=False, budget=1500),
+    Layout(
+        "joint, 87 %, bands",
+        CODED,
+        k_width=128,
+        row_bytes=64,
+        one_piece=True,
+        budget=1900,
+        k_bits=(6, 4, 4, 2),
+    ),
+    Layout(
+        "joint, 76 %, bands",
+        CODED,
+        k_width=128,
+        row_bytes=112,
+        one_piece=True,
+        budget=1900,
+        k_bits=(8, 8, 6, 6),
+    ),
+    Layout(
+        "nested, 76 %, bands",
+        WIDE,
+        k_width=128,
+        row_bytes=112,
+        one_piece=True,
+        budget=1900,
+        k_bits=(6, 6, 4, 4),
+        v_bits=(3, 3, 2),
+    ),
 )
+#: What tells the code for a block's bits apart: the number that its codes are centered by.
+CENTERS = {2: ", -5.5 ", 3: ", -11.5 ", 4: ", -23.5 ", 6: ", -95.5 ", 8: ", -32895.5 "}
 
 
 def instantiations() -> Iterator[HopperInstantiation]:
     """The whole table."""
     for sizes in itertools.product(
-        ELEMENTS, HEAD_DIMS, HOPPER_COLUMN_TILES, HOPPER_V_TILES, (True, False)
+        ELEMENTS, HEAD_DIMS, HOPPER_COLUMN_TILES, HOPPER_V_TILES, (True, False), (True, False)
     ):
         yield HopperInstantiation(*sizes)
 
@@ -127,18 +170,37 @@ def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
 
     def rounds(inner: Sequence[str]) -> int | None:
         if any("HGMMA" in text for text in inner):
-            return -(-layout.k_width // 64) - 1  # the first chunk is in front of the loop
+            # The first chunk of 64 columns is in front of the loop; blocks are counted below.
+            return 0 if layout.k_bits else -(-layout.k_width // 64) - 1
         if copies := sum("LDGSTS.E" in text for text in inner):
             return -(-chunks // (8 * lines)) if copies == 16 * lines else None
+        if layout.k_bits and any("HMUL2" in text for text in inner):
+            return 0
         return 1
 
     def avoided(text: str) -> bool:
         return EDGE_COPY.search(text) is not None
 
-    consumer = code.round_length(code.loop_with("HGMMA", "MOVM"), rounds, avoided)
-    producer = code.round_length(code.loop_with("LDGSTS.E", "ARRIVES"), rounds, avoided)
+    outer = code.loop_with("HGMMA", "MOVM")
+    consumer = code.round_length(outer, rounds, avoided)
+    if layout.k_bits:
+        consumer += blocks_length(code, code.loop_with("HGMMA", within=outer), layout.k_bits) // 2
+        consumer += blocks_length(code, code.loop_with("HMUL2", within=outer), layout.v_bits)
+    latents = code.round_length(code.loop_with("LDGSTS.E", "ARRIVES"), rounds, avoided)
     queries = code.round_length(code.loop_with("STS.64", "SYNCS"), rounds, avoided)
-    return consumer, producer, queries
+    return consumer, latents, queries
+
+
+def blocks_length(code: Code, loop: range, bits: Sequence[int]) -> int:
+    """Instructions of rounds of a loop over blocks of 32 columns, one for each of these bits."""
+
+    def length(wanted: int) -> int:
+        others = [text for each, text in CENTERS.items() if each != wanted]
+        return code.round_length(
+            loop, lambda inner: 1, lambda text: any(other in text + " " for other in others)
+        )
+
+    return sum(map(length, bits))
 
 
 def main() -> int:
@@ -150,7 +212,8 @@ def main() -> int:
             faults += bool(row.spills)
             print(
                 f"{ARCH} {k.element:8} d={k.head_dim:<3} rows={4 * k.column_tiles} "
-                f"v_width<={16 * k.v_tiles:<3} {'lean' if k.lean else 'full'} reg {row.registers} "
+                f"v_width<={16 * k.v_tiles:<3} {'lean' if k.lean else 'full'} "
+                f"{'bands' if k.bands else 'plain'} reg {row.registers} "
                 f"spills {row.spills}",
                 flush=True,
             )

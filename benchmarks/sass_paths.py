@@ -29,14 +29,15 @@ class Code:
             if target is not None and target < i
         ]
 
-    def loop_with(self, *names: str) -> range:
-        """The shortest loop that has all of these instructions.
+    def loop_with(self, *names: str, within: range | None = None) -> range:
+        """The shortest loop that has all of these instructions, inside of another or anywhere.
 
         Raises:
             ValueError: there is none.
         """
         for loop in sorted(self.loops, key=len):
-            if all(any(name in self.text[i] for i in loop) for name in names):
+            inside = within is None or (loop.start >= within.start and loop.stop <= within.stop)
+            if inside and all(any(name in self.text[i] for i in loop) for name in names):
                 return loop
         raise ValueError(f"expected a loop with {', '.join(names)}, found none")
 

@@ -36,7 +36,7 @@ RECALKV_DEVICE BandTable band_table(const DecodeParams& p, int v_block, int kv_h
 }
 
 // Where column `v` of a V span is in rows of values, and so in sums of them.
-RECALKV_DEVICE int value_place(int v) { return v / 8 * 8 + v % 4 * 2 + v % 8 / 4; }
+RECALKV_DEVICE int value_place(int v) { return v / 32 * 32 + v % 4 * 8 + v % 32 / 8 * 2 + v % 8 / 4; }
 
 // A lane's share of a block: operands of two products, [product][operand register]. Pair q of token
 // i is register i + 2 (q % 2) of product q / 2.
@@ -62,12 +62,12 @@ RECALKV_DEVICE uint32_t load_plane(const unsigned char* block, int member) {
   return codes | codes << 12;
 }
 
-// Bits of pair `q` of such a plane, in both halves from bit `kTo` on.
+// Bits of pair `q` of such a plane, moved to bit `kTo` of both halves, among those of `rest`.
 template <int kBits, int kTo>
-RECALKV_DEVICE uint32_t plane_bits(uint32_t plane, int q) {
+RECALKV_DEVICE uint32_t plane_bits(uint32_t plane, int q, uint32_t rest) {
   constexpr uint32_t kMask = ((1u << kBits) - 1) << kTo;
   const int shift = kTo - kBits * q;
-  return (shift < 0 ? plane >> -shift : plane << shift) & (kMask | kMask << 16);
+  return masked_or(shift < 0 ? plane >> -shift : plane << shift, kMask | kMask << 16, rest);
 }
 
 // Four pairs of `kLow + kHigh` bits: code u becomes 2^bits + u by setting the exponent, and then
@@ -85,8 +85,8 @@ RECALKV_DEVICE void dequantize(BlockOperands& operands, int token, const unsigne
   const uint32_t high = kHigh ? load_plane<kHigh>(row + block.high, member) : 0;
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
-    uint32_t value = plane_bits<kLow, kTo>(low, q) | (kPower | kPower << 16);
-    if (kHigh) value |= plane_bits<kHigh, kTo + kLow>(high, q);
+    uint32_t value = plane_bits<kLow, kTo>(low, q, kPower | kPower << 16);
+    if (kHigh) value = plane_bits<kHigh, kTo + kLow>(high, q, value);
     pair_of(operands, token, q) =
         multiply_pairs<Element>(add_pairs<Element>(value, center), scale);
   }
@@ -108,55 +108,56 @@ RECALKV_DEVICE void dequantize_bytes(BlockOperands& operands, int token, const u
   }
 }
 
-// What a lane needs of a tile to dequantize its two tokens; steps are from the first to the second.
+// What a lane needs of a tile to dequantize its two tokens: offsets into shared memory.
 struct CodedTile {
-  const unsigned char* codes;
-  const unsigned char* scales;
-  unsigned char* values;  // its place in the warp's rows of values
-  int code_step, scale_step, value_step;
+  uint32_t codes[2];
+  uint32_t scales[2];
+  uint32_t values;  // its place in the warp's rows of values
 };
 
 // A block's operands, which are also values if the V span has them.
-template <typename Element>
-RECALKV_DEVICE void open_block(BlockOperands& operands, const CodedTile& tile,
-                               const BandBlock& block, int member) {
+template <typename S>
+RECALKV_DEVICE void open_block(BlockOperands& operands, unsigned char* memory,
+                               const CodedTile& tile, const BandBlock& block, int member) {
+  using Element = typename S::Element;
   uint32_t scale[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    scale[i] = scale_of_byte<Element>(tile.scales[i * tile.scale_step + block.scale()]);
+    scale[i] = scale_of_byte<Element>(memory[tile.scales[i] + block.scale()]);
   }
-  const auto both = [&](auto each) {
-    each(0, tile.codes, scale[0]);
-    each(1, tile.codes + tile.code_step, scale[1]);
-  };
   const auto planes = [&](auto low, auto high) {
-    both([&](int token, const unsigned char* row, uint32_t by) {
-      dequantize<Element, low, high>(operands, token, row, block, by, member);
-    });
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      dequantize<Element, low, high>(operands, i, memory + tile.codes[i], block, scale[i], member);
+    }
   };
-  switch (block.bits) {
-    case 2: planes(Bits<2>{}, Bits<0>{}); break;
-    case 3: planes(Bits<2>{}, Bits<1>{}); break;
-    case 4: planes(Bits<4>{}, Bits<0>{}); break;
-    case 6: planes(Bits<4>{}, Bits<2>{}); break;
-    default:
-      both([&](int token, const unsigned char* row, uint32_t by) {
-        dequantize_bytes<Element>(operands, token, row, block, by, member);
-      });
+  if (block.bits == 4) {
+    planes(Bits<4>{}, Bits<0>{});
+  } else if (block.bits == 3) {
+    planes(Bits<2>{}, Bits<1>{});
+  } else if (block.bits == 6) {
+    planes(Bits<4>{}, Bits<2>{});
+  } else if (block.bits == 2) {
+    planes(Bits<2>{}, Bits<0>{});
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      dequantize_bytes<Element>(operands, i, memory + tile.codes[i], block, scale[i], member);
+    }
   }
   if (block.v_block() < 0) return;
-  unsigned char* to = tile.values + block.v_block() * 64;
+  uint32_t* to = reinterpret_cast<uint32_t*>(memory + tile.values + block.v_block() * 64);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    *reinterpret_cast<uint4*>(to + i * tile.value_step) = {
-        pair_of(operands, i, 0), pair_of(operands, i, 1), pair_of(operands, i, 2),
-        pair_of(operands, i, 3)};
+#pragma unroll
+    for (int q = 0; q < 4; ++q) to[i * 2 * S::kValueRowBytes + q * 4] = pair_of(operands, i, q);
   }
 }
 
 // keys = latents factor^T of the first `k_blocks` blocks, and the values of all.
 template <typename S>
-RECALKV_DEVICE void reconstruct_coded(float (&keys)[S::kHeadDim / 2], const CodedTile& tile,
+RECALKV_DEVICE void reconstruct_coded(float (&keys)[S::kHeadDim / 2], unsigned char* memory,
+                                      const CodedTile& tile,
                                       const BandBlock* blocks, int k_blocks, int all_blocks,
                                       SwizzledOperand factor, int member) {
   using Element = typename S::Element;
@@ -168,18 +169,19 @@ RECALKV_DEVICE void reconstruct_coded(float (&keys)[S::kHeadDim / 2], const Code
       const int i = first + turn;
       if (i >= k_blocks) break;
       product_wait_some<1>();
-      open_block<Element>(operands[turn], tile, blocks[i], member);
+      open_block<S>(operands[turn], memory, tile, blocks[i], member);
       product_fence();
-      const SwizzledOperand b = factor.at(first / 2 * (S::kHeadDim * 128) + turn * 64);
+      const SwizzledOperand b = factor.at(turn * 64);
       product(Element{}, keys, operands[turn][0], b, i > 0);
       product(Element{}, keys, operands[turn][1], b.at(32), true);
       product_commit();
     }
+    factor = factor.at(S::kHeadDim * 128);
   }
   product_wait<0>(keys);
 #pragma unroll 1
   for (int i = k_blocks; i < all_blocks; ++i) {
-    open_block<Element>(operands[0], tile, blocks[i], member);
+    open_block<S>(operands[0], memory, tile, blocks[i], member);
   }
   warp_sync();  // values are there
 }

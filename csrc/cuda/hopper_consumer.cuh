@@ -257,16 +257,18 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
     float keys[S::kHeadDim / 2];
     barrier_wait(barriers.full + place.stage, place.parity);
     if (S::kBands) {
-      const int token = first + lane / 4;
-      unsigned char* values =
-          memory + own_values + lane / 4 * S::kValueRowBytes + lane % 4 * 16;
-      const CodedTile tile = {stage + token * shared.row_bytes,
-                              stage + shared.scales + token * p.token_scales,
-                              values,
-                              8 * shared.row_bytes,
-                              8 * p.token_scales,
-                              8 * S::kValueRowBytes};
-      reconstruct_coded<S>(keys, tile, blocks, k_blocks, all_blocks, factor, lane % 4);
+      CodedTile tile;
+      tile.values = own_values + lane / 4 * S::kValueRowBytes + lane % 4 * 4;
+      const int start = shared.ring + place.stage * shared.stage_bytes;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = first + lane / 4 + 8 * i;
+        tile.codes[i] = start + token * shared.row_bytes;
+        tile.scales[i] = start + shared.scales + token * p.token_scales;
+        keep(tile.codes[i]);
+        keep(tile.scales[i]);
+      }
+      reconstruct_coded<S>(keys, memory, tile, blocks, k_blocks, all_blocks, factor, lane % 4);
     } else {
       reconstruct_keys<S>(keys, stage + k_place, factor, k_chunks);
     }

@@ -166,6 +166,16 @@ RECALKV_PAIRS(BFloat16, multiply_pairs, "mul.rn.bf16x2")
 RECALKV_PAIRS(Float16, add_pairs, "add.rn.f16x2")
 RECALKV_PAIRS(Float16, multiply_pairs, "mul.rn.f16x2")
 
+// (word & mask) | bits, as one instruction.
+RECALKV_DEVICE uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
+// A value that is to be kept in a register rather than computed again.
+RECALKV_DEVICE void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
 // Byte `i` of a word as a float, plus `kByteOffset`.
 constexpr float kByteOffset = 32768.0f;
 RECALKV_DEVICE float offset_byte(uint32_t word, int i) {

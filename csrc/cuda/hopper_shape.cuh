@@ -11,8 +11,8 @@ constexpr int kConsumerWarps = 8;
 constexpr int kConsumerThreads = 32 * kConsumerWarps;
 constexpr int kHopperThreads = kConsumerThreads + 128;
 // Registers of a thread; a multiprocessor has 512 for each of 128 threads.
-constexpr int kConsumerRegisters = 208;
-constexpr int kProducerRegisters = 96;
+constexpr int kConsumerRegisters = 216;
+constexpr int kProducerRegisters = 80;
 
 // kHeadDim is d; kColumnTiles and kVTiles are those of `DecodeParams::kernel`. A lean kernel rotates
 // only the first half of the pairs and knows no key bias, key norm or soft cap. With `kBands`,

@@ -312,6 +312,11 @@ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return pack<Element>(left.x * right.x, left.y * right.y);
 }
 
+inline uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
+  return (word & mask) | bits;
+}
+inline void keep(uint32_t&) {}
+
 constexpr float kByteOffset = 32768.0f;
 inline float offset_byte(uint32_t word, int i) {
   return emulation::as_float(0x47000000u | (word >> (8 * i) & 0xff) << 8);
