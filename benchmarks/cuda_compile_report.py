@@ -1,7 +1,7 @@
 """Compile report of the CUDA C++ kernels: nvcc, no GPU and no CUDA build of torch needed.
 
 ``python -m recalkv_vllm.benchmarks.cuda_compile_report`` compiles every instantiation of the decode
-kernel for sm_80 and sm_90 and reads registers, spills and instructions off the result, then plans
+kernel for sm_80 and sm_90a and reads registers, spills and instructions off the result, then plans
 the layers of common models against the shared memory of A100 and H100. It prints tables (or
 ``--json``) and exits with 1 if a kernel spills or lacks tensor-core or asynchronous-copy
 instructions, or if a layer has no plan.
@@ -27,7 +27,7 @@ from .geometries import GEOMETRIES, SPANS, group_sizes, latent_of
 from .inputs import latent_layer
 
 #: What ``cuda_build.py`` has nvcc build where no GPU is to be seen.
-ARCHES = ("sm_80", "sm_90")
+ARCHES = ("sm_80", "sm_90a")
 ELEMENTS = ("BFloat16", "Float16")
 #: Shared memory of one block and of a multiprocessor, and multiprocessors.
 LIMITS = {

@@ -10,8 +10,7 @@
 #include "emulated_hopper.h"
 #else
 
-// Device code of other architectures has none of this: kernels are empty there, and the host never
-// starts them.
+// For other architectures, kernels for Hopper are empty, and the host never starts them.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define RECALKV_HOPPER 1
 #else
@@ -28,8 +27,6 @@ __host__ __device__ constexpr uint32_t one_bits(BFloat16) { return 0x3f80; }
 __host__ __device__ constexpr uint32_t one_bits(Float16) { return 0x3c00; }
 __host__ __device__ constexpr int mantissa_bits(BFloat16) { return 7; }
 __host__ __device__ constexpr int mantissa_bits(Float16) { return 10; }
-
-#if RECALKV_HOPPER
 
 // Registers per thread from here on, of the calling warpgroup: fewer, or more than the kernel was
 // started with.
@@ -213,8 +210,6 @@ RECALKV_PRODUCT(BFloat16, "bf16", 128, 64, "64", "65", "66", "67", "68", "69")
 RECALKV_PRODUCT(Float16, "f16", 64, 32, "32", "33", "34", "35", "36", "37")
 RECALKV_PRODUCT(Float16, "f16", 96, 48, "48", "49", "50", "51", "52", "53")
 RECALKV_PRODUCT(Float16, "f16", 128, 64, "64", "65", "66", "67", "68", "69")
-
-#endif  // RECALKV_HOPPER
 
 }  // namespace recalkv
 

@@ -47,6 +47,8 @@ class DecodeAttention:
     #: Formats of latents that the kernel reads.
     formats: tuple[type, ...] = (type(None),)
     format_names: tuple[str, ...] = ("None",)
+    #: Whether the kernel is the one that only Hopper has.
+    for_hopper = False
 
     def __init__(self, layer: LatentLayer):
         if not isinstance(layer.latent_format, self.formats):
@@ -181,7 +183,8 @@ class CudaLayer(CacheAndValues):
         if self.triton is None:
             return True
         planner = self.triton.planner
-        return heuristics.prefers_cuda(planner.shape(num_heads), planner.target, queries)
+        shape = planner.shape(num_heads)
+        return heuristics.prefers_cuda(shape, planner.target, queries, self.decode.for_hopper)
 
     def reserve(self, limits: BatchLimits) -> None:
         reserve_workspace(self.decode.device, self.decode.workspace_bytes(limits))

@@ -123,6 +123,7 @@ class HopperAttention(DecodeAttention):
 
     formats = (type(None), BandFormat)
     format_names = ("None", "bands")
+    for_hopper = True
 
     def prepare(self, layer: LatentLayer, shape: LayerShape) -> dict[int, Plan | None]:
         self.packed = packed = pack_hopper_layer(layer)
