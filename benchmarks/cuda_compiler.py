@@ -38,6 +38,11 @@ def find_tool(name: str) -> str:
     return str(path)
 
 
+def serializes_products(messages: str) -> bool:
+    """Whether ptxas says that it had to serialize asynchronous products."""
+    return re.search(r"wgmma.*serialized", messages) is not None
+
+
 def compile_source(header: str, instantiations: str, arch: str) -> Compiled:
     """Compile explicit instantiations of what a header of ``csrc/cuda`` has, in one run of nvcc.
 
@@ -54,7 +59,7 @@ def compile_source(header: str, instantiations: str, arch: str) -> Compiled:
         command = [find_tool("nvcc"), "-std=c++17", "-O3", f"-I{SOURCES}", f"-arch={arch}"]
         command += ["-cubin", "-Xptxas", "-v", "-o", str(cubin), str(source)]
         compiled = subprocess.run(command, capture_output=True, text=True)
-        if compiled.returncode or re.search("wgmma.*serial", compiled.stderr):
+        if compiled.returncode or serializes_products(compiled.stderr):
             raise RuntimeError(f"nvcc: {compiled.stderr}")
         command = [find_tool("cuobjdump"), "-sass", str(cubin)]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout

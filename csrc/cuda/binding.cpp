@@ -75,12 +75,14 @@ struct HopperArguments {
 };
 
 // What both decode kernels are told; `launch` starts one of them.
-void run_decode(Launch launch, const char* what, const HopperArguments& hopper, const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
-            const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& k_factor,
-            const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
-            const Tensor& base_rotation, const Tensor& local_rotation, const Tensor& tile_columns,
-            Tensor out, Tensor lse, std::vector<int64_t> sizes, std::vector<int64_t> kernel,
-            double scale, double soft_cap, double norm_eps, double norm_factor) {
+void run_decode(Launch launch, const char* what, const HopperArguments& hopper, const Tensor& q,
+                const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_lens,
+                const Tensor& query_start_loc, const Tensor& k_factor,
+                const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
+                const Tensor& base_rotation, const Tensor& local_rotation,
+                const Tensor& tile_columns, Tensor out, Tensor lse, std::vector<int64_t> sizes,
+                std::vector<int64_t> kernel, double scale, double soft_cap, double norm_eps,
+                double norm_factor) {
   const Stream stream(q);
   DecodeParams p{};
   p.q = data<const uint16_t>(q);
@@ -152,7 +154,6 @@ void decode_hopper(const Tensor& q, const Tensor& kv_cache, const Tensor& block_
              local_rotation, tile_columns, out, lse, sizes, kernel, scale, soft_cap, norm_eps,
              norm_factor);
 }
-
 
 void merge(const Tensor& partial_out, const Tensor& partial_lse, Tensor out, Tensor lse,
            int64_t splits) {

@@ -20,7 +20,8 @@ struct alignas(16) BandBlock {
   RECALKV_DEVICE int v_block() const { return (place >> 16) - 1; }
 };
 
-// What a block of threads reads: one row of `band_blocks`, blocks of the K span first, in its order.
+// What a block of threads reads: one row of `band_blocks`, blocks of the K span first, in its
+// order.
 struct BandTable {
   const int32_t* row;
   RECALKV_DEVICE int k_blocks() const { return row[0]; }
@@ -36,7 +37,9 @@ RECALKV_DEVICE BandTable band_table(const DecodeParams& p, int v_block, int kv_h
 }
 
 // Where column `v` of a V span is in rows of values, and so in sums of them.
-RECALKV_DEVICE int value_place(int v) { return v / 32 * 32 + v % 4 * 8 + v % 32 / 8 * 2 + v % 8 / 4; }
+RECALKV_DEVICE int value_place(int v) {
+  return v / 32 * 32 + v % 4 * 8 + v % 32 / 8 * 2 + v % 8 / 4;
+}
 
 // A lane's share of a block: operands of two products, [product][operand register]. Pair q of token
 // i is register i + 2 (q % 2) of product q / 2.
@@ -87,8 +90,7 @@ RECALKV_DEVICE void dequantize(BlockOperands& operands, int token, const unsigne
   for (int q = 0; q < 4; ++q) {
     uint32_t value = plane_bits<kLow, kTo>(low, q, kPower | kPower << 16);
     if (kHigh) value = plane_bits<kHigh, kTo + kLow>(high, q, value);
-    pair_of(operands, token, q) =
-        multiply_pairs<Element>(add_pairs<Element>(value, center), scale);
+    pair_of(operands, token, q) = multiply_pairs<Element>(add_pairs<Element>(value, center), scale);
   }
 }
 
@@ -157,9 +159,8 @@ RECALKV_DEVICE void open_block(BlockOperands& operands, unsigned char* memory,
 // keys = latents factor^T of the first `k_blocks` blocks, and the values of all.
 template <typename S>
 RECALKV_DEVICE void reconstruct_coded(float (&keys)[S::kHeadDim / 2], unsigned char* memory,
-                                      const CodedTile& tile,
-                                      const BandBlock* blocks, int k_blocks, int all_blocks,
-                                      SwizzledOperand factor, int member) {
+                                      const CodedTile& tile, const BandBlock* blocks, int k_blocks,
+                                      int all_blocks, SwizzledOperand factor, int member) {
   using Element = typename S::Element;
   BlockOperands operands[2];  // of the block at hand, and of products that may be under way
 #pragma unroll 1

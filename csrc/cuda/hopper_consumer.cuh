@@ -1,6 +1,6 @@
-// The consumer warps of the decode kernel for Hopper. A warpgroup reconstructs the keys of 64 tokens
-// by asynchronous products; from there on each of its warps is on its own, with 16 of the tokens and
-// a running softmax of them.
+// The consumer warps of the decode kernel for Hopper. A warpgroup reconstructs the keys of 64
+// tokens by asynchronous products; from there on each of its warps is on its own, with 16 of the
+// tokens and a running softmax of them.
 //
 // Fragments are those of mma.m16n8k16, see `scores.cuh`.
 #pragma once
@@ -18,14 +18,15 @@ namespace recalkv {
 // The maximum of no tokens: finite, so that differences from it are numbers.
 constexpr float kNoMaximum = -1e30f;
 
-// What a lane keeps from tile to tile: lane 4g + t has query rows 4c + t of the block, and of a tile
-// the tokens g and g + 8 of its warp's.
+// What a lane keeps from tile to tile: lane 4g + t has query rows 4c + t of the block, and of a
+// tile the tokens g and g + 8 of its warp's.
 template <typename S>
 struct HopperState {
   float maximum[S::kColumnTiles];  // in base 2, of the warp's tokens
   float sum[S::kColumnTiles];      // of the lane's tokens only
   float out[S::kVTiles][4];        // [V column, query row]: column 2t + c is row 4c + t
-  // Of the rows, less that of the lane's first token in the tile at hand; far below where no row is.
+  // Of the rows, less that of the lane's first token in the tile at hand; far below where no row
+  // is.
   int distance[S::kColumnTiles];
 
   RECALKV_DEVICE HopperState(const DecodeParams& p, const Rows& rows, int lane) {
@@ -131,7 +132,8 @@ RECALKV_DEVICE void score_keys(float (&scores)[S::kColumnTiles][2],
   for (int m = 0; m < S::kHeadDim / 32; ++m) {
     uint4 query[S::kColumnTiles];
 #pragma unroll
-    for (int c = 0; c < S::kColumnTiles; ++c) query[c] = queries[c * (S::kQueryBytes / 16) + m * 32];
+    for (int c = 0; c < S::kColumnTiles; ++c)
+      query[c] = queries[c * (S::kQueryBytes / 16) + m * 32];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float* key = keys + 8 * (2 * m + half);
@@ -224,8 +226,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
   const int group = warp / 4;
   const int first = warp % 4 * 16;  // of the warp's tokens in a tile
   const int row = first * shared.row_bytes;
-  const int k_place =
-      row + lane % 16 * shared.row_bytes + columns.k_offset() * 2 + lane / 16 * 16;
+  const int k_place = row + lane % 16 * shared.row_bytes + columns.k_offset() * 2 + lane / 16 * 16;
   // Values are columns of the tile, or rows of the warp's own.
   const int value_row = S::kBands ? S::kValueRowBytes : shared.row_bytes;
   const int own_values = shared.values + warp * 16 * S::kValueRowBytes;
@@ -283,8 +284,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
     if (!S::kLean && p.k_norm_weight) inverse_rms = norm_keys<S>(keys, norm, p);
     rotate_keys<S>(keys, rotation);
     float logits[S::kColumnTiles][2];
-    const uint4* queries =
-        reinterpret_cast<const uint4*>(stage + shared.query) + lane;
+    const uint4* queries = reinterpret_cast<const uint4*>(stage + shared.query) + lane;
     score_keys<S>(logits, keys, queries, offset);
     if (!S::kLean) {
 #pragma unroll

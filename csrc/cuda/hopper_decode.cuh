@@ -14,8 +14,7 @@ namespace recalkv {
 template <typename S>
 RECALKV_DEVICE void prepare_block(const DecodeParams& p, const HopperLayout<S>& shared,
                                   unsigned char* memory, const HopperBarriers& barriers,
-                                  const TileColumns& columns, const BandTable& bands,
-                                  int kv_head) {
+                                  const TileColumns& columns, const BandTable& bands, int kv_head) {
   const int thread = thread_index();
   if (thread == 0) {
     for (int i = 0; i < p.kernel.stages; ++i) {

@@ -20,12 +20,11 @@ const char* launch_hopper_shape(const DecodeParams& p, void* stream) {
 
 template <typename Element, int kHeadDim, int kColumnTiles, int kVTiles, bool kLean>
 const char* launch_hopper_latents(const DecodeParams& p, void* stream) {
-  return p.band_blocks ? launch_hopper_shape<
-                             HopperShape<Element, kHeadDim, kColumnTiles, kVTiles, kLean, true>>(
-                             p, stream)
-                       : launch_hopper_shape<
-                             HopperShape<Element, kHeadDim, kColumnTiles, kVTiles, kLean, false>>(
-                             p, stream);
+  return p.band_blocks
+             ? launch_hopper_shape<
+                   HopperShape<Element, kHeadDim, kColumnTiles, kVTiles, kLean, true>>(p, stream)
+             : launch_hopper_shape<
+                   HopperShape<Element, kHeadDim, kColumnTiles, kVTiles, kLean, false>>(p, stream);
 }
 
 template <typename Element, int kHeadDim, int kColumnTiles, int kVTiles>

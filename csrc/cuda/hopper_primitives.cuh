@@ -58,10 +58,10 @@ RECALKV_DEVICE void barrier_arrive(uint64_t* barrier) {
 
 // Arrive, and have the phase wait for `bytes` more of `copy_bulk`.
 RECALKV_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Wait until the phase of this parity has ended; the first phase has parity 0.
@@ -119,7 +119,7 @@ RECALKV_DEVICE void product_commit() {
 #define RECALKV_ACC32 RECALKV_ACC16(0), RECALKV_ACC16(16)
 #define RECALKV_ACC48 RECALKV_ACC32, RECALKV_ACC16(32)
 #define RECALKV_ACC64 RECALKV_ACC48, RECALKV_ACC16(48)
-#define RECALKV_LIST32                                                                        \
+#define RECALKV_LIST32                                                                         \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define RECALKV_LIST48 \
@@ -150,12 +150,12 @@ RECALKV_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b);
 template <typename Element>
 RECALKV_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
 
-#define RECALKV_PAIRS(ELEMENT, NAME, INSTRUCTION)                                       \
-  template <>                                                                           \
-  RECALKV_DEVICE uint32_t NAME<ELEMENT>(uint32_t a, uint32_t b) {                       \
-    uint32_t result;                                                                    \
-    asm(INSTRUCTION " %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));                    \
-    return result;                                                                      \
+#define RECALKV_PAIRS(ELEMENT, NAME, INSTRUCTION)                    \
+  template <>                                                        \
+  RECALKV_DEVICE uint32_t NAME<ELEMENT>(uint32_t a, uint32_t b) {    \
+    uint32_t result;                                                 \
+    asm(INSTRUCTION " %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b)); \
+    return result;                                                   \
   }
 
 RECALKV_PAIRS(BFloat16, add_pairs, "add.rn.bf16x2")
@@ -191,17 +191,20 @@ RECALKV_DEVICE uint32_t scale_of_byte(uint32_t byte) {
 // sum[64 x kColumns] (+)= a[64 x 16] b[16 x kColumns], asynchronously, by a warpgroup. A warp has
 // 16 of the rows, in the fragments of mma.m16n8k16; `sum` holds those of 8 columns after the other.
 // `sum` and `a` must not be touched before the wait; without `add`, `sum` need not be initialized.
-#define RECALKV_PRODUCT(ELEMENT, TYPE, COLUMNS, COUNT, A0, A1, A2, A3, B, ADD)                   \
-  RECALKV_DEVICE void product(ELEMENT, float (&sum)[COUNT], const uint32_t (&a)[4],              \
-                              SwizzledOperand b, bool add) {                                     \
-    asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %" ADD ", 0;\n"            \
-                 "mov.b64 b, {%" B ", " RECALKV_OPERAND_HIGH "};\n"                              \
-                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {"      \
-                 RECALKV_LIST##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, b"                \
-                 ", add, 1, 1, 0;\n}"                                                            \
-                 : RECALKV_ACC##COUNT                                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low),                       \
-                   "r"(static_cast<int>(add)));                                                  \
+#define RECALKV_PRODUCT(ELEMENT, TYPE, COLUMNS, COUNT, A0, A1, A2, A3, B, ADD)         \
+  RECALKV_DEVICE void product(ELEMENT, float (&sum)[COUNT], const uint32_t (&a)[4],    \
+                              SwizzledOperand b, bool add) {                           \
+    asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %" ADD            \
+                 ", 0;\n"                                                              \
+                 "mov.b64 b, {%" B ", " RECALKV_OPERAND_HIGH                           \
+                 "};\n"                                                                \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE \
+                 " {" RECALKV_LIST##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3        \
+                                          "}, b"                                       \
+                                          ", add, 1, 1, 0;\n}"                         \
+                 : RECALKV_ACC##COUNT                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low),             \
+                   "r"(static_cast<int>(add)));                                        \
   }
 
 RECALKV_PRODUCT(BFloat16, "bf16", 64, 32, "32", "33", "34", "35", "36", "37")

@@ -47,8 +47,8 @@ struct PageWalk {
 };
 
 // Start the copies of 16-byte chunks of 64 rows into `to`; `from` has the lane's first row of every
-// 16. Bit i of `live`: whether row 4i + lane/8 is copied, else zeroed; `kWhole`: all are. Lanes copy
-// `kLines` times 8 chunks at a time, which lie one after the other.
+// 16. Bit i of `live`: whether row 4i + lane/8 is copied, else zeroed; `kWhole`: all are. Lanes
+// copy `kLines` times 8 chunks at a time, which lie one after the other.
 template <bool kWhole, int kLines>
 RECALKV_DEVICE void copy_rows(const DecodeParams& p, unsigned char* to, int row_bytes,
                               const int32_t* sources, int chunks, const char* const (&from)[4],
@@ -104,18 +104,17 @@ RECALKV_DEVICE void copy_latents(const DecodeParams& p, const HopperLayout<S>& s
   }
 }
 
-// Bring the scales of a tile of coded latents to `to`, as a page has them: those of the 16 tokens of a
-// quarter lie together. At the edges of what is seen they are copied one by one, with zeros for
-// tokens that no row sees.
+// Bring the scales of a tile of coded latents to `to`, as a page has them: those of the 16 tokens
+// of a quarter lie together. At the edges of what is seen they are copied one by one, with zeros
+// for tokens that no row sees.
 RECALKV_DEVICE void copy_scales(const DecodeParams& p, unsigned char* to, uint64_t* full,
                                 const TokenRange& range, int position, const PageWalk& pages,
                                 int lane) {
   const int quarter_bytes = 16 * p.token_scales;
   const int64_t codes = p.block_size * p.cache_slot_stride;
-  const unsigned char* from =
-      reinterpret_cast<const unsigned char*>(p.kv_cache + pages.page * p.cache_block_stride +
-                                             codes) +
-      pages.slot * p.token_scales;
+  const unsigned char* from = reinterpret_cast<const unsigned char*>(
+                                  p.kv_cache + pages.page * p.cache_block_stride + codes) +
+                              pages.slot * p.token_scales;
   if (range.first <= position && position + 64 <= range.end) {
     if (lane == 0) barrier_expect(full, 4 * quarter_bytes);
     if (lane < 4) copy_bulk(to + lane * quarter_bytes, from, quarter_bytes, full);
@@ -123,8 +122,8 @@ RECALKV_DEVICE void copy_scales(const DecodeParams& p, unsigned char* to, uint64
   }
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {
-    const auto* quarter = reinterpret_cast<const unsigned char*>(
-        shuffle(reinterpret_cast<int64_t>(from), i));
+    const auto* quarter =
+        reinterpret_cast<const unsigned char*>(shuffle(reinterpret_cast<int64_t>(from), i));
     for (int scale = lane; scale < quarter_bytes; scale += 32) {
       const int token = position + 16 * i + scale / p.token_scales;
       const bool live = token >= range.first && token < range.end;
@@ -182,12 +181,11 @@ struct QueryShare {
                 p.q + (rows.first_token + row / per_kv) * p.q_token_stride + head * S::kHeadDim;
             int first, second;
             pair_columns(p, pair, first, second);
-            q = unpack<typename S::Element>(from[first] |
-                                            static_cast<uint32_t>(from[second]) << 16);
+            q = unpack<typename S::Element>(from[first] | static_cast<uint32_t>(from[second])
+                                                              << 16);
           }
           const float first_term = slow.x * scale;
-          query[c][m][half] =
-              rotate({q.x * first_term, q.y * first_term}, {slow.z, -slow.w});
+          query[c][m][half] = rotate({q.x * first_term, q.y * first_term}, {slow.z, -slow.w});
         }
       }
     }
@@ -206,8 +204,7 @@ struct QueryShare {
           const float2 turned = rotate(query[c][m][half], {base[m][half].x, -base[m][half].y});
           const float term = second[m][half];
           (half ? value.y : value.x) = pack<Element>(turned.x, turned.y);
-          (half ? derivative.y : derivative.x) =
-              pack<Element>(turned.y * term, -(turned.x * term));
+          (half ? derivative.y : derivative.x) = pack<Element>(turned.y * term, -(turned.x * term));
         }
         uint2* place = reinterpret_cast<uint2*>(to + c * S::kQueryBytes) +
                        (m * 32 + lane / 8 * 8 + lane % 4) * 2 + lane / 4 % 2;

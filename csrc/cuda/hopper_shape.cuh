@@ -14,9 +14,9 @@ constexpr int kHopperThreads = kConsumerThreads + 128;
 constexpr int kConsumerRegisters = 216;
 constexpr int kProducerRegisters = 80;
 
-// kHeadDim is d; kColumnTiles and kVTiles are those of `DecodeParams::kernel`. A lean kernel rotates
-// only the first half of the pairs and knows no key bias, key norm or soft cap. With `kBands`,
-// latents are coded: a row of a tile has codes, and each warp its own values.
+// kHeadDim is d; kColumnTiles and kVTiles are those of `DecodeParams::kernel`. A lean kernel
+// rotates only the first half of the pairs and knows no key bias, key norm or soft cap. With
+// `kBands`, latents are coded: a row of a tile has codes, and each warp its own values.
 template <typename Element_, int kHeadDim_, int kColumnTiles_, int kVTiles_, bool kLean_,
           bool kBands_>
 struct HopperShape {
@@ -41,8 +41,8 @@ struct HopperShape {
 // Byte offsets into a block's shared memory. What the end needs reuses the ring.
 template <typename S>
 struct HopperLayout {
-  int factor, rotation, bias, norm, columns, blocks, values, barriers, ring, row_bytes, query, scales,
-      stage_bytes, maxima, sums, total;
+  int factor, rotation, bias, norm, columns, blocks, values, barriers, ring, row_bytes, query,
+      scales, stage_bytes, maxima, sums, total;
 
   RECALKV_BOTH explicit HopperLayout(const DecodeParams& p) {
     const auto& k = p.kernel;

@@ -156,7 +156,11 @@ def test_hopper_has_a_kernel_of_its_own(
 
 @pytest.mark.parametrize(
     ("arch", "where"),
-    [(80, " on"), (90, " of K groups of one head"), (100, " of layers that Triton has only narrow")],
+    [
+        (80, " on"),
+        (90, " of K groups of one head"),
+        (100, " of layers that Triton has only narrow"),
+    ],
 )
 def test_log_says_what_decodes(arch: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heuristics, "target_of", lambda device: Target(arch, 132))

@@ -1,6 +1,7 @@
 """The ops in CUDA C++ (``csrc/cuda``), for decode on NVIDIA GPUs; the rest is Triton's.
 
-Decode attention (up to 16 queries per sequence) runs here, where the launch rules prefer it
+Decode attention (up to 16 queries per sequence) runs here, by a kernel for Hopper or by one for all
+devices, where the launch rules prefer it
 (``kernels/heuristics/preference.py``). Prefill, cache update and the value up-projection run the
 Triton kernels.
 """

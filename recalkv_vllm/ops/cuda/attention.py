@@ -11,7 +11,8 @@ import torch
 
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops.contract import Batch, BatchLimits, KernelUnavailableError, LatentLayer
-from recalkv_vllm.ops.cuda.layout import pack_layer, tile_columns
+from recalkv_vllm.ops.cuda.hopper_layout import HopperLayer
+from recalkv_vllm.ops.cuda.layout import PackedLayer, pack_layer, tile_columns
 from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, plan, split_count
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 from recalkv_vllm.ops.triton.attention import TritonAttention
@@ -49,6 +50,7 @@ class DecodeAttention:
     format_names: tuple[str, ...] = ("None",)
     #: Whether the kernel is the one that only Hopper has.
     for_hopper = False
+    packed: PackedLayer | HopperLayer
 
     def __init__(self, layer: LatentLayer):
         if not isinstance(layer.latent_format, self.formats):

@@ -19,8 +19,8 @@ from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 #: V tiles (of 16 columns) and tiles of four query rows of the instantiations: hopper_launch.cuh.
 HOPPER_V_TILES = (8, 16)
 HOPPER_COLUMN_TILES = (1, 2)
-#: Tiles in a block's ring at most; always an even number, so that a warpgroup sees every phase of the
-#: barriers that it waits for.
+#: Tiles in a block's ring at most; always an even number, so that a warpgroup sees every phase of
+#: the barriers that it waits for.
 MOST_STAGES = 6
 CONSUMER_WARPS = 8
 

@@ -118,9 +118,7 @@ def block_row(
     row = [len(of_k), len(order), 0, 0]
     for number in order:
         bits, parts = places[number]
-        offsets = [
-            chunks.index(first // CHUNK) * CHUNK + first % CHUNK for first, _ in parts
-        ]
+        offsets = [chunks.index(first // CHUNK) * CHUNK + first % CHUNK for first, _ in parts]
         value = number - of_v.start + 1 if number in of_v else 0
         row += [bits, offsets[0], offsets[-1], number | value << 16]
     return tuple(row)

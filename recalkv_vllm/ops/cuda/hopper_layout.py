@@ -118,9 +118,7 @@ def operand_order() -> torch.Tensor:
 
     Pair ``q`` of lane ``t`` is of the columns ``8t + q`` and ``8t + q + 4``: see hopper_bands.cuh.
     """
-    step, half, member, i = torch.meshgrid(
-        *(torch.arange(n) for n in (2, 2, 4, 2)), indexing="ij"
-    )
+    step, half, member, i = torch.meshgrid(*(torch.arange(n) for n in (2, 2, 4, 2)), indexing="ij")
     return (8 * member + 2 * step + half + 4 * i).flatten()
 
 
@@ -140,8 +138,8 @@ def slow_rotations(local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         local: ``[64, d/2, 2]``, by the place in the tile.
 
     Returns:
-        ``[d/2, 4]`` float32: ``a``, ``b / a``, and the rotation to the middle; and the largest error
-        within a tile ``[d/2]``. ``a`` halves the error of the cosine, ``b`` is least squares.
+        ``[d/2, 4]`` float32: ``a``, ``b / a``, and the rotation to the middle; and the largest
+        error within a tile ``[d/2]``. ``a`` halves the error of the cosine, ``b`` is least squares.
     """
     turn = torch.view_as_complex(local.double())
     middle = turn[TILE // 2]

@@ -96,7 +96,7 @@ inline float& sum_at(float (*totals)[128], int lane, int i) {
 }
 
 inline float (*totals_of(Warp& warp, float* sum))[128] {
-  return reinterpret_cast<float(*)[128]>(warp.sums[sum].data());
+  return reinterpret_cast<float (*)[128]>(warp.sums[sum].data());
 }
 
 inline void perform(Warp& warp, const Product& product) {
@@ -130,7 +130,8 @@ inline void wait_products(Warp& warp, size_t pending) {
       if (!Machine::get().early_copies) perform(warp, group[i]);
       const auto adds = [&](const Product& later) { return later.sum[0] == group[i].sum[0]; };
       bool last = std::none_of(group.begin() + i + 1, group.end(), adds);
-      for (const auto& other : groups) last = last && std::none_of(other.begin(), other.end(), adds);
+      for (const auto& other : groups)
+        last = last && std::none_of(other.begin(), other.end(), adds);
       if (last) release(warp, group[i]);
     }
   }
@@ -146,11 +147,16 @@ template <typename Element, int kCount>
 void product(float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
   const auto to = reinterpret_cast<uintptr_t>(sum);
   const auto from = reinterpret_cast<uintptr_t>(a);
-  const uint32_t in[11] = {static_cast<uint32_t>(to),   static_cast<uint32_t>(to >> 32),
-                           static_cast<uint32_t>(from), static_cast<uint32_t>(from >> 32),
-                           static_cast<uint32_t>(b),    static_cast<uint32_t>(b >> 32),
-                           add,                         a[0],
-                           a[1],                        a[2],
+  const uint32_t in[11] = {static_cast<uint32_t>(to),
+                           static_cast<uint32_t>(to >> 32),
+                           static_cast<uint32_t>(from),
+                           static_cast<uint32_t>(from >> 32),
+                           static_cast<uint32_t>(b),
+                           static_cast<uint32_t>(b >> 32),
+                           add,
+                           a[0],
+                           a[1],
+                           a[2],
                            a[3]};
   Machine::get().exchange("wgmma", in, 11, [](Warp& warp) {
     Machine& machine = Machine::get();
@@ -274,8 +280,7 @@ inline void product_fence() {
 
 inline void product_commit() {
   auto& machine = emulation::Machine::get();
-  machine.exchange("wgmma.commit", nullptr, 0,
-                   [](emulation::Warp& warp) {
+  machine.exchange("wgmma.commit", nullptr, 0, [](emulation::Warp& warp) {
     if (warp.products.empty()) warp.products.emplace_back();
     warp.products.emplace_back();
   });

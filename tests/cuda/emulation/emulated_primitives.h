@@ -79,9 +79,9 @@ struct Warp {
   int generation = 0;
   uint32_t in[32][16];
   uint32_t out[32][4];
-  std::vector<std::vector<Product>> products;      // groups; the last one is open
-  std::map<float*, std::vector<float>> sums;       // by lane 0's registers: [16][128] in flight
-  std::vector<uint64_t> operands;                  // of all products so far
+  std::vector<std::vector<Product>> products;  // groups; the last one is open
+  std::map<float*, std::vector<float>> sums;   // by lane 0's registers: [16][128] in flight
+  std::vector<uint64_t> operands;              // of all products so far
   bool fenced = false;
 };
 

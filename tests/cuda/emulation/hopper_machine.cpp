@@ -8,9 +8,9 @@ namespace recalkv {
 namespace {
 
 struct Call {
-  const uint16_t* a;   // [64, 32]
-  const uint16_t* b;   // [64 columns n, 64]: rows of k, already swizzled
-  float* sum;          // [64, 64]
+  const uint16_t* a;  // [64, 32]
+  const uint16_t* b;  // [64 columns n, 64]: rows of k, already swizzled
+  float* sum;         // [64, 64]
   const char* mistake;
   bool makes(const char* name) const { return std::string(name) == mistake; }
 };
@@ -30,14 +30,15 @@ void product_kernel(const Call call) {
     if (call.makes("an arrival too many")) barrier_arrive(barrier);
     copy_bulk(memory + (call.makes("a misaligned copy") ? 8 : 0), call.b, 8192, barrier);
   }
-  if (!call.makes("no wait for the copy")) barrier_wait(barrier, call.makes("a wrong parity") ? 1 : 0);
+  if (!call.makes("no wait for the copy"))
+    barrier_wait(barrier, call.makes("a wrong parity") ? 1 : 0);
   uint32_t a[2][4];
   for (int k = 0; k < 2; ++k) {
     for (int i = 0; i < 4; ++i) {
       const int row = warp * 16 + lane / 4 + i % 2 * 8;
       const int column = k * 16 + lane % 4 * 2 + i / 2 * 8;
-      a[k][i] = call.a[row * 32 + column] |
-                static_cast<uint32_t>(call.a[row * 32 + column + 1]) << 16;
+      a[k][i] = call.a[row * 32 + column] | static_cast<uint32_t>(call.a[row * 32 + column + 1])
+                                                << 16;
     }
   }
   float sum[32];
