@@ -33,9 +33,9 @@ from tests.ops.cpu_versions import DTYPES, VERSIONS, poison_free_memory
 WIDE: tuple[int, int, int] = (4, 4, 112)
 SLICES: tuple[AttentionCase, ...] = (
     spanned("slices", WIDE, 4, 48, 1, 144, batch=((60, 300), (1, 40), (130, 130))),
-    spanned("slices-window", WIDE, 4, 48, 2, 48, batch=((100, 700),), sliding_window=130),
-    spanned("slices-norm", (4, 2, 64), 1, 32, 2, 64, batch=((60, 800),), key_norm=True),
-    *quantized((joint("slices-joint", (6, 2, 64), 2, 96, batch=((70, 900),)),), "int4", 32),
+    spanned("slices-window", WIDE, 4, 48, 2, 48, batch=((60, 420),), sliding_window=130),
+    spanned("slices-norm", (4, 2, 64), 1, 32, 2, 64, batch=((50, 560),), key_norm=True),
+    *quantized((joint("slices-joint", (6, 2, 64), 2, 96, batch=((50, 450),)),), "int4", 32),
 )
 
 

@@ -72,8 +72,8 @@ def pack_hopper_layer(layer: LatentLayer) -> HopperLayer:
     base, local = rotations
     terms, errors = slow_rotations(local)
     # Pairs turn more slowly from one to the next; those that RoPE leaves alone come last.
-    turning = (errors > SLOW_ERROR[layer.k_up.dtype]).nonzero()
-    fast = int(turning.max()) + 1 if len(turning) else 0
+    turning = errors > SLOW_ERROR[layer.k_up.dtype]
+    fast = int((turning * torch.arange(1, len(errors) + 1, device=errors.device)).max())
     plain = layer.k_bias is None and layer.k_norm_weight is None and not layer.soft_cap
     lean = plain and fast <= layer.head_dim // 4
     terms[: layer.head_dim // (4 if lean else 2)] = torch.tensor(
