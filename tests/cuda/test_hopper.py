@@ -24,6 +24,8 @@ TOO_WIDE = "rank-1024"
 SUPPORTED = [case for case in CASES if case.head_dim in HEAD_DIMS and case.name != TOO_WIDE]
 BANDS = [c for c in BAND_CASES if c.head_dim in HEAD_DIMS and c.name != "bands-rank-1024"]
 BF16 = torch.bfloat16
+#: The whole matrix in float16 is for the long run; slow pairs are tried in both.
+DTYPES = [BF16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 
 ON_GPU = torch.cuda.is_available() and extension.load_error is None
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -51,13 +53,13 @@ def check(case: AttentionCase, dtype: torch.dtype = BF16) -> HopperAttention:
     return layer
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SUPPORTED, ids=str)
 def test_matrix(case: AttentionCase, dtype: torch.dtype, configure: Configure) -> None:
     check(case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", BANDS, ids=str)
 def test_bands(case: AttentionCase, dtype: torch.dtype, configure: Configure) -> None:
     check(case, dtype)
