@@ -165,12 +165,12 @@ def test_where_the_cuda_runtime_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("listed", "devices", "expected"),
     [
-        (None, [], ["80,code=[sm_80,compute_80]", "90,code=sm_90"]),
-        ("", [(9, 0)], ["90,code=compute_90", "90,code=sm_90"]),
+        (None, [], ["80,code=[sm_80,compute_80]", "90a,code=sm_90a"]),
+        ("", [(9, 0)], ["90,code=compute_90", "90a,code=sm_90a"]),
         (None, [(8, 6), (8, 9)], ["86,code=sm_86", "89,code=compute_89", "89,code=sm_89"]),
         (None, [(7, 5)], []),
-        ("7.5 8.0 9.0+PTX", [], ["80,code=sm_80", "90,code=compute_90", "90,code=sm_90"]),
-        ("Hopper", [(8, 0)], ["90,code=compute_90", "90,code=sm_90"]),
+        ("7.5 8.0 9.0+PTX", [], ["80,code=sm_80", "90,code=compute_90", "90a,code=sm_90a"]),
+        ("Hopper", [(8, 0)], ["90,code=compute_90", "90a,code=sm_90a"]),
         ("7.0;7.5", [(9, 0)], []),
     ],
     ids=str,
