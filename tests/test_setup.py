@@ -63,10 +63,7 @@ def run_setup(
 ) -> subprocess.CompletedProcess[str]:
     """``setup.py`` with a torch of CUDA ``torch_cuda``, and an nvcc in ``home`` that says this."""
     if nvcc is not None:
-        tool = home / "bin" / "nvcc"
-        tool.parent.mkdir(parents=True)
-        tool.write_text(f"#!/bin/sh\necho '{nvcc}'\n")
-        tool.chmod(0o755)
+        write_nvcc(home, nvcc)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, torch_cuda],
         cwd=ROOT,
@@ -76,6 +73,30 @@ def run_setup(
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+def write_nvcc(home: Path, told: str) -> None:
+    """An ``nvcc`` in the toolkit ``home`` that prints this."""
+    tool = home / "bin" / "nvcc"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(f"#!/bin/sh\necho '{told}'\n")
+    tool.chmod(0o755)
+
+
+def test_gpus_older_than_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_nvcc(tmp_path, NVCC_13)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda_build.cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_build, "architecture_flags", list)
+    reason = cuda_build.reason_against_cuda()
+    assert reason == "expected compute capability 8.0 or newer, found older GPUs only"
+
+
+def test_list_of_an_unknown_architecture_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;11.7")
+    with pytest.raises(ValueError, match=r"11\.7"):
+        cuda_build.architecture_flags()
 
 
 def test_driver_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
