@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 import torch
 from setuptools import Extension, find_packages, setup
 from torch.utils.cpp_extension import (
@@ -24,6 +25,10 @@ from cuda_build import (  # noqa: E402
     packaged_runtime,
     reason_against_cuda,
 )
+
+# Without build isolation, pip does not look; older ones fail on pyproject.toml, by no clear name.
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(f"recalkv_vllm: expected setuptools 77 or later, found {setuptools.__version__}")
 
 CPU_HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.h"))
 CPU_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))

@@ -220,3 +220,16 @@ def test_list_of_old_architectures_costs_only_the_cuda_kernels(
     done = run_setup("13.0", NVCC_13, tmp_path)
     assert "_cuda" not in done.stdout
     assert "8.0 or newer, found TORCH_CUDA_ARCH_LIST=7.5" in done.stderr
+
+
+def test_old_setuptools_is_named() -> None:
+    """A virtual environment of Python 3.11 comes with 65, and pip takes it."""
+    script = "import runpy, setuptools; setuptools.__version__ = '65.5.0'; "
+    done = subprocess.run(
+        [sys.executable, "-c", script + "runpy.run_path('setup.py')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "recalkv_vllm: expected setuptools 77 or later, found 65.5.0\n"
