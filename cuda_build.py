@@ -26,9 +26,9 @@ def reason_against_cuda() -> str | None:
     """Why the CUDA kernels cannot be built here, in one line, or None."""
     if torch.version.cuda is None:
         return "torch is a build without CUDA"
-    nvcc = Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
-    if not nvcc.is_file():
-        return f"no nvcc (CUDA_HOME={cpp_extension.CUDA_HOME})"
+    home = cpp_extension.CUDA_HOME
+    if home is None or not (nvcc := Path(home, "bin", "nvcc")).is_file():
+        return f"no nvcc (CUDA_HOME={home})"
     try:
         told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
