@@ -28,12 +28,13 @@ from triton.backends.compiler import GPUTarget
 from recalkv_vllm.band_format import BLOCK_COLUMNS, Band, BandFormat, CacheFormat, bands_of
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.latent_format import BITS, LatentFormat
-from recalkv_vllm.ops import Batch
+from recalkv_vllm.ops import Batch, Pieces
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.cache_update import cache_update_launch
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import Part
+from recalkv_vllm.ops.triton.reconstruction import Reconstruction
 from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
 
 from .geometries import GEOMETRIES, SPANS, Latent, group_sizes, latent_of
@@ -52,7 +53,7 @@ TARGETS = {80: heuristics.Target(80, 108), 90: heuristics.Target(90, 132),
 POSITIONS = 1024
 MODES = {"decode": 1, "verify": 4, "prefill": 64}
 TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-USES_TENSOR_CORES = ("latent_attention", "project_values")
+USES_TENSOR_CORES = ("latent_attention", "project_values", "reconstruct_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,10 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     yield merge_launch(o_lat[None], lse[None], o_lat, lse)
     yield cache_update_launch(z[0, :1], cache, torch.zeros(1, dtype=torch.int64), latent_format)
     yield value_up_launch(o_lat[None], values, heads, lse[None])
+    if mode == "decode":  # as good a place as any, for it knows no queries
+        dense = layer.v_up.new_empty(16, geometry.num_kv_heads, head_dim)
+        pieces = Pieces(index[None], index[:1], index[:2], 16)
+        yield Reconstruction(layer).launch(cache, pieces, dense, dense)
 
 
 @cache

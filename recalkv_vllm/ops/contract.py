@@ -175,12 +175,14 @@ class BatchLimits:
         num_seqs: decodes of one call.
         decode_query_len: queries of a decode.
         seq_len: tokens of a sequence.
+        num_tokens: queries of a call.
     """
 
     num_heads: int
     num_seqs: int
     decode_query_len: int
     seq_len: int
+    num_tokens: int
 
 
 class BoundLayer(Protocol):
