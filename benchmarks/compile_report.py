@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from recalkv_vllm.band_format import BLOCK_COLUMNS, Band, BandFormat, CacheFormat, bands_of
 from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.reconstruction import reconstruct_tokens
 from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops import Batch, Pieces
 from recalkv_vllm.ops.triton.attention import TritonAttention
@@ -39,7 +40,7 @@ from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
 
 from .geometries import GEOMETRIES, SPANS, Latent, group_sizes, latent_of
 from .inputs import latent_layer
-from .sass import Loop, cuobjdump, loop_of
+from .sass import Loop, cuobjdump, loop_of, whole_of
 
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
 LATENT_DTYPES = ("bf16", *BITS, "bands")
@@ -92,7 +93,8 @@ class Row:
     """What one kernel compiled to; memory in bytes.
 
     Args:
-        slots: instructions that attention issues per cached token, all warps of a program together.
+        slots: instructions that attention or reconstruction issues per cached token, all warps of a
+            program together.
         loop_spills: instructions among those of a tile that load or store what was spilled.
     """
 
@@ -194,7 +196,10 @@ def compile_row(case: Case, mode: str, arch: int, launch: Launch) -> Row:
     cubin = compiled.asm["cubin"]
     registers, spills = resources(cubin)
     tile = launch.arguments.get("TILE")
-    loop = loop_of(cubin) if tile else Loop(0, 0)
+    if launch.kernel is reconstruct_tokens:  # its loops are over columns of a tile
+        loop = whole_of(cubin)
+    else:
+        loop = loop_of(cubin) if tile else Loop(0, 0)
     ptx = compiled.asm["ptx"]
     keys = ("HEADS", "V_BLOCK", "ROWS", "TILE", "LOCAL_ROPE", "STREAM", "COLUMNS", "DEPTH")
     config = {k.lower(): int(v) for k, v in launch.arguments.items() if k in keys}

@@ -133,7 +133,10 @@ def plan_columns(
     spans); otherwise both are loaded, the second time from L1 or L2.
     """
     k_width, v_width = k_spans[0].width, v_spans[0].width
-    k_runs, v_runs = runs_of_span(k_spans[0], latent_format), runs_of_span(v_spans[0], latent_format)
+    k_runs, v_runs = (
+        runs_of_span(k_spans[0], latent_format),
+        runs_of_span(v_spans[0], latent_format),
+    )
     shifts = {k.start - v.start for k, v in zip(k_spans, v_spans, strict=True)}
     shift = shifts.pop()
     low, high = max(0, shift), min(v_width, shift + k_width)

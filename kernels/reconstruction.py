@@ -1,8 +1,8 @@
 """Dense keys and values of stretches of the cache, for attention that wants them so.
 
-Roofline. ``2·d·(w_k + w_v)`` FLOP and ``2·d`` elements written per token and KV head: at widths from
-64 on a matrix product that the tensor cores bound. It is done once per token of the context that a
-call attends, where attention on latents reconstructs a key anew for every block of queries.
+Roofline. ``2·d·(w_k + w_v)`` FLOP and ``2·d`` elements written per token and KV head: at widths of
+64 in bf16 that is 64 FLOP per byte, bound by memory. It is done once per token of the context that
+a call attends, where attention on latents reconstructs a key anew for every block of queries.
 
 Data movement. One program per (tile of tokens, KV head); those of a tile are neighbors, so that all
 heads of a group but one read its latents from L2. Latents and factors are streamed, some columns at

@@ -34,10 +34,12 @@ class ReconstructionConfig:
 
 @cache
 def reconstruction_config(dim: int, itemsize: int) -> ReconstructionConfig:
-    """For heads padded to ``dim``: the accumulator is ``tile · dim`` float32, at most 32 a thread."""
+    """For heads padded to ``dim``: of an accumulator of ``tile · dim``, a thread has up to 32."""
     if itemsize == 4:  # without tensor cores operands are registers
         return ReconstructionConfig(tile=32, stream=16, stages=1)
-    return ReconstructionConfig(tile=64 if dim <= 128 else 32, stream=64, warps=4 if dim <= 64 else 8)
+    return ReconstructionConfig(
+        tile=64 if dim <= 128 else 32, stream=64, warps=4 if dim <= 64 else 8
+    )
 
 
 def prefers_dense(shape: AttentionShape, target: Target, queries: float) -> bool:

@@ -272,7 +272,8 @@ class BoundLayer(Protocol):
         Raises:
             NotImplementedError: this implementation attends to latents alone.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not reconstruct")
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} does not reconstruct")
 
     def reserve(self, limits: BatchLimits) -> None:
         """Allocate what calls within ``limits`` need, before memory is profiled and graphs are

@@ -104,7 +104,9 @@ def reconstruct_keys(layer: LatentLayer, z: torch.Tensor, positions: torch.Tenso
 def reconstruct_values(layer: LatentLayer, z: torch.Tensor) -> torch.Tensor:
     """``v = L_v z_v + b_v`` for every head: ``[tokens, h_kv, d]`` of latents ``[tokens, rank]``."""
     spans = torch.stack([z[:, span.start : span.end] for span in layer.head_v_spans], dim=1)
-    return latent_value_up(spans, layer.v_up, layer.v_bias, out_dtype=z.dtype, compute_dtype=z.dtype)
+    return latent_value_up(
+        spans, layer.v_up, layer.v_bias, out_dtype=z.dtype, compute_dtype=z.dtype
+    )
 
 
 def reconstruct(

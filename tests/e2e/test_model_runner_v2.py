@@ -3,6 +3,7 @@
 On a CPU it runs with Triton's interpreter (``model_runner_v2/sitecustomize.py``).
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from tests.e2e.test_features import SCHEMA
 
 pytestmark = pytest.mark.model_runner_v2
 
-RUNNER_V2 = {"PYTHONPATH": str(Path(__file__).with_name("model_runner_v2"))}
+PATHS = str(Path(__file__).with_name("model_runner_v2")), os.environ.get("PYTHONPATH")
+RUNNER_V2 = {"PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
 RECALKV = {"attention_backend": "recalkv"}
 GREEDY = {"max_tokens": 24, "ignore_eos": True}
 

@@ -252,7 +252,9 @@ def test_workspace_covers_every_batch(bounded: bool, monkeypatch: pytest.MonkeyP
         lse = out[:, :, 0].contiguous()
         list(attention.launches(part, q, inputs.kv_cache, batch, out, lse))
     assert len(asked) > 20
-    limits = BatchLimits(num_heads=4, num_seqs=1000, decode_query_len=2, seq_len=100_000, num_tokens=2000)
+    limits = BatchLimits(
+        num_heads=4, num_seqs=1000, decode_query_len=2, seq_len=100_000, num_tokens=2000
+    )
     assert max(asked) <= attention.planner.workspace_bytes(limits)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recalkv_vllm.ops import Batch, CheckedLayer, dispatch
+from recalkv_vllm.ops import Batch, CheckedLayer
 from recalkv_vllm.serving.attention import implementation
 from recalkv_vllm.serving.attention.dense_prefill import DensePrefill
 from recalkv_vllm.serving.attention.metadata import LatentMetadata
@@ -32,7 +34,7 @@ def test_slices_cover_every_context_once(sequences: list[tuple[int, int]], room:
         stretches = [each[i] for each in slices]
         assert stretches[0].end == length
         assert stretches[0].start <= length - count
-        assert all(older.end == newer.start for newer, older in zip(stretches, stretches[1:]))
+        assert all(older.end == newer.start for newer, older in pairwise(stretches))
         assert stretches[-1].start == 0
     assert all(sum(end - start for start, end in each) > 0 for each in slices)
 
@@ -55,7 +57,6 @@ CASES = (
 @pytest.fixture(autouse=True)
 def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECALKV_KERNEL", "reference")
-    dispatch._choose.cache_clear()
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -88,7 +89,9 @@ def test_prompts(
 def test_decodes_beside_prompts(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What vLLM calls: decodes attend to latents, prompts to what the layer prefers."""
     calls: list[int] = []
-    monkeypatch.setattr(CheckedLayer, "prefers_dense", lambda *given: calls.append(given[2]) or dense)
+    monkeypatch.setattr(
+        CheckedLayer, "prefers_dense", lambda *given: calls.append(given[2]) or dense
+    )
     monkeypatch.setattr(implementation, "flash_attention", lambda *_: flash(3))
     batch = ((1, 33), (1, 7), (20, 50), (40, 40))
     case = spanned("mixed", (4, 2, 64), 1, 32, 2, 32, batch=batch, padding_rows=2)

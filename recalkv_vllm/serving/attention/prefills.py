@@ -1,4 +1,4 @@
-"""Prompts of a batch as the host knows them, and the slices of context that they are attended in."""
+"""Prompts of a batch as the host knows them, and the slices of context that they attend to."""
 
 from __future__ import annotations
 
