@@ -17,7 +17,10 @@ import json
 import os
 import re
 import sys
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 # The engine in this process: five seconds to start instead of twenty.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -37,7 +40,39 @@ def resolve_model_class(engine):
         ModelRegistry.register_model(architecture, cls)
 
 
+@contextmanager
+def dense_prefill():
+    """Every prompt is attended as dense keys and values; counts the calls of attention."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from recalkv_vllm.kernels.heuristics import reconstruction
+    from recalkv_vllm.serving.attention import implementation
+    from recalkv_vllm.serving.attention.flash_attention import FlashAttention
+    from tests.flash_attention import flash
+
+    calls = Counter()
+    attend, merge = flash(3).attend, flash(3).merge
+
+    def counting(**given):
+        calls["causal" if given["causal"] else "earlier"] += 1
+        return attend(**given)
+
+    with (
+        patch.object(implementation, "flash_attention", lambda *_: FlashAttention(counting, merge)),
+        patch.object(reconstruction, "WORTHWHILE_BLOCKS", 0),
+    ):
+        yield calls
+
+
 def run(job):
+    if not job.get("dense_prefill"):
+        return run_engine(job)
+    with dense_prefill() as calls:
+        result = run_engine(job)
+    result["metrics"]["dense_prefill"] = calls
+    return result
+
+
+def run_engine(job):
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
