@@ -3,6 +3,7 @@
 # make test-reliability: fuzzers, faults and a 15-minute soak, with figures at the end.
 # make test-asan: the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer.
 # make test-cuda-stack: the plugin in vLLM's CUDA build, on a machine without a GPU; downloads 10 GB.
+# make docs: the documentation as a site, in build/site.
 # make gpu: build, test and measure the kernels on a GPU, in calls of at most 8 minutes.
 
 PYTHON ?= python3
@@ -38,7 +39,7 @@ CUDA_BUILD := $(CUDA_VENV)/build
 CUDA_DRIVER := $(CUDA_VENV)/driver
 PRETENDED := tests/cuda_stack/pretended
 
-.PHONY: demo test test-all test-reliability test-asan test-cuda-stack gpu lint install model clean
+.PHONY: demo test test-all test-reliability test-asan test-cuda-stack gpu docs lint install model clean
 .DELETE_ON_ERROR:
 
 demo: install model
@@ -86,6 +87,9 @@ lint: install
 # goes on with: logs and results are in OUT, SKIP="test bench-all" leaves out what begins so.
 gpu:
 	$(PYTHON) -m benchmarks.gpu --output $(OUT) --model $(MODEL) --minutes $(MINUTES) --skip $(SKIP)
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 install: $(PACKAGE)
 
