@@ -16,6 +16,7 @@ from recalkv_vllm.cli import (
     bench_offline,
     bench_serve,
     compress,
+    env,
     evaluate,
     explore,
     inspect,
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure speed against stock vLLM.",
     )
     benchmarks = bench.add_subparsers(metavar="BENCHMARK", required=True)
-    modules = [(module, commands) for module in (compress, evaluate, explore, inspect, plan)]
+    modules = [(module, commands) for module in (compress, env, evaluate, explore, inspect, plan)]
     modules += [(module, benchmarks) for module in (bench_kernel, bench_offline, bench_serve)]
     for module, group in modules:
         command = module.add_parser(group)
@@ -70,16 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger = logging.getLogger("recalkv_vllm")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    # Imported late: torch takes seconds to load, and --help does not need it.
-    from recalkv_vllm.checkpoint import CheckpointError
-    from recalkv_vllm.compression.errors import InputError
-
     # Handled like Ctrl-C: partial output is removed and servers stop. By default, neither happens.
     on_main_thread = threading.current_thread() is threading.main_thread()
     before = on_main_thread and signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = options.run(options)
-    except (CheckpointError, InputError) as error:
+    except ValueError as error:
+        # Imported late: torch takes seconds to load, and may be what `recalkv env` finds broken.
+        from recalkv_vllm.checkpoint import CheckpointError
+        from recalkv_vllm.compression.errors import InputError
+
+        if not isinstance(error, CheckpointError | InputError):
+            raise
         return report(str(error))
     except KeyboardInterrupt:
         print("recalkv: interrupted", file=sys.stderr)

@@ -28,6 +28,7 @@ def test_every_command_is_looked_at():
         "recalkv bench offline",
         "recalkv bench serve",
         "recalkv compress",
+        "recalkv env",
         "recalkv eval",
         "recalkv explore",
         "recalkv inspect",
