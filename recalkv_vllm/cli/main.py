@@ -35,6 +35,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(report(message))
 
 
+class StderrHandler(logging.Handler):
+    """Writes to what ``sys.stderr`` is at the time: a bar puts there what keeps lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def report(message: str) -> int:
     """Print an error as one line on stderr; the exit status for bad input."""
     print(f"recalkv: error: {' '.join(message.split())}", file=sys.stderr)
@@ -59,18 +66,22 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--json", action="store_true", help="print one JSON object to stdout, and nothing else"
         )
-        command.set_defaults(run=module.run, show=module.show)
+        if module not in (env, inspect, plan):
+            command.add_argument(
+                "--quiet", action="store_true", help="no progress on stderr, only warnings"
+            )
+        command.set_defaults(run=module.run, show=module.show, quiet=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = build_parser().parse_args(argv)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StderrHandler()
     handler.setFormatter(logging.Formatter("recalkv: %(message)s"))
     logger = logging.getLogger("recalkv_vllm")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if options.quiet else logging.INFO)
     # Handled like Ctrl-C: partial output is removed and servers stop. By default, neither happens.
     on_main_thread = threading.current_thread() is threading.main_thread()
     before = on_main_thread and signal.signal(signal.SIGTERM, signal.default_int_handler)
