@@ -18,6 +18,7 @@ def packages() -> tuple[dict[str, dict[str, Any]], list[str]]:
     each version outside of its range."""
     requirements, warnings = _requirements()
     found: dict[str, dict[str, Any]] = {OWN_NAME: {"version": __version__, "expected": None}}
+    expected: str | None
     for name in NAMES:
         version = _version(name)
         if name == "vllm":

@@ -43,7 +43,7 @@ def kernels() -> dict[str, Any]:
     """Devices, and which implementations of the ops run there."""
     import torch
 
-    devices = [{"device": "cpu"}]
+    devices: list[dict[str, Any]] = [{"device": "cpu"}]
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         capability = f"{about.major}.{about.minor}"
