@@ -21,6 +21,7 @@ from recalkv_vllm.cli import (
     explore,
     inspect,
     plan,
+    write_report,
 )
 from recalkv_vllm.version import __version__
 
@@ -59,14 +60,17 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure speed against stock vLLM.",
     )
     benchmarks = bench.add_subparsers(metavar="BENCHMARK", required=True)
-    modules = [(module, commands) for module in (compress, env, evaluate, explore, inspect, plan)]
+    modules = [
+        (module, commands)
+        for module in (compress, env, evaluate, explore, inspect, plan, write_report)
+    ]
     modules += [(module, benchmarks) for module in (bench_kernel, bench_offline, bench_serve)]
     for module, group in modules:
         command = module.add_parser(group)
         command.add_argument(
             "--json", action="store_true", help="print one JSON object to stdout, and nothing else"
         )
-        if module not in (env, inspect, plan):
+        if module not in (env, inspect, plan, write_report):
             command.add_argument(
                 "--quiet", action="store_true", help="no progress on stderr, only warnings"
             )

@@ -33,6 +33,7 @@ def test_every_command_is_looked_at():
         "recalkv explore",
         "recalkv inspect",
         "recalkv plan",
+        "recalkv report",
     }
 
 
