@@ -51,6 +51,14 @@ def add_to_card(directory: Path, result: dict[str, Any]) -> None:
     (directory / CARD).write_text(f"{head}{HEADING}{lines}\n\n{NEXT}{tail}", encoding="utf-8")
 
 
+def card_results(directory: Path) -> list[str]:
+    """Results that a checkpoint's model card lists; none if it has no such card."""
+    path = directory / CARD
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    listed = card.partition(NEXT)[0].partition(HEADING)[2]
+    return [line.removeprefix("- ") for line in listed.splitlines() if line.startswith("- ")]
+
+
 def read_card(directory: Path) -> str:
     """The model card. Raises :class:`InputError` unless ``recalkv compress`` wrote it."""
     path = directory / CARD

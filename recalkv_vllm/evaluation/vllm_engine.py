@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 
 from recalkv_vllm.checkpoint import AttentionGeometry, read_hf_config
+
+log = logging.getLogger(__name__)
 
 #: Prompts that the cache holds at once.
 CONCURRENT_PROMPTS = 4
@@ -55,6 +58,7 @@ def _run(
         return engine.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
             SamplingParams(temperature=0, max_tokens=max_tokens, **sampling),
+            use_tqdm=log.isEnabledFor(logging.INFO),
         )
 
 
