@@ -1,12 +1,14 @@
 """Real models, compressed through the real command line, and engines in processes of their own."""
 
+import atexit
 import json
 import os
 import random
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -49,17 +51,56 @@ def run_example(*command, **options) -> str:
     return done.stdout
 
 
+class EngineProcess:
+    """A process of ``engine.py``; what it logs goes to a file, of which failures show the end."""
+
+    def __init__(self, **environment):
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, ENGINE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    def run(self, jobs):
+        """Results of jobs; asserts that the process did not die of them."""
+        self.log.seek(0, os.SEEK_END)
+        began = self.log.tell()
+        self.process.stdin.write(json.dumps(jobs) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        self.log.seek(began)
+        assert answer, self.log.read()[-4000:]
+        return json.loads(answer)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+
+@cache
+def shared_engines() -> EngineProcess:
+    """The process of all jobs that need no environment of their own; vLLM is imported once."""
+    engines = EngineProcess()
+    atexit.register(engines.close)
+    return engines
+
+
 def run_engines(*jobs, **environment):
     """Run engine jobs (see ``engine.py``) one after the other in one process."""
-    done = subprocess.run(
-        [sys.executable, ENGINE],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    engines = EngineProcess(**environment) if environment else shared_engines()
+    try:
+        return engines.run(jobs)
+    except AssertionError:
+        shared_engines.cache_clear()
+        raise
+    finally:
+        if environment:
+            engines.close()
 
 
 @pytest.fixture(scope="session")

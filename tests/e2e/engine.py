@@ -1,4 +1,5 @@
-"""Runs vLLM engines in a process of their own: jobs on stdin, results on stdout, both JSON.
+"""Runs vLLM engines in a process of their own: a list of jobs per line of stdin, their results as a
+line of stdout, both JSON.
 
 A job is ``{"engine": {LLM arguments}, "batches": [{"prompts": [[ids]], "sampling": {...}}]}``; its
 result is ``{"tokens": [[[ids], ...], ...], "metrics": {name: value}, "outputs": [...]}``:
@@ -184,6 +185,7 @@ if __name__ == "__main__":
     results_to = os.dup(1)
     # vLLM logs to stdout; results alone may go there.
     os.dup2(2, 1)
-    results = [run(job) for job in json.load(sys.stdin)]
     with os.fdopen(results_to, "w") as out:
-        json.dump(results, out)
+        for jobs in sys.stdin:
+            out.write(json.dumps([run(job) for job in json.loads(jobs)]) + "\n")
+            out.flush()
