@@ -41,7 +41,9 @@ def without_kv_projections(mapper: WeightsMapper) -> WeightsMapper:
             re.compile(r"\.self_attn\.(k|v)_proj\."): None,
         },
         orig_to_new_stacked={
-            old: new for old, new in mapper.orig_to_new_stacked.items() if new[0] != ".qkv_proj"
+            old: new
+            for old, new in mapper.orig_to_new_stacked.items()
+            if not new[0].endswith(".qkv_proj")
         },
     )
 
