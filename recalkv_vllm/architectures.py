@@ -138,7 +138,6 @@ SUPPORTED = {
     "exaone_moe": Architecture(
         f"{_MODELS}.exaone_moe:ExaoneMoeForCausalLM", "K-EXAONE (as EXAONE 4, mixture of experts)"
     ),
-    "hy_v3": Architecture(f"{_MODELS}.hy_v3:HYV3ForCausalLM", "Hy3", reads=("qk_norm",)),
     "cohere2_moe": Architecture(f"{_MODELS}.cohere2_moe:Cohere2MoeForCausalLM", "Cohere 2 MoE"),
     "smollm3": Architecture(
         _TRANSFORMERS, "SmolLM3 (every fourth layer without RoPE)", name="SmolLM3ForCausalLM"

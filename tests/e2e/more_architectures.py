@@ -22,7 +22,6 @@ from transformers import (
     GraniteMoeSharedConfig,
     HeliumConfig,
     HyperCLOVAXConfig,
-    HYV3Config,
     Jais2Config,
     MinistralConfig,
     NemotronConfig,
@@ -87,15 +86,6 @@ MORE_CONFIGS = {
         mlp_layer_types=["dense", "sparse", "sparse"],
         num_experts=4,
         moe_intermediate_size=64,
-    ),
-    "hy_v3": HYV3Config(
-        **{**SIZES, **EXPERTS},
-        head_dim=32,
-        qk_norm=True,
-        first_k_dense_replace=1,
-        num_experts=4,
-        moe_intermediate_size=64,
-        mlp_layer_types=["dense", "sparse", "sparse"],
     ),
     "cohere2-moe": Cohere2MoeConfig(
         **{**SIZES, **EXPERTS, "tie_word_embeddings": True},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from recalkv_vllm.architectures import SUPPORTED, VARYING_ROPE, Architecture
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.refused_architectures import REFUSED
@@ -66,6 +68,14 @@ def supported_architecture(config: Mapping[str, Any]) -> Architecture:
             f"{', '.join(sorted(SUPPORTED))}"
         )
     architecture = SUPPORTED[model_type]
+    # Some models call themselves by another's type, and are served by a class of their own.
+    expected = (
+        architecture.served_name.removeprefix("Recalkv"),
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type],
+    )
+    names = config.get("architectures")
+    if names and not {*map(str.lower, expected)} & {*map(str.lower, names)}:
+        raise InputError(f"{model_type} with architectures {', '.join(names)} is not supported")
     for field in ATTENTION_FIELDS:
         if config.get(field) and field not in architecture.reads:
             raise InputError(f"{model_type} with {field} is not supported")

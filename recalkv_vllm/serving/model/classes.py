@@ -45,9 +45,9 @@ from recalkv_vllm.serving.model.weights import (
     base_weights,
     come_from_files,
     file_factors,
+    forget_fused_projections,
     in_factors_order,
     sent_weights,
-    without_kv_projections,
 )
 from recalkv_vllm.serving.names import ARCHITECTURES
 from recalkv_vllm.serving.sharding import shard_latent
@@ -82,16 +82,6 @@ def page_widths(
     return slot_widths(own, windows_differ=len(set(hf_config.get("layer_types") or ())) > 1)
 
 
-def _forget_fused_projections(owner: Any) -> None:
-    """Of a class or a model: queries, keys and values are not one ``qkv_proj`` any more."""
-    if mapper := getattr(owner, "hf_to_vllm_mapper", None):
-        owner.hf_to_vllm_mapper = without_kv_projections(mapper)
-    if packed := getattr(owner, "packed_modules_mapping", None):
-        owner.packed_modules_mapping = {
-            fused: parts for fused, parts in packed.items() if fused != "qkv_proj"
-        }
-
-
 if TYPE_CHECKING:  # any of vLLM's causal language models
     from vllm.model_executor.models.llama import LlamaForCausalLM as _Stock
 else:
@@ -104,7 +94,7 @@ class LatentAttentionMixin(_Stock):
     model: Any
 
     def __init_subclass__(cls) -> None:
-        _forget_fused_projections(cls)
+        forget_fused_projections(cls)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         with _stock_attention_backend(vllm_config):
@@ -114,8 +104,8 @@ class LatentAttentionMixin(_Stock):
         self.recalkv_geometry = AttentionGeometry.from_hf_config(hf_config)
         self.recalkv_vllm_config = vllm_config
         # Some classes make these for each model.
-        _forget_fused_projections(self)
-        _forget_fused_projections(self.model)
+        forget_fused_projections(self)
+        forget_fused_projections(self.model)
         served = served_config(
             self.recalkv_config,
             vllm_config.cache_config.cache_dtype,

@@ -22,6 +22,7 @@ from recalkv_vllm.serving.attention.layer import LatentAttention
 from recalkv_vllm.serving.attention.rotary import position_table, rotate_queries
 from recalkv_vllm.serving.model.factor_layers import LatentDown, PerHead
 from recalkv_vllm.serving.model.stock_attention import StockParts
+from recalkv_vllm.serving.model.stock_layer import check_stock_layer
 from recalkv_vllm.serving.sharding import shard_latent
 
 
@@ -80,6 +81,7 @@ class LatentSelfAttention(nn.Module):
         del vllm_config.compilation_config.static_forward_context[name]
         self.scale = stock.scaling
         self.soft_cap = vllm_config.model_config.hf_config.to_dict().get("attn_logit_softcapping")
+        check_stock_layer(stock.attn, self.scale, self.soft_cap)
         self.attn = LatentAttention(
             stock.attn.num_heads,
             head_dim,

@@ -84,7 +84,8 @@ class StockRun:
             raise self.refusal(f"it has no {', '.join(missing)}")
         widths = stock.qkv_proj.output_partition_sizes
         rows = len(POSITIONS)
-        self._fused = (torch.arange(rows * sum(widths)).view(rows, -1) % 251).float()
+        count = torch.arange(rows * sum(widths), device="cpu")
+        self._fused = (count.view(rows, -1) % 251).float()
         self.q, self.k, self.v = self._fused.split(widths, dim=-1)
 
     def refusal(self, what: str) -> CheckpointError:
@@ -113,7 +114,8 @@ class StockRun:
         }
         stubs = {name: _Stub(answers[name], **sizes) for name in stock._modules if name in answers}
         stock.eval()
-        with _replaced(stock, stubs):
+        # Models are built where another device is the default.
+        with _replaced(stock, stubs), torch.device("cpu"):
             try:
                 result = stock(hidden_states=self._shaped(self._fused[:, :1]), **arguments)
             except CheckpointError:
@@ -200,7 +202,7 @@ def stock_parts(stock: Any, head_dim: int) -> StockParts:
         CheckpointError: it does something that latents are not served with.
     """
     run = StockRun(stock, head_dim)
-    result = run.run(positions=torch.tensor(POSITIONS))
+    result = run.run(positions=torch.tensor(POSITIONS, device="cpu"))
     turned = 2 * (ROTARY in run.calls)
     if not torch.equal(run.attended_q.reshape(run.q.shape), run.normed_q + turned):
         raise run.refusal("it changes queries")

@@ -56,9 +56,10 @@ class RotaryTable:
                 f"found {rope_type}"
             )
         # On the CPU, like the runs of attention modules.
-        rotary = copy.deepcopy(rotary).cpu()
-        positions = torch.arange(num_positions, device="cpu")[None]
-        cos, sin = rotary(torch.zeros(1, 1, device="cpu", dtype=torch.float32), positions)
+        with torch.device("cpu"):
+            positions = torch.arange(num_positions)[None]
+            like = torch.zeros(1, 1, dtype=torch.float32)
+            cos, sin = copy.deepcopy(rotary).cpu()(like, positions)
         #: As the model's layers take them, ``[1, num_positions, rot_dim]``.
         self.cos, self.sin = cos, sin
         self.rot_dim = cos.shape[-1]

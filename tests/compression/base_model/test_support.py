@@ -50,11 +50,17 @@ def test_types_that_are_refused(model_type):
         ("gemma3_text", {"rope_parameters": {"full": {"mrope_section": [8]}}}, "mrope_section"),
         ("smollm3", {"rope_parameters": {"rope_type": "dynamic"}}, "dynamic RoPE"),
         ("llama", {"is_causal": False}, "is_causal"),
+        ("gemma3_text", {"architectures": ["Rnj1ForCausalLM"]}, "architectures Rnj1ForCausalLM"),
     ],
 )
 def test_refused(model_type, changes, message):
     with pytest.raises(InputError, match=message):
         supported_architecture(config(model_type, **changes))
+
+
+@pytest.mark.parametrize("name", ["PhiMoEForCausalLM", "PhimoeForCausalLM"])
+def test_names_of_vllm_and_of_transformers(name):
+    supported_architecture(config("phimoe", architectures=[name]))
 
 
 def test_ropes_that_vllm_settles_at_start_up():
