@@ -133,6 +133,16 @@ class Clipped(Stock):
         return [x.clamp(-8, 8) for x in super().project(hidden_states)]
 
 
+class ScaledInput(Stock):
+    def project(self, hidden_states):
+        return super().project(2 * hidden_states)
+
+
+class ShiftedPositions(Stock):
+    def rotate(self, positions, q, k):
+        return super().rotate(positions + 1, q, k)
+
+
 class ScaledValues(Stock):
     def finish(self, q, k, v):
         return super().finish(q, k, v / math.sqrt(2))
@@ -165,6 +175,13 @@ def with_sinks():
     return stock
 
 
+def test_a_part_that_is_none():
+    stock = Stock()
+    stock.rotary_emb = None
+    stock.rotate = lambda positions, q, k: (q, k) if stock.rotary_emb is None else (k, q)
+    assert stock_parts(stock, HEAD_DIM).rotary_emb is None
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -174,6 +191,8 @@ def with_sinks():
         (DroppedNorm, "it changes queries"),
         (LayerNormed, "its q_norm is a LayerNorm"),
         (ScaledByPosition, "it changes queries"),
+        (ScaledInput, "it changes what it projects"),
+        (ShiftedPositions, "it changes positions"),
         (Clipped, "it changes values"),
         (ScaledValues, "it changes values"),
         (Gated, "it changes what attention gives"),

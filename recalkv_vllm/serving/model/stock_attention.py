@@ -86,6 +86,7 @@ class StockRun:
         rows = len(POSITIONS)
         count = torch.arange(rows * sum(widths), device="cpu")
         self._fused = (count.view(rows, -1) % 251).float()
+        self._hidden = self._shaped(self._fused[:, 1:3])
         self.q, self.k, self.v = self._fused.split(widths, dim=-1)
 
     def refusal(self, what: str) -> CheckpointError:
@@ -112,12 +113,13 @@ class StockRun:
             "output_sizes": stock.qkv_proj.output_sizes,
             "has_sink": False,
         }
-        stubs = {name: _Stub(answers[name], **sizes) for name in stock._modules if name in answers}
+        parts = [name for name, _ in stock.named_children()]
+        stubs = {name: _Stub(answers[name], **sizes) for name in parts}
         stock.eval()
         # Models are built where another device is the default.
         with _replaced(stock, stubs), torch.device("cpu"):
             try:
-                result = stock(hidden_states=self._shaped(self._fused[:, :1]), **arguments)
+                result = stock(hidden_states=self._hidden, **arguments)
             except CheckpointError:
                 raise
             except Exception as error:  # whatever a forward does with parts it does not expect
@@ -157,6 +159,8 @@ class StockRun:
 
     def _project(self, hidden: torch.Tensor) -> Any:
         self.calls.append(PROJECTION)
+        if not torch.equal(hidden, self._hidden):
+            raise self.refusal("it changes what it projects")
         return self._paired(self._shaped(self._fused.clone()))
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -167,6 +171,8 @@ class StockRun:
 
     def _rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> Any:
         self.calls.append(ROTARY)
+        if positions.tolist() != list(POSITIONS):
+            raise self.refusal("it changes positions")
         return q + 2, k + 2
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
