@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.pipeline import compress
 from tests.e2e.architectures import CONFIGS, SIZES, save_random_model
+from tests.e2e.more_architectures import MORE_CONFIGS
 from tests.e2e.prompts import LONG_TEXT, QUESTIONS
 from tests.tiny_models import train_tokenizer
 
@@ -170,7 +171,7 @@ def make_small(tmp_path_factory):
     def make(name: str, seed: int = 0) -> Path:
         path = directory / (f"{name}-{seed}" if seed else name)
         if not path.is_dir():
-            save_random_model(CONFIGS[name], path, seed)
+            save_random_model({**CONFIGS, **MORE_CONFIGS}[name], path, seed)
             tokenizer.save_pretrained(path)
         return path
 

@@ -36,7 +36,11 @@ def resolve_model_class(engine):
     load_general_plugins()
     config = json.loads(Path(cached_file(engine["model"], "config.json")).read_text())
     config |= engine.get("hf_overrides", {})
-    for architecture in config["architectures"]:
+    architectures = config["architectures"]
+    if not ModelRegistry.models.keys() & architectures:
+        # vLLM has no class of its own, and runs the model as transformers defines it.
+        architectures = ["TransformersForCausalLM", "TransformersMoEForCausalLM"]
+    for architecture in architectures:
         cls = ModelRegistry.models[architecture].load_model_cls()
         ModelRegistry.register_model(architecture, cls)
 
