@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recalkv_vllm.cli.evaluate_ruler import add_ruler_options, run_ruler, show_ruler
 from recalkv_vllm.cli.help import HelpFormatter
 from recalkv_vllm.names import ENGINES
 
@@ -17,8 +18,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "eval",
         help="measure the accuracy of a model or checkpoint",
         description="Measure perplexity over consecutive windows of a text (ppl), agreement with "
-        "the base model over such windows (agreement), or retrieval of a number hidden in a long "
-        "text (passkey).",
+        "the base model over such windows (agreement), retrieval of a number hidden in a long "
+        "text (passkey), or the synthetic tasks of RULER (ruler).",
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
@@ -31,25 +32,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add("--text-column", metavar="C", default="text", help="column of the dataset with the text")
     add("--metric", choices=tuple(METRICS), default="ppl", help="what to measure")
-    add("--base", metavar="MODEL", help="agreement: the model to compare with")
-    add(
-        "--lengths",
-        nargs="+",
-        type=int,
-        default=[512, 1024, 2048],
-        metavar="N",
-        help="passkey: prompt lengths in tokens",
-    )
-    add(
-        "--depths",
-        nargs="+",
-        type=float,
-        default=[0.0, 0.25, 0.5, 0.75, 1.0],
-        metavar="D",
-        help="passkey: where in the prompt the number is, from 0 (start) to 1 (end)",
-    )
-    add("--samples", type=int, default=2, metavar="N", help="passkey: prompts per length and depth")
-    add("--seed", type=int, default=0, metavar="N", help="passkey: random seed")
+    add("--base", metavar="MODEL", help="the model to compare with; agreement needs one")
+    add_ruler_options(parser)
+    add("--plot", metavar="FILE.png", type=Path, help="ruler, passkey: plot scores by depth")
     add("--seq-len", metavar="N", type=int, default=2048, help="tokens per window")
     add("--max-tokens", metavar="N", type=int, help="use at most N tokens of the text")
     add(
@@ -68,6 +53,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from recalkv_vllm.cli.libraries import quiet_libraries
     from recalkv_vllm.compression.base_model.find import find_model
     from recalkv_vllm.compression.errors import check_least
+    from recalkv_vllm.compression.output.figure import check_plot
     from recalkv_vllm.compression.output.reader import check_factors
     from recalkv_vllm.evaluation.report import add_to_card, read_card
 
@@ -75,6 +61,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     check_least(options, seq_len=2, samples=1)
     if options.max_tokens:
         check_least(options, max_tokens=2)
+    if options.plot is not None:
+        check_plot(options.plot)
     directory = find_model(options.model)
     if "recalkv" in read_hf_config(directory):
         check_factors(directory)
@@ -135,21 +123,11 @@ def _agreement(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     return {"base": options.base, **provenance, **agreement(directory, base, windows)}
 
 
-def _passkey(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    from recalkv_vllm.compression.base_model.model import BaseModel
-    from recalkv_vllm.evaluation.engines import load_engine
-    from recalkv_vllm.evaluation.passkey import passkey
-
-    engine = load_engine(options.engine)
-    tokenizer = BaseModel(directory).tokenizer()
-    grid = (options.lengths, options.depths, options.samples, options.seed)
-    return passkey(engine, directory, tokenizer, *grid)
-
-
 METRICS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "ppl": _perplexity,
     "agreement": _agreement,
-    "passkey": _passkey,
+    "passkey": run_ruler,
+    "ruler": run_ruler,
 }
 
 
@@ -157,21 +135,7 @@ def show(result: dict[str, Any]) -> None:
     """Print the result for people."""
     from recalkv_vllm.evaluation.report import describe_result
 
-    if result["metric"] == "passkey":
-        _show_grid(result)
+    if result["metric"] in ("passkey", "ruler"):
+        show_ruler(result)
     what, found = describe_result(result)
     print(f"{result['model']}: {what}: {found}")
-
-
-def _show_grid(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    found = {(row["length"], row["depth"]): row["accuracy"] for row in result["rows"]}
-    depths = sorted({depth for _, depth in found})
-    table = Table(title=f"{result['model']}: pass keys found, by length and depth")
-    for heading in ("tokens", *(f"{depth:g}" for depth in depths)):
-        table.add_column(heading, justify="right")
-    for length in sorted({length for length, _ in found}):
-        table.add_row(f"{length:,}", *(f"{found[length, depth]:.0%}" for depth in depths))
-    Console().print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -19,8 +20,11 @@ class Engine(Protocol):
         first, and their count."""
 
     @staticmethod
-    def generate(model: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        """Greedy continuations of prompts, ``max_tokens`` token ids or fewer each."""
+    def generate(
+        model: Path, prompts: list[list[int]], max_tokens: list[int]
+    ) -> Iterator[list[int]]:
+        """Greedy continuations of prompts in order, as they are made; of each prompt, no more than
+        its ``max_tokens`` token ids."""
 
 
 def load_engine(name: str) -> Engine:

@@ -28,13 +28,15 @@ def describe_result(result: dict[str, Any]) -> tuple[str, str]:
                 f"the same most likely token at {result['top1']:.2%}; KL divergence "
                 f"{result['kl']:.5f}; nll {result['nll']:.5f} against {result['base_nll']:.5f}",
             )
-        case "passkey":
-            lengths = sorted({row["length"] for row in result["rows"]})
+        case "passkey" | "ruler" as metric:
+            lengths = ", ".join(map(str, sorted({row["length"] for row in result["rows"]})))
+            name = "pass keys" if metric == "passkey" else "RULER"
+            base = f" (base: {result['base_score']:.1%})" if "base_score" in result else ""
             return (
-                f"pass keys ({', '.join(map(str, lengths))} tokens, {engine})",
-                f"{result['accuracy']:.1%} of {result['prompts']} found",
+                f"{name} ({lengths} tokens, {engine})",
+                f"{result['score']:.1%}{base} found, {result['prompts']} prompts",
             )
-    raise ValueError(f"metric: expected ppl, agreement or passkey, found {result['metric']!r}")
+    raise ValueError(f"metric: expected a known one, found {result['metric']!r}")
 
 
 def add_to_card(directory: Path, result: dict[str, Any]) -> None:

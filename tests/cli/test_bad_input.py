@@ -384,7 +384,20 @@ def test_plot_that_cannot_be_written(fails, checkpoint, capsys):
             "--engine vllm: expected transformers for --metric agreement",
         ),
         (["--metric", "passkey", "--samples", "0"], "--samples 0: expected at least 1"),
-        (["--metric", "passkey", "--lengths", "20"], "--lengths 20: expected more than"),
+        (["--metric", "passkey", "--lengths", "20"], "--lengths 20: expected at least"),
+        (
+            ["--metric", "passkey", "--lengths", "300"],
+            "--lengths 300: expected at most 256 for this model",
+        ),
+        (
+            ["--metric", "passkey", "--lengths", "99", "--depths", "1.5"],
+            "--depths 1.5: expected a number from 0 to 1",
+        ),
+        (["--metric", "ruler", "--tasks", "qa"], "--tasks qa: unknown; expected one of passkey"),
+        (
+            ["--metric", "ruler", "--tasks", "vt", "--plot", "x.png", "--lengths", "200"],
+            "--plot: expected a task with one needle, found vt",
+        ),
     ],
 )
 def test_evaluations_that_cannot_be(fails, tiny, arguments, message):

@@ -88,7 +88,7 @@ def test_other_vocabulary_is_refused(checkpoint, tiny, tmp_path):
 def test_generation_is_greedy(tiny):
     network = load_served(tiny)
     prompt = WINDOWS[0][:10]
-    (answer,) = generate(tiny, [prompt], 5)
+    (answer,) = generate(tiny, [prompt], [5])
     for token in answer:
         assert int(network(torch.tensor([prompt])).logits[0, -1].argmax()) == token
         prompt = [*prompt, token]
