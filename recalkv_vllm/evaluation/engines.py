@@ -15,9 +15,9 @@ class Engine(Protocol):
     """A module that runs models in float32, as they are served."""
 
     @staticmethod
-    def score_windows(model: Path, windows: list[list[int]]) -> list[tuple[float, int]]:
-        """Per window of token ids: the summed negative log-likelihood (nats) of all tokens but its
-        first, and their count."""
+    def score_windows(model: Path, windows: list[list[int]]) -> list[list[float]]:
+        """Per window of token ids: the negative log-likelihood (nats) of each token but its
+        first."""
 
     @staticmethod
     def generate(

@@ -13,20 +13,34 @@ HEADING = "## Measured\n\n"
 NEXT = "## How it was made\n"
 
 
+def by_dataset(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results on each of several datasets; or the one result."""
+    return [{**result, **each} for each in result.get("datasets", [{}])]
+
+
 def describe_result(result: dict[str, Any]) -> tuple[str, str]:
     """What was measured, on what and with which engine; and what was found."""
     engine = result["engine"]
     match result["metric"]:
         case "ppl":
+            base = ""
+            if "base_nll" in result:
+                base = f"; base {result['base_perplexity']:.4f}, loss {result['loss']:+.5f}"
             return (
                 f"perplexity ({_text(result)}, {engine})",
-                f"{result['perplexity']:.4f} (nll {result['nll']:.5f})",
+                f"{result['perplexity']:.4f} (nll {result['nll']:.5f}{base})",
             )
         case "agreement":
             return (
                 f"agreement with {Path(result['base']).name} ({_text(result)}, {engine})",
                 f"the same most likely token at {result['top1']:.2%}; KL divergence "
                 f"{result['kl']:.5f}; nll {result['nll']:.5f} against {result['base_nll']:.5f}",
+            )
+        case "divergence":
+            return (
+                f"greedy answers as {Path(result['base']).name} gives them ({engine})",
+                f"{result['same']:.1%} of {result['answers']} to the end; the first difference "
+                f"after {result['median_tokens']:.0f} tokens in the median",
             )
         case "passkey" | "ruler" as metric:
             lengths = ", ".join(map(str, sorted({row["length"] for row in result["rows"]})))

@@ -24,15 +24,14 @@ def load_served(model: Path) -> CausalLM:
 
 
 @torch.inference_mode()
-def score_windows(model: Path, windows: list[list[int]]) -> list[tuple[float, int]]:
+def score_windows(model: Path, windows: list[list[int]]) -> list[list[float]]:
     """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
     network = load_served(model)
     scores = []
     for window in track(windows, "evaluating", total=len(windows)):
         ids = torch.tensor([window], device=network.device)
         logits = network(ids, use_cache=False).logits[0, :-1]
-        nll = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
-        scores.append((nll.item(), len(window) - 1))
+        scores.append(F.cross_entropy(logits, ids[0, 1:], reduction="none").tolist())
     return scores
 
 

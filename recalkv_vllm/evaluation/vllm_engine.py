@@ -64,7 +64,7 @@ def _run(
         )
 
 
-def score_windows(model: Path, windows: list[list[int]]) -> list[tuple[float, int]]:
+def score_windows(model: Path, windows: list[list[int]]) -> list[list[float]]:
     """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
     # vLLM always generates a token after the prompt.
     engine = _load(model, max(map(len, windows)) + 1)
@@ -74,8 +74,7 @@ def score_windows(model: Path, windows: list[list[int]]) -> list[tuple[float, in
         # The first token has no prediction; each other position holds the prompt's own token.
         logprobs: Any = output.prompt_logprobs
         found = logprobs[1:]
-        likelihoods = [at[token].logprob for token, at in zip(window[1:], found, strict=True)]
-        scores.append((-sum(likelihoods), len(likelihoods)))
+        scores.append([-at[token].logprob for token, at in zip(window[1:], found, strict=True)])
     return scores
 
 

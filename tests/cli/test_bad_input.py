@@ -378,11 +378,17 @@ def test_plot_that_cannot_be_written(fails, checkpoint, capsys):
     ("arguments", "message"),
     [
         (["--metric", "ppl"], "--dataset: expected a text for --metric ppl, found none"),
-        (["--metric", "agreement", "--dataset", "builtin"], "--base: expected the model to agree"),
+        (["--metric", "agreement", "--dataset", "builtin"], "--base: expected a model for"),
         (
             ["--metric", "agreement", "--dataset", "builtin", "--base", "x", "--engine", "vllm"],
             "--engine vllm: expected transformers for --metric agreement",
         ),
+        (["--metric", "divergence"], "--base: expected a model for --metric divergence"),
+        (
+            ["--metric", "divergence", "--base", "x", "--plot", "x.png"],
+            "--plot: expected --metric ppl, passkey, ruler",
+        ),
+        (["--dataset", "builtin"] * 2, "--dataset builtin: found twice"),
         (["--metric", "passkey", "--samples", "0"], "--samples 0: expected at least 1"),
         (["--metric", "passkey", "--lengths", "20"], "--lengths 20: expected at least"),
         (
