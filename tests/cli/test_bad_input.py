@@ -380,13 +380,32 @@ def test_plot_that_cannot_be_written(fails, checkpoint, capsys):
     ("arguments", "message"),
     [
         (["--metric", "ppl"], "--dataset: expected a text for --metric ppl, found none"),
-        (["--metric", "agreement", "--dataset", "builtin"], "--base: expected the model to agree"),
+        (["--metric", "agreement", "--dataset", "builtin"], "--base: expected a model for"),
         (
             ["--metric", "agreement", "--dataset", "builtin", "--base", "x", "--engine", "vllm"],
             "--engine vllm: expected transformers for --metric agreement",
         ),
+        (["--metric", "divergence"], "--base: expected a model for --metric divergence"),
+        (
+            ["--metric", "divergence", "--base", "x", "--plot", "x.png"],
+            "--plot: expected --metric ppl, passkey, ruler",
+        ),
+        (["--dataset", "builtin"] * 2, "--dataset builtin: found twice"),
         (["--metric", "passkey", "--samples", "0"], "--samples 0: expected at least 1"),
-        (["--metric", "passkey", "--lengths", "20"], "--lengths 20: expected more than"),
+        (["--metric", "passkey", "--lengths", "20"], "--lengths 20: expected at least"),
+        (
+            ["--metric", "passkey", "--lengths", "300"],
+            "--lengths 300: expected at most 256 for this model",
+        ),
+        (
+            ["--metric", "passkey", "--lengths", "99", "--depths", "1.5"],
+            "--depths 1.5: expected a number from 0 to 1",
+        ),
+        (["--metric", "ruler", "--tasks", "qa"], "--tasks qa: unknown; expected one of passkey"),
+        (
+            ["--metric", "ruler", "--tasks", "vt", "--plot", "x.png", "--lengths", "200"],
+            "--plot: expected a task with one needle, found vt",
+        ),
     ],
 )
 def test_evaluations_that_cannot_be(fails, tiny, arguments, message):
