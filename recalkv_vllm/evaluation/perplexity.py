@@ -45,9 +45,17 @@ def perplexity(engine: Engine, model: Path, windows: list[list[int]]) -> dict[st
     Raises:
         InputError: the model's likelihoods are not finite.
     """
-    scores = engine.score_windows(model, windows)
+    return mean_nll(engine.score_windows(model, windows), f"model {model}")
+
+
+def mean_nll(scores: list[tuple[float, int]], what: str) -> dict[str, Any]:
+    """The mean over all windows of their summed negative log-likelihoods and counts of tokens.
+
+    Raises:
+        InputError: it is not finite; the message begins with ``what``.
+    """
     tokens = sum(count for _, count in scores)
     nll = math.fsum(total for total, _ in scores) / tokens
     if not math.isfinite(nll):
-        raise InputError(f"model {model}: gives log-likelihoods that are not finite")
-    return {"nll": nll, "perplexity": math.exp(nll), "tokens": tokens, "windows": len(windows)}
+        raise InputError(f"{what}: gives log-likelihoods that are not finite")
+    return {"nll": nll, "perplexity": math.exp(nll), "tokens": tokens, "windows": len(scores)}
