@@ -18,7 +18,6 @@ from typing import Any
 from rich.console import Console
 
 from recalkv_vllm.checkpoint import CheckpointError
-from recalkv_vllm.cli.libraries import quiet_libraries
 from recalkv_vllm.compression.calibration.text import describe
 from recalkv_vllm.compression.errors import InputError, check_least
 
@@ -47,7 +46,6 @@ def main(arguments: list[str] | None = None) -> None:
     add("--evaluate-len", type=int, default=1024, help="tokens of an evaluation window")
     add("--max-tokens", type=int, default=12 * 1024, help="of the evaluation text")
     options = parser.parse_args(arguments)
-    quiet_libraries()
     try:
         run(options)
     except (InputError, CheckpointError) as error:

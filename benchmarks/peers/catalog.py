@@ -11,6 +11,7 @@ from recalkv_vllm.compression.errors import InputError
 
 from .. import accuracy
 from .kivi import Kivi
+from .kvtc import KvtcLike
 from .oscar import Oscar
 from .peer import Peer
 from .quarot import QuaRot
@@ -45,7 +46,7 @@ def _checkpoint(family: str, row: accuracy.Row) -> Row:
     return Row(row.name, family, checkpoint=row)
 
 
-BANDS = (0.75, 0.79, 0.86, 0.9125, 0.94)
+BANDS = (0.5, 0.75, 0.79, 0.86, 0.9125, 0.94)
 PEERS = (
     Row("fp8", "vLLM fp8, int8, int4", Fp8),
     Row("int8_per_token_head", "vLLM fp8, int8, int4", Int8PerTokenHead),
@@ -67,6 +68,10 @@ PEERS = (
     ),
     Row("oscar-64-256", "OSCAR", Oscar),
     Row("oscar-4-32", "OSCAR", functools.partial(Oscar, sink=4, recent=32)),
+    *(
+        Row(f"kvtc-like-{b}", "KVTC-like", functools.partial(KvtcLike, bits=b), storage_only=True)
+        for b in (3, 2, 1)
+    ),
     *(_checkpoint("Palu", accuracy.Row("palu", c)) for c in accuracy.COMPRESSIONS),
     *(_checkpoint("Palu, int4", accuracy.Row("palu", c, "int4")) for c in (0.79, 0.86)),
     *(_checkpoint("ReCalKV", accuracy.Row("recalkv", c)) for c in accuracy.COMPRESSIONS),
@@ -77,7 +82,7 @@ ROWS = {
     for row in (
         *PEERS,
         *(_checkpoint(OURS, accuracy.Row("kfac", c, "bands")) for c in BANDS),
-        *(_checkpoint(HEALED, accuracy.Row("kfac", c, "bands", heal=True)) for c in BANDS),
+        *(_checkpoint(HEALED, accuracy.Row("kfac", c, "bands", heal=True)) for c in BANDS[1:]),
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +29,7 @@ def loss_at(points: Sequence[Point], size: float) -> float | None:
     kept = front(points)
     if not kept or size < kept[0][0]:
         return None
-    for (a, loss_a), (b, loss_b) in zip(kept, kept[1:], strict=False):
+    for (a, loss_a), (b, loss_b) in itertools.pairwise(kept):
         if size <= b:
             part = math.log(size / a) / math.log(b / a)
             if loss_b > 0:

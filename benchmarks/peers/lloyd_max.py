@@ -7,7 +7,7 @@ import functools
 import torch
 
 #: Points that the density is sampled at, and most rounds of Lloyd's iteration.
-POINTS = 20_001
+POINTS = 200_001
 ROUNDS = 2_000
 
 
@@ -28,11 +28,23 @@ def lloyd_max(density: torch.Tensor, at: torch.Tensor, bits: int) -> torch.Tenso
     return levels
 
 
+def _gaussian() -> tuple[torch.Tensor, torch.Tensor]:
+    at = torch.linspace(-8, 8, POINTS, dtype=torch.float64)
+    return (-(at**2) / 2).exp(), at
+
+
 @functools.cache
 def gaussian_levels(bits: int) -> torch.Tensor:
-    """Levels for a normal variable of variance 1."""
-    at = torch.linspace(-8, 8, POINTS, dtype=torch.float64)
-    return lloyd_max((-(at**2) / 2).exp(), at, bits)
+    """Levels for a normal variable of variance 1; with no bits, its mean."""
+    return lloyd_max(*_gaussian(), bits)
+
+
+@functools.cache
+def gaussian_distortion(bits: int) -> float:
+    """Mean squared error of :func:`gaussian_levels`."""
+    density, at = _gaussian()
+    error = (at - nearest(at, gaussian_levels(bits))).square()
+    return ((density * error).sum() / density.sum()).item()
 
 
 @functools.cache

@@ -86,6 +86,7 @@ class Bench:
             long_context = size
         else:
             peer = self.peers[row.name]
+            peer.attach(self.network)
             if peer.calibrated and not self._calibrated:
                 self.calibrate([peer for peer in self.peers.values() if peer.calibrated])
                 self._calibrated = True
@@ -106,6 +107,8 @@ class Bench:
             options.calibrate_len,
             SEED,
         )
+        for peer in peers:
+            peer.attach(self.network)
         with observed_attention(self.network, peers):
             for sample in track(samples, "calibrating", total=len(samples)):
                 self.network.model(sample[None].to(self.network.device), use_cache=False)
@@ -115,9 +118,5 @@ class Bench:
 
 def peer_scores(network: CausalLM, peer: Peer, windows: list[list[int]]) -> list[tuple[float, int]]:
     """As :func:`recalkv_vllm.evaluation.transformers_engine.score`, over the peer's cache."""
-    scores = []
-    for window in track(windows, "evaluating", total=len(windows)):
-        peer.begin(network, torch.tensor([window], device=network.device))
-        with peer_attention(network, peer):
-            scores += score(network, [window])
-    return scores
+    with peer_attention(network, peer):
+        return score(network, windows)

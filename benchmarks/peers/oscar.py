@@ -1,4 +1,4 @@
-"""OSCAR (arXiv 2605.17757): 2 bits in a basis that attention chooses, sinks and recent tokens exact.
+"""OSCAR (arXiv 2605.17757): 2 bits in a basis that attention chooses, both ends exact.
 
 Section 3: keys are rotated by the eigenvectors of the queries' second moment ``QᵀQ``, values by
 those of ``VᵀSᵀSV`` for attention weights ``S``, that is of attention's outputs; both then by a

@@ -79,8 +79,8 @@ class Peer:
     def fit(self) -> None:
         """The calibration text is over."""
 
-    def begin(self, network: CausalLM, ids: torch.Tensor) -> None:
-        """A window of text, ``[1, tokens]``, is about to run through the model."""
+    def attach(self, network: CausalLM) -> None:
+        """See the model whose cache it is, before all else."""
 
     def keys(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
         """What the cache gives back of ``keys``, ``[h_kv, tokens, d]`` float32, after RoPE."""
