@@ -94,8 +94,9 @@ def run(options: argparse.Namespace) -> None:
         }
         about = {"name": row.name, "family": row.family, "storage_only": row.storage_only}
         result["rows"].append(about | measured)
-        order = list(ROWS)
-        result["rows"].sort(key=lambda row: order.index(row["name"]))
+        order = {name: i for i, name in enumerate(ROWS)}
+        # Rows of names that are no more come last.
+        result["rows"].sort(key=lambda row: order.get(row["name"], len(order)))
         _write(path, result)
     (options.out / "table.md").write_text(table(result))
     plot(result, options.out / "pareto.png")

@@ -20,7 +20,10 @@ from .vllm_formats import Fp8, Int4PerTokenHead, Int8PerTokenHead
 from .vllm_turboquant import PRESETS, VllmTurboQuant
 
 OURS = "ours"
+SINGLE = "ours, K groups of 1"
 HEALED = "ours, healed"
+#: Families that are no peers.
+OWN = (OURS, SINGLE, HEALED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,10 @@ ROWS = {
     for row in (
         *PEERS,
         *(_checkpoint(OURS, accuracy.Row("kfac", c, "bands")) for c in BANDS),
+        *(
+            _checkpoint(SINGLE, accuracy.Row("kfac", c, "bands", k_group_size=1))
+            for c in (0.75, 0.86)
+        ),
         *(_checkpoint(HEALED, accuracy.Row("kfac", c, "bands", heal=True)) for c in BANDS[1:]),
     )
 }

@@ -14,7 +14,10 @@ def hadamard(size: int) -> torch.Tensor:
         InputError: ``size`` is not a power of two.
     """
     if size < 1 or size & (size - 1):
-        raise InputError(f"head_dim: expected a power of two for a Hadamard matrix, found {size}")
+        raise InputError(
+            f"head_dim: expected a power of two for a Hadamard matrix, found {size}; choose --rows "
+            "without one"
+        )
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))

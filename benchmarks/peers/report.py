@@ -8,7 +8,7 @@ from typing import Any
 
 from recalkv_vllm.compression.output.figure import new_figure, write_figure
 
-from .catalog import HEALED, OURS
+from .catalog import OURS, OWN
 from .equal_bytes import best_peer, loss_at
 
 #: Lines that lie on one another stay visible.
@@ -16,7 +16,7 @@ MARKERS = "osD^v<>PX*h"
 
 
 def _peers(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in result["rows"] if row["family"] not in (OURS, HEALED)]
+    return [row for row in result["rows"] if row["family"] not in OWN]
 
 
 def _points(result: dict[str, Any], family: str) -> list[tuple[float, float]]:
@@ -39,7 +39,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         size, loss = row["bytes_per_token"], row["loss"]
-        same = None if row["family"] in (OURS, HEALED) else loss_at(ours, size)
+        same = None if row["family"] in OWN else loss_at(ours, size)
         cells = ("", "") if same is None else (f"{same:+.4f}", _ratio(same, loss))
         family = row["family"] + (" (storage only)" if row["storage_only"] else "")
         lines.append(
@@ -58,7 +58,7 @@ def _best_peers(result: dict[str, Any]) -> list[str]:
     ]
     peers = [row for row in _peers(result) if not row["storage_only"]]
     for row in result["rows"]:
-        if row["family"] not in (OURS, HEALED):
+        if row["family"] not in OWN:
             continue
         size, loss = row["bytes_per_token"], row["loss"]
         found = best_peer(peers, size)
@@ -86,13 +86,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     markers = itertools.cycle(MARKERS)
     for number, family in enumerate(families):
         stores = any(r["storage_only"] for r in result["rows"] if r["family"] == family)
-        own = family in (OURS, HEALED)
+        own = family in OWN
         axes.plot(
             *zip(*_points(result, family), strict=True),
             marker=next(markers),
             linestyle=":" if stores else "-" if own else "--",
             linewidth=2 if own else 1,
-            color="black" if family == OURS else "gray" if own else f"C{number}",
+            color=str(0.3 * OWN.index(family)) if own else f"C{number % 10}",
             label=family + (" (storage only)" if stores else ""),
         )
     axes.set_yscale("symlog", linthresh=0.01)  # what loses nothing may seem to gain a little
