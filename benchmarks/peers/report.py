@@ -26,7 +26,7 @@ def _points(result: dict[str, Any], family: str) -> list[tuple[float, float]]:
 
 def _ratio(ours: float, theirs: float) -> str:
     """Ours by theirs, where both cost something."""
-    return f"{ours / theirs:.2f}" if ours > 0 and theirs > 0 else ""
+    return f"{ours / theirs:.3f}" if ours > 0 and theirs > 0 else ""
 
 
 def table(result: dict[str, Any]) -> str:
@@ -61,12 +61,15 @@ def _best_peers(result: dict[str, Any]) -> list[str]:
         if row["family"] not in OWN:
             continue
         size, loss = row["bytes_per_token"], row["loss"]
-        found = best_peer(peers, size)
-        best = ("none so small", "", "")
-        if found is not None:
+        best = ("", "", "")
+        if found := best_peer(peers, size):
             family, theirs = found
             wins = " (the peer wins)" if theirs < loss else ""
             best = (family, f"{theirs:+.4f}", _ratio(loss, theirs) + wins)
+        elif peers:
+            least = min(peers, key=lambda peer: peer["bytes_per_token"])
+            name = f"none; {least['family']} in {least['bytes_per_token']:,.0f}"
+            best = (name, f"{least['loss']:+.4f}", _ratio(loss, least["loss"]))
         lines.append(
             f"| {1 - size / result['dense_bytes']:.1%} | {size:,.0f} | {row['name']} "
             f"| {loss:+.4f} | {' | '.join(best)} |"
