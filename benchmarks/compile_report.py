@@ -78,10 +78,10 @@ class Case:
 
 
 def falling_bands(latent: Latent) -> BandFormat:
-    """Bands of 6, 4, 3 and 2 bits in every span: both kinds with two planes, and many chunks."""
+    """Bands of 6, 4, 3 and 2 bits in every region: both kinds with two planes, and many chunks."""
     bands: list[Band] = []
-    for span in sorted({*latent.k_spans, *latent.v_spans}):
-        blocks = span.width // BLOCK_COLUMNS
+    for region in latent.regions:
+        blocks = region.width // BLOCK_COLUMNS
         bands += bands_of([(6, 4, 3, 2)[4 * i // blocks] for i in range(blocks)])
     return BandFormat(tuple(bands))
 
