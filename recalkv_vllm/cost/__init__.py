@@ -1,0 +1,22 @@
+"""How long attention takes to decode: counted, for a layer's layout on a device.
+
+Offline tool and launch rules ask the same model. It knows no model code and no kernel: what kernels
+spend is in :mod:`.instructions` and :mod:`.shared_memory`, which tests hold against compiled ones.
+"""
+
+from recalkv_vllm.cost.decode import decode_seconds, dense_seconds, relative_decode_time
+from recalkv_vllm.cost.devices import CPUS, GPUS, Cpu, Device, Gpu, device_named
+from recalkv_vllm.cost.layer import LayerCost
+
+__all__ = [
+    "CPUS",
+    "GPUS",
+    "Cpu",
+    "Device",
+    "Gpu",
+    "LayerCost",
+    "decode_seconds",
+    "dense_seconds",
+    "device_named",
+    "relative_decode_time",
+]
