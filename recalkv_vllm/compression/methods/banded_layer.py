@@ -14,10 +14,8 @@ from recalkv_vllm.compression.lowrank.regions import GroupLatent
 from recalkv_vllm.compression.lowrank.two_sided import TwoSidedSvd
 from recalkv_vllm.compression.methods.measured_layer import consecutive_groups
 from recalkv_vllm.compression.ranks.bands import RegionBits, band_choices, unbeaten
-
-#: Widths of the region that keys read, at most, that are looked at.
-KEY_REGIONS = 4
-
+from recalkv_vllm.compression.ranks.decode_time import LayerTimes
+from recalkv_vllm.compression.ranks.widths import falling_steps
 
 @dataclass(frozen=True, slots=True)
 class BandedWay:
@@ -29,22 +27,20 @@ class BandedWay:
         regions: what is kept: of all columns, of the two regions, or of keys and of values.
         token_bytes: stored per token.
         loss: in the unit of squared singular values.
+        time: predicted, as a fraction of the dense layer's.
     """
 
     key_region: int | None
     regions: tuple[RegionBits, ...]
     token_bytes: int
     loss: float
-
-    @property
-    def k_width(self) -> int:
-        """Columns that a K group reads."""
-        return self.regions[0].width
+    time: float
 
 
 @dataclass(frozen=True, slots=True)
 class BandedLayer:
-    """All ways to store a layer with its heads in one order, none beaten in bytes and loss."""
+    """All ways to store a layer with its heads in one order, none beaten in all of bytes, loss and
+    time."""
 
     head_order: tuple[int, ...]
     ways: list[BandedWay]
@@ -56,7 +52,7 @@ def measure_bands(
     k_group_size: int,
     v_groups: int,
     spans: str,
-    widest_keys: float,
+    times: LayerTimes,
 ) -> BandedLayer:
     """Ways to store a layer.
 
@@ -66,7 +62,7 @@ def measure_bands(
         k_group_size: KV heads per K group.
         v_groups: V groups, of ``split`` spans.
         spans: one of :data:`recalkv_vllm.names.SPAN_KINDS`.
-        widest_keys: columns that a K group may read, at least 32.
+        times: predicted, of the layer's spans.
     """
     groups = consecutive_groups(head_order, k_group_size)
     ways: list[BandedWay] = []
@@ -75,16 +71,17 @@ def measure_bands(
         keys = [metric.svd(group, KEYS) for group in groups]
         values = [metric.svd(group, VALUES) for group in consecutive_groups(head_order, v_size)]
         spectra = [_spectra(keys), _spectra(values)]
-        ways = _ways(None, spectra, (True, True), 0.0)
+        ways = _ways(None, spectra, (True, True), 0.0, times)
     else:
         latents = [group_latent(metric, group) for group in groups]
-        for key_region in _key_regions(metric, k_group_size, spans, widest_keys):
+        for key_region in _key_regions(metric, k_group_size, spans):
             parts = [latent.regions(key_region) for latent in latents]
             spectra = [
                 _spectra([part.regions[i] for part in parts]) for i in range(len(parts[0].regions))
             ]
-            ways += _ways(key_region, spectra, (True, False), sum(p.dropped for p in parts))
-    return BandedLayer(head_order, unbeaten(way for way in ways if way.k_width <= widest_keys))
+            dropped = sum(part.dropped for part in parts)
+            ways += _ways(key_region, spectra, (True, False), dropped, times)
+    return BandedLayer(head_order, unbeaten(ways, lambda way: way.time))
 
 
 def group_latent(metric: LayerMetric, group: Sequence[int]) -> GroupLatent:
@@ -94,21 +91,15 @@ def group_latent(metric: LayerMetric, group: Sequence[int]) -> GroupLatent:
     return GroupLatent(svd, metric.group_metric(group, BOTH), width)
 
 
-def _key_regions(
-    metric: LayerMetric, k_group_size: int, spans: str, widest_keys: float
-) -> list[int | None]:
+def _key_regions(metric: LayerMetric, k_group_size: int, spans: str) -> list[int | None]:
     """None for a joint latent, and for nested ones some widths that keys might read."""
     if spans == "joint":
         return [None]
     rows = k_group_size * metric.head_dim
     blocks = _whole_blocks(2 * rows, metric.weight.shape[1]) // BLOCK_COLUMNS
     needed = -(-rows // BLOCK_COLUMNS)  # keys of n elements need no more than n columns
-    most = int(min(needed, blocks - 1, widest_keys // BLOCK_COLUMNS))
-    if most < 1:
-        return [None]
-    fractions = np.arange(1, KEY_REGIONS + 1) / KEY_REGIONS
-    widths = {max(1, round(most * fraction)) for fraction in fractions}
-    return [None, *(BLOCK_COLUMNS * width for width in sorted(widths))]
+    most = min(needed, blocks - 1)
+    return [None, *(BLOCK_COLUMNS * width for width in falling_steps(most) if width <= most)]
 
 
 def _whole_blocks(rows: int, inputs: int) -> int:
@@ -122,9 +113,19 @@ def _spectra(svds: Sequence[TwoSidedSvd]) -> np.ndarray:
 
 
 def _ways(
-    key_region: int | None, spectra: list[np.ndarray], required: Sequence[bool], dropped: float
+    key_region: int | None,
+    spectra: list[np.ndarray],
+    required: Sequence[bool],
+    dropped: float,
+    times: LayerTimes,
 ) -> list[BandedWay]:
-    return [
-        BandedWay(key_region, choice.regions, choice.token_bytes, choice.loss + dropped)
-        for choice in band_choices(spectra, required[: len(spectra)])
-    ]
+    ways = []
+    for choice in band_choices(spectra, required[: len(spectra)]):
+        k_width, *others = (region.width for region in choice.regions)
+        v_width = others[0] if times.split else k_width + sum(others)
+        bits = max(bits for region in choice.regions for bits in region.bits)
+        time = times(k_width, v_width, choice.token_bytes, bits)
+        ways.append(
+            BandedWay(key_region, choice.regions, choice.token_bytes, choice.loss + dropped, time)
+        )
+    return ways

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from recalkv_vllm.band_format import BLOCK_COLUMNS, PLANES, Band, BandFormat
 from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
 from recalkv_vllm.compression.calibration.statistics import Statistics
@@ -29,8 +31,8 @@ from recalkv_vllm.compression.methods.measured_layer import consecutive_groups
 from recalkv_vllm.compression.methods.measured_sizes import measure_sizes
 from recalkv_vllm.compression.plan import Budget, ModelPlan
 from recalkv_vllm.compression.progress import track
-from recalkv_vllm.compression.ranks.least_loss import least_total
 from recalkv_vllm.compression.ranks.reachable import largest_compression
+from recalkv_vllm.compression.ranks.two_budgets import LayerWays
 
 #: Steps of the budget of bytes, at most, that layers are chosen in.
 BUDGET_STEPS = 8192
@@ -56,17 +58,11 @@ class KfacBands(KfacMethod[MeasuredBands]):
     """As ``Kfac``, with every block of columns in as many bits as it is worth.
 
     Span kinds as there. ``nested`` latents are in two regions, one that keys and values read and
-    one of the values' own; a layer that keys can afford to read whole may have a joint one.
+    one of the values' own; a layer whose keys can afford to read all of it may have a joint one.
     """
 
     def check(self, compression: float) -> None:
         self.check_groups()
-        if self._widest < BLOCK_COLUMNS:
-            raise InputError(
-                f"--target: latents in bands reconstruct keys from {BLOCK_COLUMNS} columns or "
-                f"more, with as many FLOP per byte of half the dense cache; expected a budget of "
-                f"{BLOCK_COLUMNS} or more, found {self.flop_per_byte:g}"
-            )
         geometry = self.geometry
         # One block of the fewest bits in every group.
         groups = min(geometry.num_kv_heads // size for size in self._sizes())
@@ -92,7 +88,8 @@ class KfacBands(KfacMethod[MeasuredBands]):
         """All ways to store all layers, for every group size."""
 
         def measure_layer(metric: LayerMetric, order: tuple[int, ...], size: int) -> BandedLayer:
-            return measure_bands(metric, order, size, self.v_groups, self.spans, self._widest)
+            times = self.times(size)
+            return measure_bands(metric, order, size, self.v_groups, self.spans, times)
 
         grouping = self.head_grouping(min(1.0, COLUMNS_PER_16_BITS * (1 - compression)))
         tracked = track(layers, "choosing bits", total=len(layers))
@@ -100,29 +97,31 @@ class KfacBands(KfacMethod[MeasuredBands]):
 
     def plan(self, measured: MeasuredBands, budget: Budget) -> BandedPlan:
         token_bytes = budget_bytes(budget.compression, self.geometry)
-        chosen = {
-            size: ways
+        step = -(-token_bytes // BUDGET_STEPS)
+        sizes = {
+            size: [_ways(layer, step) for layer in layers]
             for size, layers in measured.items()
-            if (ways := _allocate(layers, token_bytes)) is not None
+            if all(layer.ways for layer in layers)
         }
-        if not chosen:
+        limit = self.target.limit_at(budget.removed, coded=True)
+        found = self.choose(sizes, token_bytes // step, limit)
+        if found is None:
             raise InputError(
                 f"compression {budget.compression}: leaves {token_bytes} bytes per token, less "
                 f"than the narrowest bands of {self.spans} spans take; expected a lower "
                 "--compression, or another --k-group-size"
             )
-        losses = {size: sum(way.loss for way in ways) for size, ways in chosen.items()}
-        # Of losses that differ by rounding only, the smaller group: it is cheaper to reconstruct.
-        best = min(chosen, key=lambda size: (float(f"{losses[size]:.9g}"), size))
+        best, picked, loss = found
+        ways = [layer.ways[i] for layer, i in zip(measured[best], picked, strict=True)]
         layouts = (
             self._banded_layout(layer.head_order, best, way)
-            for layer, way in zip(measured[best], chosen[best], strict=True)
+            for layer, way in zip(measured[best], ways, strict=True)
         )
         return BandedPlan(
             tuple(layouts),
             self.spans,
-            expected_loss=losses[best] / 2,
-            key_regions=tuple(way.key_region for way in chosen[best]),
+            expected_loss=loss / 2,
+            key_regions=tuple(way.key_region for way in ways),
         )
 
     def factor(self, inputs: LayerInputs, plan: ModelPlan) -> LayerFactors:
@@ -139,16 +138,6 @@ class KfacBands(KfacMethod[MeasuredBands]):
             for group in consecutive_groups(layout.head_order, layout.k_group_size)
         ]
         return nested_factors(latents, layout)
-
-    @property
-    def _widest(self) -> float:
-        """Columns that a K group may read, for reconstruction to hide behind half the reads of the
-        dense cache: ``2 · w_k · h_kv · d`` FLOP for ``2 · h_kv · d`` of its bytes.
-
-        Not behind those of the latent: the fewer bits it has, the less would be left for the
-        keys, and a cache that is small enough is fast enough.
-        """
-        return self.flop_per_byte
 
     def _banded_layout(
         self, head_order: tuple[int, ...], k_group_size: int, way: BandedWay
@@ -172,14 +161,10 @@ def budget_bytes(compression: float, geometry: AttentionGeometry) -> int:
     return int((1 - compression) * 2 * geometry.dense_width * geometry.num_layers + 1e-9)
 
 
-def _allocate(layers: Sequence[BandedLayer], token_bytes: int) -> list[BandedWay] | None:
-    """A way to store each layer, of the least loss together; None if none are small enough."""
-    if not all(layer.ways for layer in layers):
-        return None
-    step = -(-token_bytes // BUDGET_STEPS)
-    costs = [[-(-way.token_bytes // step) for way in layer.ways] for layer in layers]
-    if sum(map(min, costs)) > token_bytes // step:
-        return None
-    losses = [[way.loss for way in layer.ways] for layer in layers]
-    picked = least_total(costs, losses, token_bytes // step)
-    return [layer.ways[i] for layer, i in zip(layers, picked, strict=True)]
+def _ways(layer: BandedLayer, step: int) -> LayerWays:
+    """What the ways to store a layer cost, in steps of ``step`` bytes."""
+    return LayerWays(
+        costs=np.array([-(-way.token_bytes // step) for way in layer.ways]),
+        losses=np.array([way.loss for way in layer.ways]),
+        times=np.array([way.time for way in layer.ways]),
+    )

@@ -8,8 +8,9 @@ what it stores: with ``√S`` on both sides a latent has covariance ``S`` and it
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -153,10 +154,19 @@ def _choice(
     return BandChoice(tuple(kept), stored.slot_bytes(stored.rank), loss)
 
 
-def unbeaten(ways: Iterable[Way]) -> list[Way]:
-    """Those that no other beats in both bytes and loss, from fewest bytes to most."""
+def unbeaten(ways: Iterable[Way], time: Callable[[Way], float] = lambda way: 0.0) -> list[Way]:
+    """Those that no other beats in bytes, loss and time, from fewest bytes to most."""
     best: list[Way] = []
-    for way in sorted(ways, key=lambda each: (each.token_bytes, each.loss)):
-        if not best or way.loss < best[-1].loss:
-            best.append(way)
+    times: list[float] = []  # of the fastest so far, with what they lose: ever slower and better
+    losses: list[float] = []
+    for way in sorted(ways, key=lambda each: (each.token_bytes, each.loss, time(each))):
+        at = bisect.bisect_right(times, time(way))
+        if at and losses[at - 1] <= way.loss:
+            continue
+        best.append(way)
+        at = bisect.bisect_left(times, time(way))
+        end = at
+        while end < len(losses) and losses[end] >= way.loss:
+            end += 1
+        times[at:end], losses[at:end] = [time(way)], [way.loss]
     return best
