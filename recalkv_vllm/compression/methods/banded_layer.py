@@ -71,7 +71,7 @@ def measure_bands(
         keys = [metric.svd(group, KEYS) for group in groups]
         values = [metric.svd(group, VALUES) for group in consecutive_groups(head_order, v_size)]
         spectra = [_spectra(keys), _spectra(values)]
-        ways = _ways(None, spectra, (True, True), 0.0, times)
+        ways = layer_ways(None, spectra, (True, True), 0.0, times)
     else:
         latents = [group_latent(metric, group) for group in groups]
         for key_region in _key_regions(metric, k_group_size, spans):
@@ -80,7 +80,7 @@ def measure_bands(
                 _spectra([part.regions[i] for part in parts]) for i in range(len(parts[0].regions))
             ]
             dropped = sum(part.dropped for part in parts)
-            ways += _ways(key_region, spectra, (True, False), dropped, times)
+            ways += layer_ways(key_region, spectra, (True, False), dropped, times)
     return BandedLayer(head_order, unbeaten(ways, lambda way: way.time))
 
 
@@ -112,13 +112,22 @@ def _spectra(svds: Sequence[TwoSidedSvd]) -> np.ndarray:
     return torch.stack([svd.squares[:width].sqrt() for svd in svds]).numpy()
 
 
-def _ways(
+def layer_ways(
     key_region: int | None,
     spectra: list[np.ndarray],
     required: Sequence[bool],
     dropped: float,
     times: LayerTimes,
 ) -> list[BandedWay]:
+    """Ways to store a layer whose regions have these spectra, from fewest bytes to most.
+
+    Args:
+        key_region: see :class:`BandedWay`.
+        spectra: of each region, singular values ``[groups, columns]``.
+        required: of each region, whether it must keep a block.
+        dropped: loss of taking the other regions from the keys.
+        times: predicted, of the layer's spans.
+    """
     ways = []
     for choice in band_choices(spectra, required[: len(spectra)]):
         k_width, *others = (region.width for region in choice.regions)
