@@ -67,12 +67,14 @@ class Count:
     features: tuple[int, int]
 
 
-def cases(geometries: Sequence[str], group_sizes: Sequence[int]) -> Iterator[Case]:
+def cases(
+    geometries: Sequence[str], group_sizes: Sequence[int], compressions: Sequence[float]
+) -> Iterator[Case]:
     """Layouts whose regions bands can fill, with all group sizes that divide the heads."""
     for name, size in itertools.product(geometries, group_sizes):
         if GEOMETRIES[name].num_kv_heads % size:
             continue
-        for spans, compression, dtype in itertools.product(SPANS, COMPRESSIONS, LATENT_DTYPES):
+        for spans, compression, dtype in itertools.product(SPANS, compressions, LATENT_DTYPES):
             case = Case(name, compression, size, spans, dtype)
             if dtype != "bands" or all(r.width % BLOCK_COLUMNS == 0 for r in case.latent.regions):
                 yield case
@@ -148,13 +150,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="*", type=int, choices=ARCHES, default=list(ARCHES))
     parser.add_argument("--geometry", nargs="*", choices=GEOMETRIES, default=list(NAMES))
     parser.add_argument("--group-size", nargs="*", type=int, default=[1, 2, 3, 4, 8])
+    parser.add_argument("--compression", nargs="*", type=float, default=list(COMPRESSIONS))
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(arguments)
     out = sys.stderr if options.json else sys.stdout
     kinds: dict[Kind, list[Count]] = defaultdict(list)
     for arch in options.arch:
         triton.runtime.driver.set_active(CompileOnlyDriver(arch))
-        for case in cases(options.geometry, options.group_size):
+        for case in cases(options.geometry, options.group_size, options.compression):
             found = count(case, arch)
             kinds[found.kind].append(found)
             print(

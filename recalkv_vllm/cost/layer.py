@@ -51,8 +51,12 @@ class LayerCost:
         return self.k_width + self.v_width - self.shared
 
     @property
-    def k_groups(self) -> int:
-        return self.num_kv_heads // self.k_group_size
+    def columns_of_all(self) -> int:
+        """Columns that all KV heads read together."""
+        keys = self.k_width * (self.num_kv_heads // self.k_group_size)
+        values = self.v_width * (self.num_kv_heads // self.v_group_size)
+        # V spans that K spans lie in; of one V group and several K groups, all of them.
+        return values + keys - self.shared * (self.num_kv_heads // self.k_group_size)
 
     @property
     def factor_bytes(self) -> int:
