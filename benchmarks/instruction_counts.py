@@ -162,8 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
             kinds[found.kind].append(found)
             print(
                 f"sm_{arch:<3} {case.geometry:12} {case.compression} s={case.group_size} "
-                f"{case.spans:6} {case.latent_dtype:5} {found.counted:6.1f} instructions per token, "
-                f"modelled {found.modelled:6.1f}",
+                f"{case.spans:6} {case.latent_dtype:5} {found.counted:6.1f} instructions "
+                f"per token, modelled {found.modelled:6.1f}",
                 file=out,
                 flush=True,
             )

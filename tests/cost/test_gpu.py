@@ -59,9 +59,7 @@ def test_more_of_anything_takes_no_less_time(name: str, layer: LayerCost) -> Non
     assert decode_seconds(wider, gpu) >= time
     assert decode_seconds(replace(layer, token_bytes=4 * layer.token_bytes), gpu) >= time
     assert decode_seconds(replace(wider, k_group_size=2, v_group_size=2), gpu) > 0
-    assert dense_seconds(layer, gpu) == pytest.approx(
-        32768 * 8 * 4096 / (0.87 * gpu.bytes_per_s)
-    )
+    assert dense_seconds(layer, gpu) == pytest.approx(32768 * 8 * 4096 / (0.87 * gpu.bytes_per_s))
 
 
 def test_nested_groups_accumulate_values_once() -> None:

@@ -1,4 +1,4 @@
-"""What the cost model says of kernels, against kernels compiled here; only Triton's ptxas needed."""
+"""What the cost model says of kernels, against compiled ones; only Triton's ptxas is needed."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.layer import LayerFactors, LayerInputs
 from recalkv_vllm.compression.plan import Budget, ModelPlan
 from recalkv_vllm.compression.ranks.decode_time import model_decode_time
-from recalkv_vllm.compression.ranks.targets import Target
+from recalkv_vllm.compression.ranks.targets import ANYWHERE, Target
 
 #: What a method measures of a model, for plans to be made of.
 Measured = TypeVar("Measured")
@@ -37,7 +37,7 @@ class MethodOptions:
     v_groups: int | None = None
     rank_allocation: str | None = None
     spans: str | None = None
-    target: Target = Target()
+    target: Target = ANYWHERE
     allow_head_reordering: bool = True
 
 

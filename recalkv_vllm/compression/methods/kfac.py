@@ -42,8 +42,14 @@ from recalkv_vllm.compression.methods.measured_sizes import HeadGrouping, measur
 from recalkv_vllm.compression.plan import Budget, ModelPlan
 from recalkv_vllm.compression.progress import track
 from recalkv_vllm.compression.ranks.decode_time import LayerTimes, most_code_bits
+from recalkv_vllm.compression.ranks.few_shapes import (
+    Allocation,
+    Candidates,
+    Shape,
+    allocate_few,
+)
 from recalkv_vllm.compression.ranks.reachable import check_budget, check_compression
-from recalkv_vllm.compression.ranks.two_budgets import LayerWays, allocate
+from recalkv_vllm.compression.ranks.two_budgets import LayerWays
 from recalkv_vllm.compression.ranks.widths import Widths, candidate_widths
 from recalkv_vllm.names import SPAN_KINDS
 
@@ -109,10 +115,10 @@ class KfacMethod(Method[Measured]):
         return LayerTimes(self.geometry, self.spans, k_group_size, self.v_groups, self.target)
 
     def choose(
-        self, sizes: Mapping[int, Sequence[LayerWays]], steps: int, limit: float
-    ) -> tuple[int, list[int], float] | None:
-        """The group size of least loss within both budgets: which way to store each layer, and the
-        loss; None if not even the budget of bytes can be met.
+        self, sizes: Mapping[int, Candidates[Shape]], steps: int, limit: float
+    ) -> tuple[int, Allocation[Shape]] | None:
+        """The group size of least loss within both budgets, and the shapes of all layers; None if
+        not even the budget of bytes can be met.
 
         If none is fast enough, one head or as few as there are in a group, as fast as it may be.
 
@@ -122,15 +128,15 @@ class KfacMethod(Method[Measured]):
             limit: of decode time.
         """
         chosen = {
-            size: picked
-            for size, layers in sizes.items()
-            if (picked := allocate(layers, steps, limit)) is not None
+            size: allocation
+            for size, candidates in sizes.items()
+            if (allocation := allocate_few(candidates, steps, limit)) is not None
         }
-        for size, layers in sorted(sizes.items()):
+        for size, candidates in sorted(sizes.items()):
             if chosen:
                 break
-            if (picked := allocate(layers, steps, math.inf)) is not None:
-                chosen[size] = picked
+            if (allocation := allocate_few(candidates, steps, math.inf)) is not None:
+                chosen[size] = allocation
                 log.warning(
                     "--target %s: no choice of spans decodes in %.2f of the dense cache's time; "
                     "taking %d KV heads per group, whatever time that takes",
@@ -140,13 +146,9 @@ class KfacMethod(Method[Measured]):
                 )
         if not chosen:
             return None
-        losses = {
-            size: sum(float(ways.losses[i]) for ways, i in zip(sizes[size], picked, strict=True))
-            for size, picked in chosen.items()
-        }
         # Of losses that differ by rounding only, the smaller group: it is cheaper to reconstruct.
-        best = min(chosen, key=lambda size: (float(f"{losses[size]:.9g}"), size))
-        return best, chosen[best], losses[best]
+        best = min(chosen, key=lambda size: (float(f"{chosen[size].loss:.9g}"), size))
+        return best, chosen[best]
 
     def _sizes(self) -> list[int]:
         """Group sizes to choose from."""
@@ -204,7 +206,7 @@ class Kfac(KfacMethod[MeasuredSizes]):
             return self._full_rank_plan(budget)
         elements = rank_budget(budget.compression, self.geometry)
         sizes = {
-            size: [self._ways(layer, size, budget) for layer in layers]
+            size: WidthCandidates(layers, [self._ways(layer, size, budget) for layer in layers])
             for size, layers in measured.items()
         }
         limit = self.target.limit_at(budget.removed, coded=budget.latent_format is not None)
@@ -215,12 +217,13 @@ class Kfac(KfacMethod[MeasuredSizes]):
                 f"less than the narrowest {self.spans} spans; expected a lower --compression or "
                 "another --k-group-size"
             )
-        best, picked, loss = found
+        best, allocation = found
         layouts = (
-            self._layout(layer.head_order, best, layer.widths[i])
-            for layer, i in zip(measured[best], picked, strict=True)
+            self._layout(layer.head_order, best, widths)
+            for layer, widths in zip(measured[best], allocation.shapes, strict=True)
         )
-        return ModelPlan(tuple(layouts), self.spans, budget.latent_format, loss / 2)
+        loss = allocation.loss / 2
+        return ModelPlan(tuple(layouts), self.spans, budget.latent_format, loss)
 
     def factor(self, inputs: LayerInputs, plan: ModelPlan) -> LayerFactors:
         layout = plan.layouts[inputs.index]
@@ -296,3 +299,24 @@ class Kfac(KfacMethod[MeasuredSizes]):
                 ]
             ),
         )
+
+
+class WidthCandidates:
+    """Widths of all layers in groups of one size.
+
+    Args:
+        measured: layers, all of the same widths.
+        layers: what they cost.
+    """
+
+    def __init__(self, measured: Sequence[MeasuredLayer], layers: Sequence[LayerWays]):
+        self.layers, self._widths = layers, measured[0].widths
+
+    def shape(self, layer: int, way: int) -> Widths:
+        """See :class:`..ranks.few_shapes.Candidates`."""
+        return self._widths[way]
+
+    def at(self, shapes: Sequence[Widths]) -> list[LayerWays]:
+        """See :class:`..ranks.few_shapes.Candidates`."""
+        at = [self._widths.index(shape) for shape in shapes]
+        return [LayerWays(w.costs[at], w.losses[at], w.times[at]) for w in self.layers]

@@ -23,6 +23,7 @@ from recalkv_vllm.compression.lowrank.regions import stack_regions
 from recalkv_vllm.compression.methods.banded_layer import (
     BandedLayer,
     BandedWay,
+    BandShape,
     group_latent,
     measure_bands,
 )
@@ -48,7 +49,7 @@ class BandedPlan(ModelPlan):
     """A plan of layouts with bands.
 
     Args:
-        key_regions: of all layers, see :class:`BandedWay`.
+        key_regions: of all layers, see :class:`BandShape`.
     """
 
     key_regions: tuple[int | None, ...]
@@ -99,7 +100,7 @@ class KfacBands(KfacMethod[MeasuredBands]):
         token_bytes = budget_bytes(budget.compression, self.geometry)
         step = -(-token_bytes // BUDGET_STEPS)
         sizes = {
-            size: [_ways(layer, step) for layer in layers]
+            size: BandCandidates(layers, step)
             for size, layers in measured.items()
             if all(layer.ways for layer in layers)
         }
@@ -111,17 +112,17 @@ class KfacBands(KfacMethod[MeasuredBands]):
                 f"than the narrowest bands of {self.spans} spans take; expected a lower "
                 "--compression, or another --k-group-size"
             )
-        best, picked, loss = found
-        ways = [layer.ways[i] for layer, i in zip(measured[best], picked, strict=True)]
+        best, allocation = found
+        shapes = allocation.shapes
         layouts = (
-            self._banded_layout(layer.head_order, best, way)
-            for layer, way in zip(measured[best], ways, strict=True)
+            self._banded_layout(layer.head_order, best, shape)
+            for layer, shape in zip(measured[best], shapes, strict=True)
         )
         return BandedPlan(
             tuple(layouts),
             self.spans,
-            expected_loss=loss / 2,
-            key_regions=tuple(way.key_region for way in ways),
+            expected_loss=allocation.loss / 2,
+            key_regions=tuple(shape.key_region for shape in shapes),
         )
 
     def factor(self, inputs: LayerInputs, plan: ModelPlan) -> LayerFactors:
@@ -140,17 +141,17 @@ class KfacBands(KfacMethod[MeasuredBands]):
         return nested_factors(latents, layout)
 
     def _banded_layout(
-        self, head_order: tuple[int, ...], k_group_size: int, way: BandedWay
+        self, head_order: tuple[int, ...], k_group_size: int, shape: BandShape
     ) -> LatentLayout:
-        first, *rest = way.regions
+        first, *rest = shape.regions
         if self.spans == "split":
             (values,) = rest
             layout = split_layout(
                 head_order, k_group_size, self.v_groups, first.width, values.width
             )
             return replace(layout, bands=first.bands * first.groups + values.bands * values.groups)
-        width = sum(region.width for region in way.regions)
-        bands = tuple(band for region in way.regions for band in region.bands)
+        width = sum(region.width for region in shape.regions)
+        bands = tuple(band for region in shape.regions for band in region.bands)
         layout = nested_layout(head_order, k_group_size, first.width, width)
         return replace(layout, bands=bands * first.groups)
 
@@ -161,10 +162,31 @@ def budget_bytes(compression: float, geometry: AttentionGeometry) -> int:
     return int((1 - compression) * 2 * geometry.dense_width * geometry.num_layers + 1e-9)
 
 
-def _ways(layer: BandedLayer, step: int) -> LayerWays:
-    """What the ways to store a layer cost, in steps of ``step`` bytes."""
-    return LayerWays(
-        costs=np.array([-(-way.token_bytes // step) for way in layer.ways]),
-        losses=np.array([way.loss for way in layer.ways]),
-        times=np.array([way.time for way in layer.ways]),
-    )
+class BandCandidates:
+    """Ways to store all layers in groups of one size.
+
+    Args:
+        measured: layers.
+        step: bytes of a step of the budget.
+    """
+
+    def __init__(self, measured: Sequence[BandedLayer], step: int):
+        self._measured, self._step = measured, step
+        self.layers = [self._ways(layer.ways) for layer in measured]
+
+    def shape(self, layer: int, way: int) -> BandShape:
+        """See :class:`..ranks.few_shapes.Candidates`."""
+        return self._measured[layer].ways[way].shape
+
+    def at(self, shapes: Sequence[BandShape]) -> list[LayerWays]:
+        """See :class:`..ranks.few_shapes.Candidates`."""
+        return [
+            self._ways([layer.stored_as(shape) for shape in shapes]) for layer in self._measured
+        ]
+
+    def _ways(self, ways: Sequence[BandedWay]) -> LayerWays:
+        return LayerWays(
+            costs=np.array([-(-way.token_bytes // self._step) for way in ways]),
+            losses=np.array([way.loss for way in ways]),
+            times=np.array([way.time for way in ways]),
+        )

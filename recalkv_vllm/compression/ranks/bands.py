@@ -9,6 +9,7 @@ what it stores: with ``√S`` on both sides a latent has covariance ``S`` and it
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class BandChoice:
     loss: float
 
 
+@functools.cache
 def quantizer_error(bits: int) -> float:
     """Mean squared error of a block in ``bits`` bits, relative to what it stores; 1 in none."""
     return 1.0 if bits == 0 else rounding_error(BandFormat((Band(BLOCK_COLUMNS, bits),)))
@@ -152,6 +154,26 @@ def _choice(
         kept.append(RegionBits(len(values), tuple(b for b in own if b)))
     stored = BandFormat(tuple(band for region in kept for band in region.bands * region.groups))
     return BandChoice(tuple(kept), stored.slot_bytes(stored.rank), loss)
+
+
+def stored_as(spectra: Sequence[np.ndarray], regions: Sequence[RegionBits]) -> BandChoice:
+    """A layer stored in given bits, of the first blocks of each region.
+
+    Args:
+        spectra: as those of :func:`band_choices`.
+        regions: bits of each region; the last may be left out altogether.
+    """
+    loss = 0.0
+    for i, values in enumerate(spectra):
+        bits = regions[i].bits if i < len(regions) else ()
+        blocks = values.reshape(len(values), -1, BLOCK_COLUMNS)
+        if len(bits) > blocks.shape[1]:
+            raise ValueError(f"bits: expected {blocks.shape[1]} blocks at most, found {len(bits)}")
+        noise = np.square(blocks.sum(axis=2)).sum(axis=0) / BLOCK_COLUMNS
+        loss += sum(noise[b] * quantizer_error(width) for b, width in enumerate(bits))
+        loss += float(np.square(blocks[:, len(bits) :]).sum())
+    stored = BandFormat(tuple(band for region in regions for band in region.bands * region.groups))
+    return BandChoice(tuple(regions), stored.slot_bytes(stored.rank), float(loss))
 
 
 def unbeaten(ways: Iterable[Way], time: Callable[[Way], float] = lambda way: 0.0) -> list[Way]:

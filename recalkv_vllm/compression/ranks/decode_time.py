@@ -92,9 +92,7 @@ class LayerTimes:
         self._v_group_size = heads // v_groups if self.split else k_group_size
         self._device = target.device
 
-    def __call__(
-        self, k_width: int, v_width: int, nbytes: int, code_bits: int | None
-    ) -> float:
+    def __call__(self, k_width: int, v_width: int, nbytes: int, code_bits: int | None) -> float:
         """Of a layer with such spans that takes ``nbytes`` per cached token."""
         if self._device is None:
             return 0.0

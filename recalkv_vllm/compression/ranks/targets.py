@@ -79,6 +79,10 @@ class Target:
         return self.name if self.limit is None else f"{self.name}:{self.limit:g}"
 
 
+#: Accuracy alone counts.
+ANYWHERE = Target()
+
+
 def parse_target(text: str) -> Target:
     """What ``--target`` stands for: ``NAME`` or ``NAME:LIMIT``; of ``auto``, the device at hand.
 

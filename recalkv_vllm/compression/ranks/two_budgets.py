@@ -33,9 +33,7 @@ class LayerWays:
     times: np.ndarray
 
 
-def allocate(
-    layers: Sequence[LayerWays], budget: int, most_time: float
-) -> list[int] | None:
+def allocate(layers: Sequence[LayerWays], budget: int, most_time: float) -> list[int] | None:
     """Index of one way per layer, or None if no choice is within both budgets.
 
     Exact, by dynamic programming, where time does not matter. Else time has a price, the lowest at

@@ -7,11 +7,10 @@ from recalkv_vllm.band_format import BLOCK_COLUMNS
 from recalkv_vllm.benchmarks.geometries import GEOMETRIES
 from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.layer import nested_layout, split_layout
-from recalkv_vllm.compression.methods.banded_layer import BandedLayer, layer_ways
+from recalkv_vllm.compression.methods.banded_layer import banded_layer
 from recalkv_vllm.compression.methods.base import MethodOptions
 from recalkv_vllm.compression.methods.kfac_bands import KfacBands
 from recalkv_vllm.compression.plan import Budget
-from recalkv_vllm.compression.ranks.bands import unbeaten
 from recalkv_vllm.compression.ranks.decode_time import LayerTimes, layer_cost, model_decode_time
 from recalkv_vllm.compression.ranks.targets import Target, parse_target
 from recalkv_vllm.compression.ranks.widths import falling_steps
@@ -54,7 +53,10 @@ def test_where_arithmetic_is_the_limit_bytes_do_not_matter():
 
 
 def test_a_split_layout_and_its_widths_take_the_same_time():
-    for layouts, spans in ((split(0.5, 8), "split"), ([nested_layout(range(8), 2, 64, 96)], "nested")):
+    for layouts, spans in (
+        (split(0.5, 8), "split"),
+        ([nested_layout(range(8), 2, 64, 96)], "nested"),
+    ):
         (layout, *_), device = layouts, GPUS["h100"]
         cost = layer_cost(layout, None, LLAMA)
         times = LayerTimes(LLAMA, spans, layout.k_group_size, len(layout.v_spans), Target("h100"))
@@ -69,13 +71,12 @@ def synthetic_layer(geometry: AttentionGeometry, size: int, decay: float, target
     values = np.exp(-np.arange(columns) / (decay * columns))
     times = LayerTimes(geometry, "nested", size, groups, target)
     joint = np.tile(values, (groups, 1))
-    ways = layer_ways(None, [joint], (True,), 0.0, times)
+    parts = {None: ([joint], 0.0)}
     for blocks in falling_steps(columns // 2 // BLOCK_COLUMNS):
         width = BLOCK_COLUMNS * blocks
-        spectra = [joint[:, :width], joint[:, width:] / 2]
         dropped = groups * float(np.square(values[width:]).sum()) / 2
-        ways += layer_ways(width, spectra, (True, False), dropped, times)
-    return BandedLayer(tuple(range(geometry.num_kv_heads)), unbeaten(ways, lambda way: way.time))
+        parts[width] = [joint[:, :width], joint[:, width:] / 2], dropped
+    return banded_layer(tuple(range(geometry.num_kv_heads)), parts, (True, False), times)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)

@@ -11,13 +11,18 @@ from hypothesis import strategies as st
 from recalkv_vllm.compression.ranks.two_budgets import LayerWays, allocate
 
 WAY = st.tuples(st.integers(1, 6), st.floats(0, 1e6), st.floats(0.1, 4))
-LAYER = st.lists(WAY, min_size=1, max_size=4).map(lambda ways: LayerWays(*map(np.array, zip(*ways, strict=True))))
+LAYER = st.lists(WAY, min_size=1, max_size=4).map(
+    lambda ways: LayerWays(*map(np.array, zip(*ways, strict=True)))
+)
 LAYERS = st.lists(LAYER, min_size=1, max_size=4)
 
 
 def spent(layers, picked):
     """Cost, loss and mean time of a choice."""
-    of = [(ways.costs[i], ways.losses[i], ways.times[i]) for ways, i in zip(layers, picked, strict=True)]
+    of = [
+        (ways.costs[i], ways.losses[i], ways.times[i])
+        for ways, i in zip(layers, picked, strict=True)
+    ]
     cost, loss, time = map(sum, zip(*of, strict=True))
     return cost, loss, time / len(layers)
 
@@ -67,7 +72,9 @@ def test_sums_of_squares_give_the_greedy_list(seed):
         LayerWays(np.arange(1, 7), np.array([row[w:].sum() for w in range(1, 7)]), np.ones(6))
         for row in squares
     ]
-    order = sorted(((row[w], i) for i, row in enumerate(squares) for w in range(1, 6)), reverse=True)
+    order = sorted(
+        ((row[w], i) for i, row in enumerate(squares) for w in range(1, 6)), reverse=True
+    )
     for budget in (5, 6, 12, 20, 30):
         greedy = [1] * 5
         for _, i in order[: budget - 5]:
