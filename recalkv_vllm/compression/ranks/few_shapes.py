@@ -7,19 +7,18 @@ prices that bytes and time have in the free allocation. What is left is allocate
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from recalkv_vllm.compression.ranks.two_budgets import LayerWays, allocate
+from recalkv_vllm.compression.ranks.two_budgets import LayerWays, allocate, least_priced
 
 #: Distinct shapes of a model's layers, at most.
 MOST_SHAPES = 6
 #: Parts of the budget of bytes whose allocations show what shapes there might be.
 PARTS = (0.8, 0.9, 0.97, 1.0, 1.1, 1.25)
-#: The part whose allocation tells prices.
+#: The part whose allocation tells the price of bytes.
 PRICED = 0.97
 #: How often prices are doubled until what is left is within both budgets.
 DOUBLINGS = 8
@@ -70,40 +69,36 @@ def allocate_few(
         None if nothing is within both budgets.
     """
     layers = candidates.layers
-    picked = allocate(layers, budget, most_time)
-    if picked is None:
+    found = allocate(layers, budget, most_time)
+    if found is None:
         return None
+    picked, time_price = found
     shapes = [candidates.shape(i, way) for i, way in enumerate(picked)]
     if len(set(shapes)) <= most:
         return Allocation(shapes, _loss(layers, picked))
-    prices = np.array(
-        [
-            _price(layers, budget, most_time, picked, int(PRICED * budget), most_time),
-            _price(layers, budget, most_time, picked, budget, PRICED * most_time),
-        ]
-    )
     pool = dict.fromkeys(shapes)
     for part in PARTS:
-        other = allocate(layers, int(part * budget), most_time)
+        other = least_priced(layers, int(part * budget), time_price)
         if other is not None:
             pool |= dict.fromkeys(candidates.shape(i, way) for i, way in enumerate(other))
+    byte_price = _byte_price(layers, budget, time_price)
     everything = list(pool)
     ways = candidates.at(everything)
     for _ in range(DOUBLINGS):
-        kept = _missed_least(ways, prices, most)
+        kept = _missed_least(ways, byte_price, time_price, most)
         few = [LayerWays(w.costs[kept], w.losses[kept], w.times[kept]) for w in ways]
-        found = allocate(few, budget, most_time)
-        if found is not None:
-            return Allocation([everything[kept[i]] for i in found], _loss(few, found))
-        prices = 2 * np.maximum(prices, 1e-12 * _loss(layers, picked))
+        left = allocate(few, budget, most_time)
+        if left is not None:
+            return Allocation([everything[kept[i]] for i in left[0]], _loss(few, left[0]))
+        byte_price, time_price = 2 * byte_price, 2 * time_price
     return None
 
 
-def _missed_least(ways: Sequence[LayerWays], prices: np.ndarray, most: int) -> list[int]:
+def _missed_least(
+    ways: Sequence[LayerWays], byte_price: float, time_price: float, most: int
+) -> list[int]:
     """Indices of shapes that are left when those that are missed least are dropped."""
-    priced = np.stack(
-        [w.losses + prices[0] * w.costs + (prices[1] * w.times if prices[1] else 0) for w in ways]
-    )
+    priced = np.stack([_priced(each, byte_price, time_price) for each in ways])
     kept = list(range(priced.shape[1]))
     while len(kept) > most:
         own = priced[:, kept]
@@ -115,24 +110,22 @@ def _missed_least(ways: Sequence[LayerWays], prices: np.ndarray, most: int) -> l
     return kept
 
 
-def _price(
-    layers: Sequence[LayerWays],
-    budget: int,
-    most_time: float,
-    picked: Sequence[int],
-    less_budget: int,
-    less_time: float,
-) -> float:
-    """Loss for each step of bytes, or part of a layer's time, that is saved by having less."""
-    if math.isinf(most_time) and budget == less_budget:
-        return 0.0
-    other = allocate(layers, less_budget, less_time)
-    if other is None:
-        return 0.0
-    lost = max(0.0, _loss(layers, other) - _loss(layers, picked))
-    if budget != less_budget:
-        return lost / (budget - less_budget)
-    return lost / ((most_time - less_time) * len(layers))
+def _priced(ways: LayerWays, byte_price: float, time_price: float) -> np.ndarray:
+    timed = time_price * ways.times if time_price else 0.0
+    return ways.losses + byte_price * ways.costs + timed
+
+
+def _byte_price(layers: Sequence[LayerWays], budget: int, time_price: float) -> float:
+    """Loss, and time at its price, for each step of bytes that is saved by having a little less."""
+    totals, costs = [], []
+    for part in (1.0, PRICED):
+        picked = least_priced(layers, int(part * budget), time_price)
+        if picked is None:
+            return 0.0
+        chosen = list(zip(layers, picked, strict=True))
+        totals.append(sum(float(_priced(w, 0.0, time_price)[i]) for w, i in chosen))
+        costs.append(sum(int(w.costs[i]) for w, i in chosen))
+    return max(0.0, totals[1] - totals[0]) / max(1, costs[0] - costs[1])
 
 
 def _loss(layers: Sequence[LayerWays], picked: Sequence[int]) -> float:

@@ -46,7 +46,7 @@ def spent(layers, columns):
 @pytest.mark.parametrize("most_time", [math.inf, 0.4])
 def test_within_both_budgets_and_little_worse(seed, most_time):
     candidates, budget = Columns(30, seed), 30 * 28
-    free = allocate(candidates.layers, budget, most_time)
+    free, _ = allocate(candidates.layers, budget, most_time)
     assert len(set(free)) > 6
     found = allocate_few(candidates, budget, most_time)
     cost, loss, time = spent(candidates.layers, found.shapes)
