@@ -150,7 +150,7 @@ def _key_regions(metric: LayerMetric, k_group_size: int, spans: str) -> list[int
     blocks = _whole_blocks(2 * rows, metric.weight.shape[1]) // BLOCK_COLUMNS
     needed = -(-rows // BLOCK_COLUMNS)  # keys of n elements need no more than n columns
     most = min(needed, blocks - 1)
-    return [None, *(BLOCK_COLUMNS * width for width in falling_steps(most) if width <= most)]
+    return [None, *(BLOCK_COLUMNS * width for width in falling_steps(most))]
 
 
 def _whole_blocks(rows: int, inputs: int) -> int:

@@ -49,7 +49,9 @@ def candidate_widths(
 
 
 def falling_steps(most: int) -> list[int]:
-    """Whole numbers from 1 to ``most``, in steps of a root of two."""
+    """Whole numbers from 1 to ``most``, in steps of a root of two; none if ``most`` is 0."""
+    if most < 1:
+        return []
     steps, at = {most}, float(most)
     while at > 1:
         at /= math.sqrt(2)

@@ -35,5 +35,6 @@ def test_spans_of_candidates(spans, size):
 
 
 def test_falling_steps():
+    assert falling_steps(0) == []
     assert falling_steps(1) == [1]
     assert falling_steps(32) == [1, 2, 3, 4, 6, 8, 11, 16, 23, 32]
