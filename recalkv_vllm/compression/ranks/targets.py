@@ -73,7 +73,8 @@ class Target:
             points = GPU_LIMITS
         else:
             points = CODE_LIMITS[self.name] if coded else ELEMENT_LIMITS
-        return float(np.interp(removed, *zip(*points, strict=True)))
+        at, limits = zip(*points, strict=True)
+        return float(np.interp(removed, at, limits))
 
     def __str__(self) -> str:
         return self.name if self.limit is None else f"{self.name}:{self.limit:g}"
