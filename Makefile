@@ -115,6 +115,9 @@ $(CUDA_VENV)/.stack:
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_BIN)/pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja
 	$(CUDA_BIN)/pip install --quiet vllm==$(CUDA_VLLM) accelerate datasets hypothesis pytest
+# pip may be configured for a CPU build, which vLLM's own requirement does not tell from a CUDA one.
+	$(CUDA_BIN)/python -c 'import sys, torch; torch.version.cuda or sys.exit( \
+		f"expected a CUDA build of torch, found {torch.__version__}")'
 	touch $@
 
 $(CUDA_DRIVER)/libcuda.so.1: $(PRETENDED)/driver.c

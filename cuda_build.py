@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+#: H100, with the instructions that only it has.
+HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
 #: Where no GPU is to be seen and none is asked for: A100, and newer ones from the PTX; H100.
 ARCHITECTURES = [
     "-gencode=arch=compute_80,code=[sm_80,compute_80]",
-    "-gencode=arch=compute_90,code=sm_90",
+    HOPPER,
 ]
 OLDEST_ARCHITECTURE = 80
 
@@ -24,9 +26,9 @@ def reason_against_cuda() -> str | None:
     """Why the CUDA kernels cannot be built here, in one line, or None."""
     if torch.version.cuda is None:
         return "torch is a build without CUDA"
-    nvcc = Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
-    if not nvcc.is_file():
-        return f"no nvcc (CUDA_HOME={cpp_extension.CUDA_HOME})"
+    home = cpp_extension.CUDA_HOME
+    if home is None or not (nvcc := Path(home, "bin", "nvcc")).is_file():
+        return f"no nvcc (CUDA_HOME={home})"
     try:
         told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -46,7 +48,8 @@ def reason_against_cuda() -> str | None:
 def architecture_flags() -> list[str]:
     """nvcc's options for ``TORCH_CUDA_ARCH_LIST``, else for the GPUs of this machine.
 
-    Architectures too old for the kernels are left out: lists of container images have some.
+    Architectures too old for the kernels are left out: lists of container images have some. For
+    sm_90, sm_90a is built.
 
     Raises:
         ValueError: ``TORCH_CUDA_ARCH_LIST`` names an architecture that torch does not know.
@@ -54,7 +57,9 @@ def architecture_flags() -> list[str]:
     unlisted = os.environ.get("TORCH_CUDA_ARCH_LIST", "native") in ("", "native")
     if unlisted and not torch.cuda.is_available():
         return ARCHITECTURES
-    flags = cpp_extension._get_cuda_arch_flags()
+    flags = [
+        HOPPER if x.endswith("code=sm_90") else x for x in cpp_extension._get_cuda_arch_flags()
+    ]
     return [x for x in flags if int(re.findall(r"compute_(\d+)", x)[0]) >= OLDEST_ARCHITECTURE]
 
 

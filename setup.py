@@ -1,12 +1,21 @@
 """Packages, the C++ and the CUDA extension; everything else is in pyproject.toml."""
 
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 import torch
 from setuptools import Extension, find_packages, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import (
+    CUDA_HOME,
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+    get_cxx_compiler,
+)
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # pip does not
@@ -17,6 +26,10 @@ from cuda_build import (  # noqa: E402
     reason_against_cuda,
 )
 
+# Without build isolation, pip does not look; older ones fail on pyproject.toml, by no clear name.
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(f"recalkv_vllm: expected setuptools 77 or later, found {setuptools.__version__}")
+
 CPU_HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.h"))
 CPU_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
 CUDA_ROOT = ROOT / "csrc" / "cuda"
@@ -24,6 +37,35 @@ CUDA_ROOT = ROOT / "csrc" / "cuda"
 #: RECALKV_SANITIZE=1 builds the C++ extension for "make test-asan": an error ends the process.
 SANITIZE = os.environ.get("RECALKV_SANITIZE") == "1"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+def extensions() -> list[Extension]:
+    """What can be built. A compiler that fails is an error, none at all is not: it may be a GPU."""
+    compiler = get_cxx_compiler()
+    if shutil.which([*shlex.split(compiler), ""][0]) is None:
+        print(
+            f"recalkv_vllm: C++ and CUDA kernels are not built: no C++ compiler (CXX={compiler})",
+            file=sys.stderr,
+        )
+        return []
+    return [*cuda_extensions(), cpp_extension()]
+
+
+def cpp_extension() -> Extension:
+    """The C++ kernels, which serve a CPU."""
+    return CppExtension(
+        "recalkv_vllm._cpu",
+        CPU_SOURCES,
+        depends=CPU_HEADERS,
+        # -fopenmp only compiles; linking with it would load a second OpenMP runtime, and with it a
+        # second pool of threads, beside the one that torch brings. Instruction sets are chosen per
+        # file by #pragma, so no -m flag here.
+        extra_compile_args=[
+            *("-O3", "-fopenmp", "-std=c++20", "-Wno-maybe-uninitialized"),
+            *([*SANITIZERS, "-O1", "-g1", "-fno-omit-frame-pointer"] if SANITIZE else ()),
+        ],
+        extra_link_args=SANITIZERS if SANITIZE else [],
+    )
 
 
 def cuda_extensions() -> list[Extension]:
@@ -62,21 +104,8 @@ setup(
     ],
     # Top-level modules called "kernels" or "benchmarks" would shadow another project's.
     package_dir={"recalkv_vllm.kernels": "kernels", "recalkv_vllm.benchmarks": "benchmarks"},
-    ext_modules=[
-        *cuda_extensions(),
-        CppExtension(
-            "recalkv_vllm._cpu",
-            CPU_SOURCES,
-            depends=CPU_HEADERS,
-            # -fopenmp only compiles; linking with it would load a second OpenMP runtime, and with
-            # it a second pool of threads, beside the one that torch brings. Instruction sets are
-            # chosen per file by #pragma, so no -m flag here.
-            extra_compile_args=[
-                *("-O3", "-fopenmp", "-std=c++20", "-Wno-maybe-uninitialized"),
-                *([*SANITIZERS, "-O1", "-g1", "-fno-omit-frame-pointer"] if SANITIZE else ()),
-            ],
-            extra_link_args=SANITIZERS if SANITIZE else [],
-        ),
-    ],
+    ext_modules=extensions(),
+    # What was built against another torch looks up to date, and would be installed again.
+    options={"build": {"build_base": f"build/torch-{torch.__version__}"}},
     cmdclass={"build_ext": BuildExtension},
 )

@@ -35,7 +35,7 @@ from recalkv_vllm.ops.triton.cache_update import cache_update_launch
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import Part
-from recalkv_vllm.ops.triton.value_up import value_up_launch
+from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
 
 from .geometries import GEOMETRIES, SPANS, Latent, group_sizes, latent_of
 from .inputs import latent_layer
@@ -166,12 +166,13 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     index = torch.zeros(16, dtype=torch.int32)
     part = Part(0, 1, range(queries), queries, bounded=mode != "prefill")
     batch = Batch(index[None], index[:1], index[:2], max_seq_len=32)
-    yield from attention.launches(part, q, cache, batch, o_lat, lse)
+    values, heads = Values(layer.v_up, None), torch.zeros_like(q)
+    yield from attention.head_launches(part, q, cache, batch, values, heads)
     if mode == "prefill":
         return
     yield merge_launch(o_lat[None], lse[None], o_lat, lse)
     yield cache_update_launch(z[0, :1], cache, torch.zeros(1, dtype=torch.int64), latent_format)
-    yield value_up_launch(o_lat, layer.v_up, None, torch.zeros_like(q))
+    yield value_up_launch(o_lat[None], values, heads, lse[None])
 
 
 @cache

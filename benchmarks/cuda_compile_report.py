@@ -1,7 +1,7 @@
 """Compile report of the CUDA C++ kernels: nvcc, no GPU and no CUDA build of torch needed.
 
 ``python -m recalkv_vllm.benchmarks.cuda_compile_report`` compiles every instantiation of the decode
-kernel for sm_80 and sm_90 and reads registers, spills and instructions off the result, then plans
+kernel for sm_80 and sm_90a and reads registers, spills and instructions off the result, then plans
 the layers of common models against the shared memory of A100 and H100. It prints tables (or
 ``--json``) and exits with 1 if a kernel spills or lacks tensor-core or asynchronous-copy
 instructions, or if a layer has no plan.
@@ -13,25 +13,21 @@ import argparse
 import itertools
 import json
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from recalkv_vllm.ops.cuda import plan as cuda_plan
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 
+from .cuda_compiler import compile_source
 from .geometries import GEOMETRIES, SPANS, group_sizes, latent_of
 from .inputs import latent_layer
 
-SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 #: What ``cuda_build.py`` has nvcc build where no GPU is to be seen.
-ARCHES = ("sm_80", "sm_90")
+ARCHES = ("sm_80", "sm_90a")
 ELEMENTS = ("BFloat16", "Float16")
 #: Shared memory of one block and of a multiprocessor, and multiprocessors.
 LIMITS = {
@@ -107,49 +103,16 @@ def instantiations() -> list[Instantiation]:
     ]
 
 
-def find_tool(name: str) -> str:
-    """Path of a CUDA tool: on the search path, or Triton's own copy.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    if (path := shutil.which(name)) is not None:
-        return path
-    try:
-        from triton.backends import nvidia
-    except ImportError:
-        raise FileNotFoundError(f"{name}: not on the search path") from None
-    path = Path(nvidia.__path__[0]) / "bin" / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: expected on the search path or at {path}")
-    return str(path)
-
-
 def compile_kernels(wanted: Sequence[Instantiation], arch: str) -> list[Row]:
     """Compile instantiations in one run of nvcc.
 
     Raises:
         RuntimeError: nvcc fails; with its output.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        source, cubin = Path(directory, "kernels.cu"), Path(directory, "kernels.cubin")
-        body = "".join(kernel.source() for kernel in wanted)
-        source.write_text(f'#include "decode.cuh"\nnamespace recalkv {{\n{body}}}\n')
-        command = [find_tool("nvcc"), "-std=c++17", "-O3", f"-I{SOURCES}", f"-arch={arch}"]
-        command += ["-cubin", "-Xptxas", "-v", "-o", str(cubin), str(source)]
-        compiled = subprocess.run(command, capture_output=True, text=True)
-        if compiled.returncode:
-            raise RuntimeError(f"nvcc: {compiled.stderr}")
-        command = [find_tool("cuobjdump"), "-sass", str(cubin)]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    code = {
-        Instantiation.of_symbol(name): text
-        for name, text in re.findall(
-            r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", listing, flags=re.DOTALL
-        )
-    }
+    compiled = compile_source("decode.cuh", "".join(kernel.source() for kernel in wanted), arch)
+    code = {Instantiation.of_symbol(name): text for name, text in compiled.code.items()}
     rows = []
-    for part in compiled.stderr.split("Compiling entry function")[1:]:
+    for part in compiled.messages.split("Compiling entry function")[1:]:
         kernel = Instantiation.of_symbol(part.split("'")[1])
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", part)]
         registers = re.search(r"Used (\d+) registers", part)

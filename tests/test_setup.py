@@ -17,9 +17,15 @@ import os, sys, torch
 from torch.utils import cpp_extension
 torch.version.cuda = sys.argv[1] or None
 cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+torch.__version__ = os.environ.get("TORCH_VERSION", torch.__version__)
 from setuptools import distutils
-built = distutils.core.run_setup("setup.py", ["--quiet", "--name"], stop_after="init").ext_modules
+setup = distutils.core.run_setup("setup.py", ["--quiet", "--name"], stop_after="init")
+built = setup.ext_modules
 print(*(each.name for each in built))
+if "TORCH_VERSION" in os.environ:
+    build = setup.get_command_obj("build")
+    build.ensure_finalized()
+    print(build.build_lib, build.build_temp)
 for each in built:
     if each.name.endswith("._cuda"):
         print(*(f"-L{folder}" for folder in each.library_dirs))
@@ -57,10 +63,7 @@ def run_setup(
 ) -> subprocess.CompletedProcess[str]:
     """``setup.py`` with a torch of CUDA ``torch_cuda``, and an nvcc in ``home`` that says this."""
     if nvcc is not None:
-        tool = home / "bin" / "nvcc"
-        tool.parent.mkdir(parents=True)
-        tool.write_text(f"#!/bin/sh\necho '{nvcc}'\n")
-        tool.chmod(0o755)
+        write_nvcc(home, nvcc)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, torch_cuda],
         cwd=ROOT,
@@ -70,6 +73,81 @@ def run_setup(
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+def write_nvcc(home: Path, told: str) -> None:
+    """An ``nvcc`` in the toolkit ``home`` that prints this."""
+    tool = home / "bin" / "nvcc"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(f"#!/bin/sh\necho '{told}'\n")
+    tool.chmod(0o755)
+
+
+def test_gpus_older_than_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_nvcc(tmp_path, NVCC_13)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda_build.cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_build, "architecture_flags", list)
+    reason = cuda_build.reason_against_cuda()
+    assert reason == "expected compute capability 8.0 or newer, found older GPUs only"
+
+
+def test_list_of_an_unknown_architecture_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;11.7")
+    with pytest.raises(ValueError, match=r"11\.7"):
+        cuda_build.architecture_flags()
+
+
+def test_driver_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No toolkit is found anywhere; a ``bin/nvcc`` where pip was started is not one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda_build.cpp_extension, "CUDA_HOME", None)
+    assert cuda_build.reason_against_cuda() == "no nvcc (CUDA_HOME=None)"
+
+
+@pytest.mark.parametrize("compiler", ["missing -m64", ""])
+def test_no_cpp_compiler(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs all that is compiled, nvcc's too, but not the installation."""
+    monkeypatch.setenv("CXX", compiler)
+    done = run_setup("13.0", NVCC_13, tmp_path)
+    assert done.stdout == "\n"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("recalkv_vllm:")]
+    expected = f"C++ and CUDA kernels are not built: no C++ compiler (CXX={compiler})"
+    assert lines == [f"recalkv_vllm: {expected}"]
+
+
+def test_cpp_compiler_with_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "c++ -m64")
+    assert run_setup("", None, tmp_path).stdout.split() == ["recalkv_vllm._cpu"]
+
+
+def test_cpp_compiler_that_fails_is_an_error(tmp_path: Path) -> None:
+    """An installation never loses its speed silently."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\n[ $# = 1 ] && exec c++ $1\necho cannot compile >&2; exit 1\n")
+    compiler.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build", "--build-base", tmp_path / "build"],
+        cwd=ROOT,
+        env={**os.environ, "CXX": str(compiler), "CUDA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "cannot compile" in done.stdout + done.stderr
+
+
+def test_each_torch_has_its_own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an installation would find what another torch's left, and call it up to date."""
+    folders = set()
+    for version in ("2.13.0+cpu", "2.13.0+cu130"):
+        monkeypatch.setenv("TORCH_VERSION", version)
+        folders |= set(run_setup("", None, tmp_path).stdout.splitlines()[1].split())
+    assert len(folders) == 4
 
 
 def compile_shared(output: Path, *arguments: str) -> None:
@@ -108,12 +186,12 @@ def test_where_the_cuda_runtime_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("listed", "devices", "expected"),
     [
-        (None, [], ["80,code=[sm_80,compute_80]", "90,code=sm_90"]),
-        ("", [(9, 0)], ["90,code=compute_90", "90,code=sm_90"]),
+        (None, [], ["80,code=[sm_80,compute_80]", "90a,code=sm_90a"]),
+        ("", [(9, 0)], ["90,code=compute_90", "90a,code=sm_90a"]),
         (None, [(8, 6), (8, 9)], ["86,code=sm_86", "89,code=compute_89", "89,code=sm_89"]),
         (None, [(7, 5)], []),
-        ("7.5 8.0 9.0+PTX", [], ["80,code=sm_80", "90,code=compute_90", "90,code=sm_90"]),
-        ("Hopper", [(8, 0)], ["90,code=compute_90", "90,code=sm_90"]),
+        ("7.5 8.0 9.0+PTX", [], ["80,code=sm_80", "90,code=compute_90", "90a,code=sm_90a"]),
+        ("Hopper", [(8, 0)], ["90,code=compute_90", "90a,code=sm_90a"]),
         ("7.0;7.5", [(9, 0)], []),
     ],
     ids=str,
@@ -142,3 +220,16 @@ def test_list_of_old_architectures_costs_only_the_cuda_kernels(
     done = run_setup("13.0", NVCC_13, tmp_path)
     assert "_cuda" not in done.stdout
     assert "8.0 or newer, found TORCH_CUDA_ARCH_LIST=7.5" in done.stderr
+
+
+def test_old_setuptools_is_named() -> None:
+    """A virtual environment of Python 3.11 comes with 65, and pip takes it."""
+    script = "import runpy, setuptools; setuptools.__version__ = '65.5.0'; "
+    done = subprocess.run(
+        [sys.executable, "-c", script + "runpy.run_path('setup.py')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "recalkv_vllm: expected setuptools 77 or later, found 65.5.0\n"

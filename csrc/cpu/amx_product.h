@@ -35,9 +35,9 @@ class TileProducts {
             constexpr int kR = decltype(r)::value;
             Vec acc[kR][kV];
             start(acc, first + row, column);
-            for (int i = 0; i < kR; ++i)
-              for (int j = 0; j < kV; ++j)
-                acc[i][j] = add(acc[i][j], load(block_ + (row + i) * kColumns + j * kLanes));
+            for_sums(acc, [&](Vec& sum, int i, int j) __attribute__((always_inline)) {
+              sum = add(sum, load(block_ + (row + i) * kColumns + j * kLanes));
+            });
             finish(acc, first + row, column);
           }
         });

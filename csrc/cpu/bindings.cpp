@@ -2,6 +2,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <Python.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <vector>
 
@@ -12,6 +13,9 @@
 
 namespace recalkv {
 namespace {
+
+// Read off the file before it is loaded (recalkv_vllm/ops/cpu/extension.py).
+[[gnu::used]] constexpr char kBuiltAgainst[] = "recalkv_vllm: built against torch " TORCH_VERSION;
 
 std::vector<std::string> instruction_sets_of(at::ScalarType dtype) {
   return instruction_sets(element_type_of(dtype, "dtype"));

@@ -55,9 +55,9 @@ void Attention<Format>::absorb(int head, int64_t first) {
     products.template run<Format>(
         rows * kTerms, layer.k_width, {turned, stride}, {factors, layer.k_width}, pairs, from_zero,
         [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
-      for (int i = 0; i < kR; ++i)
-        for (int j = 0; j < kV; ++j)
-          Format::store_row(out + (row + i) * k_units, column + j * kLanes, acc[i][j]);
+      for_sums(acc, [&](Vec& sum, int i, int j) __attribute__((always_inline)) {
+        Format::store_row(out + (row + i) * k_units, column + j * kLanes, sum);
+      });
     });
   }
 }
@@ -71,12 +71,14 @@ void Attention<Format>::score_expanded(int head, int64_t first) {
   products.template run<Format, kTerms>(
       rows * kTerms, kTile, {rows_in, k_units}, {z_columns, kTile}, k_units,
       [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int) __attribute__((always_inline)) {
-    for (int i = 0; i < kR; ++i)
-      for (int j = 0; j < kV; ++j) acc[i][j] = splat(shift[row + i]);
+    for_sums(acc, [&](Vec& sum, int i, int)
+                      __attribute__((always_inline)) { sum = splat(shift[row + i]); });
   }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
     if constexpr (kR == kTerms) {
+#pragma GCC unroll 4
       for (int j = 0; j < kV; ++j) {
         Vec score = mul(acc[0][j], load(basis + column + j * kLanes));
+#pragma GCC unroll 4
         for (int term = 1; term < kTerms; ++term)
           score = fma(acc[term][j], load(basis + term * kStretch + column + j * kLanes), score);
         store(scores + row / kTerms * kTile + column + j * kLanes, score);

@@ -11,6 +11,7 @@
 #include "reconstruct.h"
 #include "rows.h"
 #include "value_up_tile.h"
+#include "walk.h"
 
 namespace recalkv::RECALKV_ISA {
 

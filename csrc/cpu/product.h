@@ -102,14 +102,20 @@ struct RegisterProducts {
   }
 };
 
-template <int kR, int kV>
-RECALKV_INLINE void fill(Vec (&acc)[kR][kV], Vec v) {
-  for (int i = 0; i < kR; ++i)
-    for (int j = 0; j < kV; ++j) acc[i][j] = v;
+// f(sum, row, vector) for all sums of a block. Unrolled, or the compiler keeps them in memory.
+template <int kR, int kV, class F>
+RECALKV_INLINE void for_sums(Vec (&acc)[kR][kV], F&& f) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kV; ++j) f(acc[i][j], i, j);
+  }
 }
 
 // Starts a product from zero.
 constexpr auto from_zero = []<int kR, int kV>(Vec (&acc)[kR][kV], int, int)
-                               __attribute__((always_inline)) { fill(acc, splat(0.0f)); };
+                               __attribute__((always_inline)) {
+  for_sums(acc, [](Vec& sum, int, int) __attribute__((always_inline)) { sum = splat(0.0f); });
+};
 
 }  // namespace recalkv::RECALKV_ISA

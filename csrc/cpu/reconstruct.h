@@ -21,13 +21,15 @@ void Attention<Format>::reconstruct(int head, int64_t tile) {
       exact_rows, kTile, {factors, k_units}, {z_columns, kTile}, k_units,
       [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int) __attribute__((always_inline)) {
     prefetch_some();
-    for (int i = 0; i < kR; ++i)
-      for (int j = 0; j < kV; ++j) acc[i][j] = splat(bias ? bias[row + i] : 0.0f);
+    for_sums(acc, [&](Vec& sum, int i, int)
+                      __attribute__((always_inline)) { sum = splat(bias ? bias[row + i] : 0.0f); });
   }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
     if constexpr (kR % 2 == 0) {
       if (norm) {
+#pragma GCC unroll 4
         for (int j = 0; j < kV; ++j) {
           Vec square = load(key_scale + column + j * kLanes);
+#pragma GCC unroll 6
           for (int i = 0; i < kR; ++i) {
             square = fma(acc[i][j], acc[i][j], square);
             acc[i][j] = mul(acc[i][j], splat(norm[row + i]));
@@ -35,9 +37,11 @@ void Attention<Format>::reconstruct(int head, int64_t tile) {
           store(key_scale + column + j * kLanes, square);
         }
       }
+#pragma GCC unroll 3
       for (int i = 0; i < kR; i += 2) {
         const int pair = (row + i) / 2;
         Unit* out = keys + int64_t{row + i} / Format::kPerUnit * kTile + column;
+#pragma GCC unroll 4
         for (int j = 0; j < kV; ++j) {
           Vec a = acc[i][j], b = acc[i + 1][j];
           if (pair < layer.rot_pairs) {
@@ -69,7 +73,9 @@ void Attention<Format>::reconstruct_values(int head) {
                                 [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column)
                                     __attribute__((always_inline)) {
     if constexpr (kR % 2 == 0) {
+#pragma GCC unroll 3
       for (int i = 0; i < kR; i += 2)
+#pragma GCC unroll 4
         for (int j = 0; j < kV; ++j)
           Format::store_pair(values + (row + i) / Format::kPerUnit * width + column + j * kLanes,
                              width, acc[i][j], acc[i + 1][j]);

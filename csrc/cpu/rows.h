@@ -53,37 +53,36 @@ void Attention<Format>::start() {
       // Finite: a row that sees nothing yet still subtracts it from logits.
       running_max[int64_t{head} * rows + row] = -std::numeric_limits<float>::max();
       running_sum[int64_t{head} * rows + row] = 0.0f;
-      float* out = row_sums(head, row);
-      for (int i = 0; i < width; i += kLanes) store(out + i, splat(0.0f));
     }
   }
+  const int64_t all = int64_t{num_heads} * rows * width;
+  for (int64_t i = 0; i < all; i += kLanes) store(sums + i, splat(0.0f));
 }
 
 template <class Format>
 void Attention<Format>::finish() {
   for (int head = 0; head < num_heads; ++head) {
+    const float* bias = dense && layer.v_bias
+                            ? layer.v_bias + int64_t{first_head + head} * layer.head_dim
+                            : nullptr;
     for (int row = 0; row < rows; ++row) {
-      const float m = running_max[int64_t{head} * rows + row] / kLog2E;
-      const float l = running_sum[int64_t{head} * rows + row];
+      const int64_t own = int64_t{head} * rows + row;
+      const float m = running_max[own] / kLog2E, l = running_sum[own];
+      const float* from = sums + own * width;
       const int64_t index = out_row(head, row);
-      if (task.weight) {
-        task.lse[index] = m;
-        task.weight[index] = l;
-        continue;
-      }
-      float* out = row_sums(head, row);
-      const Vec inverse = splat(l == 0.0f ? 0.0f : 1.0f / l);
+      // Splits are merged, and divided by the sum, later.
+      const Vec factor = splat(task.weight ? 1.0f : (l == 0.0f ? 0.0f : 1.0f / l));
       if (dense) {
-        const float* bias =
-            layer.v_bias ? layer.v_bias + int64_t{first_head + head} * layer.head_dim : nullptr;
-        Raw* result = static_cast<Raw*>(task.heads) + index * layer.head_dim;
+        Raw* to = static_cast<Raw*>(task.heads) + index * layer.head_dim;
         for (int i = 0; i < width; i += kLanes)
-          Format::store_latent(result + i,
-                               fma(load(out + i), inverse, bias ? load(bias + i) : splat(0.0f)));
+          Format::store_latent(to + i,
+                               fma(load(from + i), factor, bias ? load(bias + i) : splat(0.0f)));
         continue;
       }
-      for (int i = 0; i < width; i += kLanes) store(out + i, mul(load(out + i), inverse));
-      task.lse[index] = m + __builtin_logf(l);
+      float* to = task.out + index * width;
+      for (int i = 0; i < width; i += kLanes) store(to + i, mul(load(from + i), factor));
+      task.lse[index] = task.weight ? m : m + __builtin_logf(l);
+      if (task.weight) task.weight[index] = l;
     }
   }
 }

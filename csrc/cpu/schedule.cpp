@@ -5,9 +5,10 @@
 namespace recalkv {
 namespace {
 
-// Rows per KV head beyond which a block is cut: keys and values are reconstructed once per block,
-// which then costs under a tenth of the attention itself. Fewer where threads would have no task.
-constexpr int kBlockRows = 1024;
+// Rows per KV head beyond which a block is cut, for its sums take memory. Keys and values are
+// reconstructed once per block. Fewer rows where threads would have no task: down to
+// kFewestBlockRows, reconstruction costs under a third of the attention itself.
+constexpr int kBlockRows = 8192;
 constexpr int kFewestBlockRows = 256;
 // From this many rows on, a task takes one K group, so that its rows stay in the L2 cache.
 constexpr int kManyRows = 64;
@@ -32,7 +33,8 @@ int64_t cost(const Layer& layer, const Batch& batch, const QueryBlock& block) {
 int block_rows(const Layer& layer, const Batch& batch, int threads) {
   const int64_t all = int64_t{batch.query_start_loc[batch.num_seqs]} * batch.queries_per_kv;
   int most = kBlockRows;
-  while (most > kFewestBlockRows && all / most * layer.k_groups < kTasksPerThread * threads)
+  while (threads > 1 && most > kFewestBlockRows &&
+         all / most * layer.k_groups < kTasksPerThread * threads)
     most /= 2;
   return most;
 }

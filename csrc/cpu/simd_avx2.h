@@ -23,15 +23,14 @@ RECALKV_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 RECALKV_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 RECALKV_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 RECALKV_INLINE Vec sqrt(Vec a) { return _mm256_sqrt_ps(a); }
-RECALKV_INLINE float sum(Vec a) {
-  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
-}
-RECALKV_INLINE float maximum(Vec a) {
-  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+// out[i] = f over the lanes of rows[i]; one reduction for four rows, whose shuffles they share.
+template <class F>
+RECALKV_INLINE void reduce_rows(const Vec (&rows)[4], float* out, F f) {
+  const Vec first = f(_mm256_unpacklo_ps(rows[0], rows[1]), _mm256_unpackhi_ps(rows[0], rows[1]));
+  const Vec second = f(_mm256_unpacklo_ps(rows[2], rows[3]), _mm256_unpackhi_ps(rows[2], rows[3]));
+  Vec all = f(_mm256_shuffle_ps(first, second, 0x44), _mm256_shuffle_ps(first, second, 0xee));
+  all = f(all, _mm256_permute2f128_ps(all, all, 1));
+  _mm_storeu_ps(out, _mm256_castps256_ps128(all));
 }
 RECALKV_INLINE Vec round(Vec a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -23,8 +23,16 @@ RECALKV_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 RECALKV_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 RECALKV_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 RECALKV_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a); }
-RECALKV_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a); }
-RECALKV_INLINE float maximum(Vec a) { return _mm512_reduce_max_ps(a); }
+// out[i] = f over the lanes of rows[i]; one reduction for four rows, whose shuffles they share.
+template <class F>
+RECALKV_INLINE void reduce_rows(const Vec (&rows)[4], float* out, F f) {
+  const Vec first = f(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
+  const Vec second = f(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
+  Vec all = f(_mm512_shuffle_ps(first, second, 0x44), _mm512_shuffle_ps(first, second, 0xee));
+  all = f(all, _mm512_shuffle_f32x4(all, all, 0x4e));
+  all = f(all, _mm512_shuffle_f32x4(all, all, 0xb1));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(all));
+}
 RECALKV_INLINE Vec round(Vec a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

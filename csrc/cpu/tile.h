@@ -1,5 +1,6 @@
-// One task of the attention: tile after tile, gather latents, reconstruct a head's keys, score,
-// softmax and accumulate value latents. The steps are defined in a header each.
+// One task of the attention: gather latents of a tile, reconstruct a head's keys, score, softmax
+// and accumulate value latents. The steps are defined in a header each. A few query rows take tile
+// after tile. Many take slices of several tiles, whose keys and values are reconstructed first.
 #pragma once
 
 #include "batch.h"
@@ -11,6 +12,9 @@
 namespace recalkv::RECALKV_ISA {
 
 RECALKV_INLINE int round_up(int count) { return (count + 15) / 16 * 16; }
+
+// Reconstructed keys and values of a slice that stay in the L2 cache.
+constexpr int64_t kSliceBytes = 256 << 10;
 
 // Tokens whose codes are still in the nearest cache when a next segment of them is read.
 constexpr int kTokenBlock = 8;
@@ -45,23 +49,24 @@ struct Attention {
   const bool dense;                 // values are reconstructed, and sums of them are results
   const int v_units;                // units of a V span
   const int width;                  // columns of a row of sums: of values, or of value latents
+  const int slice_tiles;            // tiles of a slice, 1 where there are no slices
 
   Products products;
   Unit* queries;       // [num_heads][rows][depth], pair order
   Unit* z_columns;     // [k_units][kTile]
-  Unit* keys;          // [depth][kTile]
-  Unit* values;        // [kTokenUnits][width]
+  Unit* keys;          // [depth][kTile], of the panel in use
+  Unit* values;        // [kTokenUnits][width], likewise
   float* scores;       // [kRowBlock][kTile]
   Unit* weights;       // [kRowBlock][kTokenUnits]
   float* running_max;  // [num_heads][rows], of logits in base 2
   float* running_sum;  // [num_heads][rows]
-  float* key_scale;    // [kTile], 1 / RMS of each key
+  float* key_scale;    // [kTile], 1 / RMS of each key, likewise
   float* new_max;      // [kRowBlock]
   float* rescale;      // [kRowBlock]
   Raw* zeros;          // a latent for tokens past the end
   Unit* widened;       // [kLanes][widest row], where the source is not made of units
   Unit* z_rows;        // [kTile][v_units], where values are reconstructed
-  float* sums;         // [num_heads][rows][width], where they are not in task.out
+  float* sums;         // [num_heads][rows][width], of weighted values or value latents
   Unit* turned;        // [rows][kTerms][expanded_pairs], see absorb()
   Unit* absorbed;      // [num_heads][rows][kTerms][k_units]
   float* offsets;      // [num_heads][rows][kTerms], the key bias' share
@@ -91,9 +96,15 @@ struct Attention {
     const uint8_t* codes[kTile];
     const uint8_t* scales[kTile];
   };
-  const Tile* next;    // the tile to prefetch
-  int prefetched = 0;  // of its tokens
+  Tile tiles[2];
+  Tile* tile = &tiles[0];
+  Tile* next = &tiles[1];  // the tile to prefetch
+  int prefetched = 0;      // of its tokens
   int prefetch_step;
+  // Panels of a slice's tiles, and in each of all heads; a single one without slices.
+  Unit* key_panels;
+  Unit* value_panels;
+  float* key_scales;
 
   Attention(const Layer& l, const Batch& b, const Task& t, Scratch& scratch)
       : layer(l),
@@ -109,17 +120,20 @@ struct Attention {
         dense(t.heads != nullptr),
         v_units(l.v_width / Format::kPerUnit),
         width(dense ? l.head_dim : l.v_width),
+        slice_tiles(tiles_of_slice()),
         products(scratch) {
     queries = scratch.take<Unit>(int64_t{num_heads} * rows * depth);
     z_columns = scratch.take<Unit>(k_units * kTile);
-    keys = scratch.take<Unit>(depth * kTile);
-    values = scratch.take<Unit>(kTokenUnits * width);
+    const int64_t panels = slice_tiles > 1 ? int64_t{slice_tiles} * num_heads : 1;
+    key_panels = scratch.take<Unit>(panels * depth * kTile);
+    value_panels = scratch.take<Unit>(panels * kTokenUnits * width);
+    key_scales = scratch.take<float>(panels * kTile);
+    use_panel(0);
     scores = scratch.take<float>(kRowBlock * kTile);
     weights = scratch.take<Unit>(kRowBlock * kTokenUnits);
     // Read in whole vectors.
     running_max = scratch.take<float>(int64_t{num_heads} * rows + kLanes);
     running_sum = scratch.take<float>(int64_t{num_heads} * rows);
-    key_scale = scratch.take<float>(kTile);
     new_max = scratch.take<float>(kRowBlock);
     rescale = scratch.take<float>(kRowBlock);
     const int widest = layer.k_width > layer.v_width ? layer.k_width : layer.v_width;
@@ -144,10 +158,8 @@ struct Attention {
       offsets = scratch.take<float>(int64_t{num_heads} * rows * kTerms);
     }
     widened = scratch.take<Unit>(kLanes * (widest > layer.head_dim ? widest : layer.head_dim));
-    if (dense) {
-      z_rows = scratch.take<Unit>(kTile * v_units);
-      sums = scratch.take<float>(int64_t{num_heads} * rows * width);
-    }
+    sums = scratch.take<float>(int64_t{num_heads} * rows * width);
+    if (dense) z_rows = scratch.take<Unit>(kTile * v_units);
   }
 
   // Row (query, head) of the results that a KV head's row is.
@@ -155,12 +167,6 @@ struct Attention {
     const int query = row / batch.queries_per_kv;
     return int64_t{query} * batch.num_heads + (first_head + head) * batch.queries_per_kv +
            row % batch.queries_per_kv;
-  }
-
-  // Sums of weighted values, or value latents, of a KV head's row.
-  RECALKV_INLINE float* row_sums(int head, int row) const {
-    return dense ? sums + (int64_t{head} * rows + row) * width
-                 : task.out + out_row(head, row) * width;
   }
 
   RECALKV_INLINE bool quantized() const { return batch.latents.num_bands != 0; }
@@ -209,67 +215,39 @@ struct Attention {
   void score_expanded(int head, int64_t first);
 
   // attend.h
-  void softmax(int head, int begin, int count, int64_t first, int valid);
-  RECALKV_INLINE Range visible(int row, int64_t first, int valid) const;
+  void softmax(int head, int begin, int count, int columns, int64_t first);
+  RECALKV_INLINE void hide(float* of_row, Range seen, int columns) const;
+  RECALKV_INLINE Range visible(int row, int64_t first) const;
+  RECALKV_INLINE bool scores_are_logits() const;
   RECALKV_INLINE Vec logits(Vec score, int token) const;
   RECALKV_INLINE Vec cap(Vec x) const;
-  void attend(int head, int64_t first, int valid);
+  void attend(int head, int begin, int64_t first);
 
   // Tokens of the tile at `first` that this task covers, 0 past its end.
   RECALKV_INLINE int tile_tokens(int64_t first) const { return clamp(task.kv_end - first, kTile); }
 
-  void run() {
-    start();
-    Tile buffers[2];
-    Tile* tile = &buffers[0];
-    Tile* following = &buffers[1];
-    const int heads_per_v_group = layer.num_kv_heads / layer.v_groups;
-    locate(task.kv_begin, tile_tokens(task.kv_begin), *tile);
-    for (int64_t first = task.kv_begin; first < task.kv_end; first += kTile) {
-      locate(first + kTile, tile_tokens(first + kTile), *following);
-      next = following;
-      prefetched = 0;
-      if (quantized()) dequantize(*tile, tile_tokens(first));
-      int gathered = -1;
-      for (int head = 0; head < num_heads; ++head) {
-        const int global = first_head + head;
-        if (global % layer.group_heads == 0)
-          gather_columns(tile->latents, layer.k_starts[global / layer.group_heads]);
-        if (const int group = global / heads_per_v_group; group != gathered) {
-          if (dense) {
-            gather_rows(tile->latents, layer.v_starts[group]);
-          } else {
-            gather_values(tile->latents, layer.v_starts[group]);
-          }
-          gathered = group;
-        }
-        if (dense) reconstruct_values(global);
-        if (expanded) {
-          if (first % kStretch == 0 || first == task.kv_begin) absorb(head, first);
-          score_expanded(head, first);
-        }
-        reconstruct(global, first / kTile);
-        attend(head, first, tile_tokens(first));
-      }
-      Tile* done = tile;
-      tile = following;
-      following = done;
-    }
-    finish();
+  // As many as kSliceBytes hold, and no more than there are.
+  int tiles_of_slice() const {
+    if (rows <= kRowBlock) return 1;
+    const int64_t panel = (int64_t{depth} * kTile + kTokenUnits * width) * sizeof(Unit);
+    const int64_t held = kSliceBytes / (num_heads * panel);
+    const int64_t all = (task.kv_end - task.kv_begin + kTile - 1) / kTile;
+    const int64_t tiles = held < all ? held : all;
+    return tiles > 1 ? static_cast<int>(tiles) : 1;
   }
+
+  RECALKV_INLINE void use_panel(int64_t panel) {
+    keys = key_panels + panel * depth * kTile;
+    values = value_panels + panel * kTokenUnits * width;
+    key_scale = key_scales + panel * kTile;
+  }
+
+  // walk.h
+  void enter(int64_t first);
+  void gather(int head, bool values_are_shared);
+  void run_tile(int64_t first);
+  void run_slice(int64_t begin, int64_t end);
+  void run();
 };
-
-template <class Format>
-void attend_task(const Layer& layer, const Batch& batch, const Task& task, void* scratch) {
-  Scratch memory{static_cast<char*>(scratch)};
-  Attention<Format>(layer, batch, task, memory).run();
-}
-
-template <class Format>
-int64_t attend_scratch_bytes(const Layer& layer, const Batch& batch, const Task& task) {
-  Scratch memory{nullptr};
-  Attention<Format> unused(layer, batch, task, memory);
-  return memory.used;
-}
 
 }  // namespace recalkv::RECALKV_ISA

@@ -67,12 +67,12 @@ void value_up(const ValueUp& job, void* memory) {
   space.products.template run<Format>(
       job.head_dim, columns, {factors, units}, {space.columns, kTile}, units,
       [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int) __attribute__((always_inline)) {
-    for (int i = 0; i < kR; ++i)
-      for (int j = 0; j < kV; ++j) acc[i][j] = splat(bias ? bias[row + i] : 0.0f);
+    for_sums(acc, [&](Vec& sum, int i, int)
+                      __attribute__((always_inline)) { sum = splat(bias ? bias[row + i] : 0.0f); });
   }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
-    for (int i = 0; i < kR; ++i)
-      for (int j = 0; j < kV; ++j)
-        store(space.result + (row + i) * kTile + column + j * kLanes, acc[i][j]);
+    for_sums(acc, [&](Vec& sum, int i, int j) __attribute__((always_inline)) {
+      store(space.result + (row + i) * kTile + column + j * kLanes, sum);
+    });
   });
 
   typename Output::Raw* out = static_cast<typename Output::Raw*>(job.out);

@@ -64,12 +64,25 @@ void assign(const std::vector<int64_t>& elements, const char* argument, Fields&.
   ((fields = static_cast<Fields>(*next++)), ...);
 }
 
-void decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
-            const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& k_factor,
-            const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
-            const Tensor& base_rotation, const Tensor& local_rotation, const Tensor& tile_columns,
-            Tensor out, Tensor lse, std::vector<int64_t> sizes, std::vector<int64_t> kernel,
-            double scale, double soft_cap, double norm_eps, double norm_factor) {
+using Launch = decltype(&launch_decode);
+
+// What only the decode kernel for Hopper is told.
+struct HopperArguments {
+  std::optional<Tensor> slow_rotation;
+  std::optional<Tensor> band_blocks;
+  int64_t most_blocks = 0;
+  int64_t token_scales = 0;
+};
+
+// What both decode kernels are told; `launch` starts one of them.
+void run_decode(Launch launch, const char* what, const HopperArguments& hopper, const Tensor& q,
+                const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_lens,
+                const Tensor& query_start_loc, const Tensor& k_factor,
+                const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
+                const Tensor& base_rotation, const Tensor& local_rotation,
+                const Tensor& tile_columns, Tensor out, Tensor lse, std::vector<int64_t> sizes,
+                std::vector<int64_t> kernel, double scale, double soft_cap, double norm_eps,
+                double norm_factor) {
   const Stream stream(q);
   DecodeParams p{};
   p.q = data<const uint16_t>(q);
@@ -82,6 +95,10 @@ void decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
   p.k_norm_weight = optional_data(k_norm_weight);
   p.base_rotation = data<const float>(base_rotation);
   p.local_rotation = data<const float>(local_rotation);
+  p.slow_rotation = optional_data(hopper.slow_rotation);
+  p.band_blocks = hopper.band_blocks ? data<const int32_t>(*hopper.band_blocks) : nullptr;
+  p.most_blocks = static_cast<int32_t>(hopper.most_blocks);
+  p.token_scales = static_cast<int32_t>(hopper.token_scales);
   p.tile_columns = data<const int32_t>(tile_columns);
   p.out = data<float>(out);
   p.lse = data<float>(lse);
@@ -103,11 +120,39 @@ void decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
   // KernelShape of recalkv_vllm/ops/cuda/shapes.py.
   auto& shape = p.kernel;
   assign(kernel, "kernel", shape.column_tiles, shape.v_tiles, shape.heads, shape.teams,
-         shape.stages, shape.tile_width, shape.splits, shape.resident, shape.shared_bytes);
+         shape.stages, shape.tile_width, shape.splits, shape.resident, shape.shared_bytes,
+         shape.lean);
   const auto type = q.scalar_type() == torch::headeronly::ScalarType::BFloat16
                         ? ElementType::kBFloat16
                         : ElementType::kFloat16;
-  check(launch_decode(p, type, static_cast<int>(q.size(2)), stream.get()), "decode attention");
+  check(launch(p, type, static_cast<int>(q.size(2)), stream.get()), what);
+}
+
+void decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+            const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& k_factor,
+            const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
+            const Tensor& base_rotation, const Tensor& local_rotation, const Tensor& tile_columns,
+            Tensor out, Tensor lse, std::vector<int64_t> sizes, std::vector<int64_t> kernel,
+            double scale, double soft_cap, double norm_eps, double norm_factor) {
+  run_decode(launch_decode, "decode attention", {}, q, kv_cache, block_table, seq_lens,
+             query_start_loc, k_factor, k_bias, k_norm_weight, base_rotation, local_rotation,
+             tile_columns, out, lse, sizes, kernel, scale, soft_cap, norm_eps, norm_factor);
+}
+
+void decode_hopper(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+                   const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& k_factor,
+                   const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
+                   const Tensor& base_rotation, const Tensor& local_rotation,
+                   const Tensor& slow_rotation, const Tensor& tile_columns, Tensor out, Tensor lse,
+                   std::vector<int64_t> sizes, std::vector<int64_t> kernel, double scale,
+                   double soft_cap, double norm_eps, double norm_factor,
+                   const std::optional<Tensor>& band_blocks, int64_t most_blocks,
+                   int64_t token_scales) {
+  run_decode(launch_hopper, "decode attention on Hopper",
+             {slow_rotation, band_blocks, most_blocks, token_scales}, q, kv_cache, block_table,
+             seq_lens, query_start_loc, k_factor, k_bias, k_norm_weight, base_rotation,
+             local_rotation, tile_columns, out, lse, sizes, kernel, scale, soft_cap, norm_eps,
+             norm_factor);
 }
 
 void merge(const Tensor& partial_out, const Tensor& partial_lse, Tensor out, Tensor lse,
@@ -135,11 +180,19 @@ STABLE_TORCH_LIBRARY(recalkv_cuda, library) {
       "Tensor(b!) lse, int[] sizes, int[] kernel, float scale, float soft_cap, float norm_eps, "
       "float norm_factor) -> ()");
   library.def(
+      "decode_hopper(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_start_loc, Tensor k_factor, Tensor? k_bias, Tensor? k_norm_weight, "
+      "Tensor base_rotation, Tensor local_rotation, Tensor slow_rotation, Tensor tile_columns, "
+      "Tensor(a!) out, Tensor(b!) lse, int[] sizes, int[] kernel, float scale, float soft_cap, "
+      "float norm_eps, float norm_factor, Tensor? band_blocks, int most_blocks, "
+      "int token_scales) -> ()");
+  library.def(
       "merge(Tensor partial_out, Tensor partial_lse, Tensor(a!) out, Tensor(b!) lse, int splits) "
       "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recalkv_cuda, RECALKV_DISPATCH_KEY, library) {
   library.impl("decode", TORCH_BOX(&recalkv::decode));
+  library.impl("decode_hopper", TORCH_BOX(&recalkv::decode_hopper));
   library.impl("merge", TORCH_BOX(&recalkv::merge));
 }

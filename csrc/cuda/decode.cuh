@@ -5,6 +5,7 @@
 // read the same tiles from the team's ring. Teams meet only at the end.
 #pragma once
 
+#include "results.cuh"
 #include "rows.cuh"
 #include "scores.cuh"
 #include "shape.cuh"
@@ -12,31 +13,6 @@
 #include "staging.cuh"
 
 namespace recalkv {
-
-// Where results go: row `row` under KV head `head`, counted from token `first_token`, of `split`.
-RECALKV_DEVICE int64_t result_row(const DecodeParams& p, int first_token, int head, int row,
-                                  int split) {
-  const int per_kv = p.num_heads / p.num_kv_heads;
-  const int64_t token = static_cast<int64_t>(split) * p.tokens + first_token + row / per_kv;
-  return token * p.num_heads + head * per_kv + row % per_kv;
-}
-
-// Zeros and minus infinity for rows of no sequence; splits leave the zeros to the merge.
-RECALKV_DEVICE void clear_padding(const DecodeParams& p, const Padding& padding, int first_head,
-                                  int v_block, int block_columns) {
-  const int count = padding.end - padding.begin;
-  const int v_begin = v_block * block_columns;
-  const int v_left = p.v_width - v_begin;
-  const int v_columns = v_left < block_columns ? v_left : block_columns;
-  for (int i = 0; i < p.kernel.heads * count; ++i) {
-    const int64_t row =
-        result_row(p, 0, first_head + i / count, padding.begin + i % count, block_y());
-    if (v_block == 0 && thread_index() == 0) p.lse[row] = kMinusInfinity;
-    for (int v = thread_index(); p.kernel.splits == 1 && v < v_columns; v += thread_count()) {
-      p.out[row * p.v_width + v_begin + v] = 0.0f;
-    }
-  }
-}
 
 // Merge the teams' results through shared memory and write them. All threads take part; no copy may
 // be under way any more.
@@ -140,18 +116,12 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const 
   if (padding.begin < padding.end) clear_padding(p, padding, first_head, v_block, 16 * S::kVTiles);
   if (rows.begin >= rows.end) return;
   const TokenRange range = split_range(p, rows, block_y(), S::kTokens);
-  const int thread = thread_index();
   if (p.kernel.splits > 1 && range.tile_from >= range.tile_to) {
-    // The merge does not read the output of a split that has seen nothing.
-    for (int i = thread; v_block == 0 && i < p.kernel.heads * S::kColumns; i += thread_count()) {
-      const int row = rows.begin + i % S::kColumns;
-      if (row >= rows.end) continue;
-      p.lse[result_row(p, rows.first_token, first_head + i / S::kColumns, row, block_y())] =
-          kMinusInfinity;
-    }
+    if (v_block == 0) clear_split(p, rows, first_head, S::kColumns);
     return;
   }
 
+  const int thread = thread_index();
   unsigned char* memory = shared_memory();
   const SharedLayout<S> shared(p);
   const int factor_size = S::kHeadDim * p.k_width / 8;  // 16-byte words of one head

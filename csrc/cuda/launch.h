@@ -7,12 +7,17 @@ namespace recalkv {
 
 enum class ElementType { kBFloat16, kFloat16 };
 
-// Both return null, or a line that says what went wrong. `row_blocks`: see `find_rows`.
+// They return null, or a line that says what went wrong. `row_blocks`: see `find_rows`.
 const char* launch_decode(const DecodeParams& params, ElementType type, int head_dim, void* stream);
 const char* launch_merge(const MergeParams& params, void* stream);
 
-// The parts of `launch_decode`, one per head size, so that they compile side by side.
+// The decode kernel for Hopper alone.
+const char* launch_hopper(const DecodeParams& params, ElementType type, int head_dim, void* stream);
+
+// The parts of both, one per head size, so that they compile side by side.
 template <int kHeadDim>
 const char* launch_decode_for(const DecodeParams& params, ElementType type, void* stream);
+template <int kHeadDim>
+const char* launch_hopper_for(const DecodeParams& params, ElementType type, void* stream);
 
 }  // namespace recalkv

@@ -17,8 +17,10 @@ struct DecodeParams {
   const float* k_bias;          // [h_kv, d] in pair order, or null
   const float* k_norm_weight;   // [d] in pair order, or null
   const float* base_rotation;   // [max_position/16, d/2, 2]: (cos, sin) of every 16th position
-  const float* local_rotation;  // [32, d/2, 2]: of the first positions
+  const float* local_rotation;  // [32, d/2, 2]: of the first positions; Hopper: [d/8, 4, lane, 4]
+  const float* slow_rotation;   // Hopper only: [d/2, 4], see `load_queries`
   const int32_t* tile_columns;  // [v_blocks, head_blocks, 2 + heads + chunks], see `TileColumns`
+  const int32_t* band_blocks;   // Hopper only: [v_blocks, h_kv, 4 + 4 most_blocks], or null
   float* out;                   // [splits, tokens, h_q, v_width]
   float* lse;                   // [splits, tokens, h_q]
   int64_t q_token_stride;
@@ -34,6 +36,8 @@ struct DecodeParams {
   int32_t k_width;
   int32_t v_width;
   int32_t rotated_half;  // columns (i, i + rotated_half) of q pair up; 0 where (2i, 2i + 1) do
+  int32_t most_blocks;   // of 32 columns that a block of threads reads, where latents are in bands
+  int32_t token_scales;  // of one token in the cache; they follow a page's codes
   int32_t window;        // newest keys a query sees, itself included
   float scale;
   float soft_cap;  // 0 is none
@@ -49,6 +53,7 @@ struct DecodeParams {
     int32_t splits;        // blocks that share a sequence's tokens
     int32_t resident;      // whether the factor is kept in shared memory
     int32_t shared_bytes;
+    int32_t lean;  // Hopper only: see `HopperShape`
   } kernel;
 };
 

@@ -28,7 +28,7 @@ RECALKV_DEVICE int block_x() { return blockIdx.x; }
 RECALKV_DEVICE int block_y() { return blockIdx.y; }
 
 RECALKV_DEVICE unsigned char* shared_memory() {
-  extern __shared__ __align__(16) unsigned char recalkv_shared[];
+  extern __shared__ __align__(1024) unsigned char recalkv_shared[];
   return recalkv_shared;
 }
 
@@ -157,6 +157,7 @@ RECALKV_DEVICE float exp2_fast(float x) {
 
 RECALKV_DEVICE float log2_fast(float x) { return __log2f(x); }
 RECALKV_DEVICE float rsqrt_fast(float x) { return rsqrtf(x); }
+RECALKV_DEVICE float reciprocal_fast(float x) { return __frcp_rn(x); }
 
 // Start a kernel; returns null, or what went wrong.
 template <typename Params>

@@ -38,9 +38,17 @@ class CheckedLayer(BoundLayer):
         validation.check_attend(self._signature, q, kv_cache, batch)
         return self._bound.attend(q, kv_cache, batch)
 
-    def attend_heads(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def attend_heads(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         validation.check_attend(self._signature, q, kv_cache, batch)
-        return self._bound.attend_heads(q, kv_cache, batch)
+        if out is not None:
+            validation.check_heads(q, out)
+        return self._bound.attend_heads(q, kv_cache, batch, out)
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         validation.check_value_up(self._signature, o_lat, out_dtype)

@@ -207,7 +207,13 @@ class BoundLayer(Protocol):
             out_dtype: dtype of the result; that of ``v_up`` if not given.
         """
 
-    def attend_heads(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def attend_heads(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """:meth:`value_up` of what :meth:`attend` gives: head outputs ``[tokens, h_q, d]``.
 
         Where many queries share a tile, an implementation may reconstruct its values instead.
@@ -216,9 +222,12 @@ class BoundLayer(Protocol):
             q: as for :meth:`attend`; the result has its dtype. Rows past ``query_start_loc[-1]``
                 are finite.
             kv_cache: as :meth:`update_cache` writes it.
+            out: where the result goes and what is returned, ``[tokens, h_q, d]`` of ``q``'s dtype;
+                new if not given.
         """
         o_lat, _ = self.attend(q, kv_cache, batch)
-        return self.value_up(o_lat)
+        heads = self.value_up(o_lat)
+        return heads if out is None else out.copy_(heads)
 
     def reserve(self, limits: BatchLimits) -> None:
         """Allocate what calls within ``limits`` need, before memory is profiled and graphs are

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from filelock import FileLock
 
 from recalkv_vllm.ops import workspace
 from recalkv_vllm.ops.cuda import attention, extension
@@ -32,7 +34,11 @@ def device() -> str:
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], None]:
     if ON_GPU:
         return lambda seed, early_copies: None
-    return emulation.load(emulation.build(tmp_path_factory.mktemp("emulation")))
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the run's, so that one worker compiles for all
+    with FileLock(root / "emulation.lock"):
+        return emulation.load(emulation.build(root / "emulation"))
 
 
 @pytest.fixture

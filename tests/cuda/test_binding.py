@@ -15,10 +15,12 @@ from recalkv_vllm.kernels.heuristics import Target
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import BatchLimits, KernelUnavailableError, cuda
 from recalkv_vllm.ops.cuda import CudaLayer, attention, extension
+from recalkv_vllm.ops.cuda.hopper import HopperAttention
 from recalkv_vllm.ops.cuda.shapes import Limits
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.layer import TritonLayer
-from tests.ops.cases import AttentionCase, build, spanned
+from tests.ops.band_cases import banded
+from tests.ops.cases import AttentionCase, build, joint, spanned
 from tests.ops.checks import assert_matches_oracle
 from tests.ops.padding import PADDED_CALLS, padded_call
 
@@ -117,8 +119,48 @@ def test_preferred_kernel_decodes(
     assert_matches_oracle(result, case, DTYPE)
 
 
+HOPPER = spanned("hopper", (4, 2, 64), 1, 32, 2, 32, batch=((1, 45), (1, 50)))
+BANDS = banded(
+    joint("hopper-bands", (4, 2, 64), 1, 64, batch=((1, 45), (1, 50))), *[((32, 6), (32, 3))] * 2
+)
+PAIRS = replace(WIDE, name="hopper-pairs")
+WIDEST = spanned("hopper-widest", (4, 2, 64), 1, 512, 2, 512, batch=((1, 45),))
+
+
+@needs_triton
+@pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize(
-    ("arch", "where"), [(80, " on"), (90, " of layers that Triton has only narrow")]
+    ("case", "kernel"),
+    [(HOPPER, HopperAttention), (BANDS, HopperAttention), (PAIRS, None), (WIDEST, None)],
+    ids=str,
+)
+def test_hopper_has_a_kernel_of_its_own(
+    case: AttentionCase,
+    kernel: type | None,
+    forced: bool,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For K groups of one head whose tiles fit; it is the one that decodes."""
+    monkeypatch.setattr(heuristics, "target_of", lambda device: Target(90, 132))
+    if forced:
+        monkeypatch.setenv("RECALKV_KERNEL", "cuda")
+    layer = bind(case)
+    assert type(layer.decode) is (kernel or attention.DecodeAttention)
+    inputs = build(case, DTYPE, DEVICE)
+    decodes = len(inputs.q)
+    result = layer.attend(*inputs.change(num_decodes=decodes, num_decode_tokens=decodes).call)
+    assert calls[0] == "cuda"
+    assert_matches_oracle(result, case, DTYPE)
+
+
+@pytest.mark.parametrize(
+    ("arch", "where"),
+    [
+        (80, " on"),
+        (90, " of K groups of one head"),
+        (100, " of layers that Triton has only narrow"),
+    ],
 )
 def test_log_says_what_decodes(arch: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heuristics, "target_of", lambda device: Target(arch, 132))

@@ -8,16 +8,20 @@ from typing import Any
 import pytest
 import torch
 
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.heuristics import Target
 from recalkv_vllm.ops import BatchLimits, cuda
 from recalkv_vllm.ops.cuda import extension
 from recalkv_vllm.ops.cuda.shapes import KernelShape
-from tests.ops.cases import build, spanned
+from tests.ops.band_cases import banded
+from tests.ops.cases import build, joint, spanned
 from tests.ops.checks import assert_matches_oracle
 from tests.ops.replay import PADDED, GraphMemory
 from tests.ops.tracing import RecordedCalls, ops_on_tensors
 
 NAMESPACE = "recalkv_cuda"
 DECODE, MERGE = f"{NAMESPACE}::decode", f"{NAMESPACE}::merge"
+HOPPER = f"{NAMESPACE}::decode_hopper"
 DEVICE = "cuda" if torch.cuda.is_available() and extension.load_error is None else "cpu"
 
 
@@ -34,8 +38,29 @@ def test_ops(length: int, names: set[str], configure: Callable[[int, int], None]
     recorded.check(*names)
 
 
+@pytest.mark.parametrize(
+    ("length", "names"), [(17, {HOPPER}), (700, {HOPPER, MERGE})], ids=["whole", "split"]
+)
+@pytest.mark.parametrize("coded", [False, True])
+def test_ops_on_hopper(
+    coded: bool,
+    length: int,
+    names: set[str],
+    configure: Callable[[int, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(heuristics, "target_of", lambda device: Target(90, 132))
+    case = joint("decode", (8, 2, 128), 1, 96, batch=((1, length),), key_norm=True)
+    if coded:
+        case = banded(case, *[((32, 6), (64, 4))] * 2)
+    inputs = build(case, torch.bfloat16, DEVICE)
+    with RecordedCalls(NAMESPACE) as recorded:
+        cuda.bind(inputs.layer).attend(*inputs.call)
+    recorded.check(*names)
+
+
 def test_every_op_has_a_test_here(configure: Callable[[int, int], None]) -> None:
-    assert ops_on_tensors(NAMESPACE) == {DECODE, MERGE}
+    assert ops_on_tensors(NAMESPACE) == {DECODE, HOPPER, MERGE}
 
 
 @pytest.mark.parametrize("heads", [(8, 2, 128), (16, 1, 64)], ids=str)

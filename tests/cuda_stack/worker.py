@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,8 +76,9 @@ def on_gpu(binding: bool = False) -> Iterator[None]:
 
 @cache
 def _init_distributed() -> None:
-    # vLLM imports it with its first model; a constant of it would be put on the device.
-    import vllm.model_executor.models.expert_substitution  # noqa: F401
+    # From 0.33 on, vLLM imports it with its first model: a constant of it would be on the device.
+    with suppress(ModuleNotFoundError):
+        import vllm.model_executor.models.expert_substitution  # noqa: F401
 
     address = f"tcp://127.0.0.1:{get_open_port()}"
     init_distributed_environment(1, 0, address, 0, "gloo")

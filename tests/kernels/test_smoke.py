@@ -25,15 +25,15 @@ def test_kernels_agree_with_the_reference() -> None:
 
 @pytest.mark.parametrize("fault", ["wrong", "nan", "raises"])
 def test_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = TritonLayer.attend
+    attend_heads = TritonLayer.attend_heads
 
     def faulty(self, *call):
-        o_lat, lse = attend(self, *call)
+        heads = attend_heads(self, *call)
         if fault == "raises":
             raise RuntimeError("out of resources:\n shared memory")
-        return o_lat * (1.01 if fault == "wrong" else torch.nan), lse
+        return heads * (1.01 if fault == "wrong" else torch.nan)
 
-    monkeypatch.setattr(TritonLayer, "attend", faulty)
+    monkeypatch.setattr(TritonLayer, "attend_heads", faulty)
     message = faults(("auto",))["triton, auto"]
     wanted = "RuntimeError: out of resources: shared memory" if fault == "raises" else "relative"
     assert message is not None

@@ -32,7 +32,7 @@ CASES = (
 SEQ_LEN = 32768
 #: Queries of a decode, and of other sequences.
 DECODE_LENGTHS = (1, 3)
-PREFILLS = ((1,), (2,), (3, 5), (7,), (16,), (31,), (100, 1, 1), (1000, 24), (2048,))
+PREFILLS = ((1,), (2,), (4,), (3, 5), (7,), (16,), (31,), (100, 1, 1), (1000, 24), (2048,))
 
 
 def batches(decode_length: int) -> Iterator[tuple[int, Batch]]:

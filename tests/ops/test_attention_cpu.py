@@ -21,15 +21,26 @@ from tests.ops.cases import (
     AttentionCase,
     attend,
     build,
+    joint,
     quantized,
     spanned,
 )
 from tests.ops.checks import assert_matches_oracle, difference
 from tests.ops.cpu_versions import DTYPES, VERSIONS, poison_free_memory
 
+#: Many rows, which take several tiles at once: three slices of them (in bf16), and a window that
+#: leaves some tiles of a slice out.
+WIDE: tuple[int, int, int] = (4, 4, 112)
+SLICES: tuple[AttentionCase, ...] = (
+    spanned("slices", WIDE, 4, 48, 1, 144, batch=((60, 300), (1, 40), (130, 130))),
+    spanned("slices-window", WIDE, 4, 48, 2, 48, batch=((60, 420),), sliding_window=130),
+    spanned("slices-norm", (4, 2, 64), 1, 32, 2, 64, batch=((50, 560),), key_norm=True),
+    *quantized((joint("slices-joint", (6, 2, 64), 2, 96, batch=((50, 450),)),), "int4", 32),
+)
+
 
 @pytest.mark.parametrize(("isa", "dtype"), VERSIONS, ids=str)
-@pytest.mark.parametrize("case", CASES + QUANTIZED_CASES + BAND_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + QUANTIZED_CASES + BAND_CASES + SLICES, ids=str)
 def test_matrix(
     case: AttentionCase, isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

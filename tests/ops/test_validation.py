@@ -145,6 +145,31 @@ def test_device(inputs: AttentionInputs, name: str) -> None:
         attempt(inputs, **{name: elsewhere})
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: x[1:], ValueError, r"out: expected q's shape \(3, 4, 64\), found \(2, 4, 64\)"),
+        (lambda x: x.double(), TypeError, "out: expected dtype float32, found float64"),
+        (lambda x: x.to("meta"), ValueError, "out: expected device cpu, found meta"),
+        (lambda x: x.mT.contiguous().mT, ValueError, "out: expected a contiguous last dimension"),
+    ],
+)
+def test_where_heads_go(
+    inputs: AttentionInputs, change: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ops.bind(inputs.layer).attend_heads(*inputs.call, out=change(torch.zeros_like(inputs.q)))
+
+
+def test_heads_are_written_where_they_shall_be(inputs: AttentionInputs) -> None:
+    bound = ops.bind(inputs.layer)
+    wide = torch.full((3, 6, 64), torch.nan)
+    assert torch.equal(
+        bound.attend_heads(*inputs.call, out=wide[:, 1:5]), bound.attend_heads(*inputs.call)
+    )
+    assert wide[:, (0, 5)].isnan().all()
+
+
 def test_head_size(inputs: AttentionInputs) -> None:
     up = torch.randn(2, 40, 32)
     with pytest.raises(ops.KernelUnavailableError, match="multiples of 16 up to 256, found 40"):

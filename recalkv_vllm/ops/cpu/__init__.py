@@ -23,8 +23,9 @@ def unsupported_reason(
     """Why these kernels cannot run, or None."""
     if extension.load_error is not None:
         return (
-            f"the C++ extension cannot be loaded ({extension.load_error}); build it with "
-            "'pip install --no-build-isolation -e .', or set RECALKV_KERNEL=reference"
+            f"the C++ extension cannot be loaded ({extension.load_error}); install again with "
+            "'pip install --no-build-isolation --no-cache-dir', or set RECALKV_KERNEL=reference, "
+            "which is slow"
         )
     if device.type != "cpu":
         return f"expected a tensor on the CPU, found {device}"

@@ -35,12 +35,18 @@ class CpuLayer(BoundLayer):
         clear_rows(o_lat, lse, range(int(starts[-1]), len(o_lat)))
         return o_lat, lse
 
-    def attend_heads(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def attend_heads(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         starts = batch.query_start_loc
         heads = self._attend_heads(q, kv_cache, batch.block_table, batch.seq_lens, starts)
         if (used := int(starts[-1])) < len(heads):
             heads[used:] = 0
-        return heads
+        return heads if out is None else out.copy_(heads)
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.ops.recalkv_cpu.latent_value_up.default(

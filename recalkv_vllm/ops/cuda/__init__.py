@@ -1,6 +1,7 @@
 """The ops in CUDA C++ (``csrc/cuda``), for decode on NVIDIA GPUs; the rest is Triton's.
 
-Decode attention (up to 16 queries per sequence) runs here, where the launch rules prefer it
+Decode attention (up to 16 queries per sequence) runs here, by a kernel for Hopper or by one for all
+devices, where the launch rules prefer it
 (``kernels/heuristics/preference.py``). Prefill, cache update and the value up-projection run the
 Triton kernels.
 """
@@ -12,15 +13,20 @@ import os
 
 import torch
 
+from recalkv_vllm.band_format import BandFormat
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops.contract import KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda import extension
 from recalkv_vllm.ops.cuda.attention import CudaLayer, DecodeAttention
+from recalkv_vllm.ops.cuda.hopper import HopperAttention
 from recalkv_vllm.ops.cuda.plan import HEAD_DIMS
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.layer import TritonLayer
 
 __all__ = ["CudaLayer", "bind", "describe", "unsupported_reason"]
+
+#: The compute capability of the kernel for Hopper, without the dot.
+HOPPER_ARCH = 90
 
 logger = logging.getLogger("recalkv_vllm.ops")
 
@@ -46,9 +52,29 @@ def unsupported_reason(
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """The architecture, for the log."""
     target = heuristics.target_of(device)
-    wide = target.family in heuristics.WIDE_MMA
-    where = " of layers that Triton has only narrow tiles for" if wide else ""
+    where = ""
+    if target.arch == HOPPER_ARCH:
+        where = " of K groups of one head, and of layers that Triton has only narrow tiles for"
+    elif target.family in heuristics.WIDE_MMA:
+        where = " of layers that Triton has only narrow tiles for"
     return f"CUDA C++ for decode{where} on sm_{target.arch}, Triton for the rest"
+
+
+def decode_attention(layer: LatentLayer) -> DecodeAttention:
+    """The kernel for Hopper where it is the better one, else the one that all devices have.
+
+    Raises:
+        KernelUnavailableError: neither can serve the layer.
+    """
+    if heuristics.target_of(layer.k_up.device).arch == HOPPER_ARCH:
+        coded = isinstance(layer.latent_format, BandFormat)
+        try:
+            if coded or layer.k_group_size == 1:
+                return HopperAttention(layer)
+        except KernelUnavailableError:
+            if coded:
+                raise  # the other kernel reads none
+    return DecodeAttention(layer)
 
 
 def bind(layer: LatentLayer) -> CudaLayer | TritonLayer:
@@ -61,7 +87,7 @@ def bind(layer: LatentLayer) -> CudaLayer | TritonLayer:
     """
     forced = os.environ.get("RECALKV_KERNEL") == "cuda"
     try:
-        decode = DecodeAttention(layer)
+        decode = decode_attention(layer)
     except KernelUnavailableError as error:
         if forced:
             raise KernelUnavailableError(f"RECALKV_KERNEL=cuda: {error}") from error

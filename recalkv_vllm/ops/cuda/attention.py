@@ -11,7 +11,8 @@ import torch
 
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops.contract import Batch, BatchLimits, KernelUnavailableError, LatentLayer
-from recalkv_vllm.ops.cuda.layout import pack_layer, tile_columns
+from recalkv_vllm.ops.cuda.hopper_layout import HopperLayer
+from recalkv_vllm.ops.cuda.layout import PackedLayer, pack_layer, tile_columns
 from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, plan, split_count
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 from recalkv_vllm.ops.triton.attention import TritonAttention
@@ -44,26 +45,54 @@ class DecodeAttention:
         KernelUnavailableError: the kernel cannot serve this layer; says why.
     """
 
+    #: Formats of latents that the kernel reads.
+    formats: tuple[type, ...] = (type(None),)
+    format_names: tuple[str, ...] = ("None",)
+    #: Whether the kernel is the one that only Hopper has.
+    for_hopper = False
+    packed: PackedLayer | HopperLayer
+
     def __init__(self, layer: LatentLayer):
-        if layer.latent_format is not None:
-            raise KernelUnavailableError(
-                f"latent_format: expected None, found {layer.latent_format.dtype}"
-            )
+        if not isinstance(layer.latent_format, self.formats):
+            found = None if layer.latent_format is None else layer.latent_format.dtype
+            names = " or ".join(self.format_names)
+            raise KernelUnavailableError(f"latent_format: expected {names}, found {found}")
         self.device = device = layer.k_up.device
         self.dtype, self.head_dim = layer.k_up.dtype, layer.head_dim
         shape = LayerShape.of(layer)
         self.limits = device_limits(device)
         self.num_kv_heads, self.v_width = layer.num_kv_heads, layer.v_width
-        plans = {tiles: plan(shape, self.limits, tiles) for tiles in (1, 2)}
+        plans = self.prepare(layer, shape)
         if plans[1] is None:
             raise KernelUnavailableError(
                 f"k_spans, v_spans: expected widths that fit {self.limits.shared_bytes} bytes of "
                 f"shared memory, found {layer.k_width} and {layer.v_width}"
             )
-        self.packed = pack_layer(layer)
         self.plans = {
-            tiles: (p, tile_columns(shape, p).to(device)) for tiles, p in plans.items() if p
+            tiles: (p, self.columns(shape, p).to(device)) for tiles, p in plans.items() if p
         }
+
+    def prepare(self, layer: LatentLayer, shape: LayerShape) -> dict[int, Plan | None]:
+        """Pack the layer's constants; returns plans by tiles of query rows."""
+        self.packed = pack_layer(layer)
+        return {tiles: plan(shape, self.limits, tiles) for tiles in (1, 2)}
+
+    def columns(self, shape: LayerShape, plan: Plan) -> torch.Tensor:
+        """The table of a plan's tiles: see :func:`~.layout.tile_columns`."""
+        return tile_columns(shape, plan)
+
+    def elements(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """The cache as rows of 16-bit elements, one per token."""
+        return kv_cache
+
+    def last_arguments(self) -> tuple[Any, ...]:
+        """What the op takes after the layer's scalars."""
+        return ()
+
+    @property
+    def op(self) -> Any:
+        """The torch op that starts the kernel."""
+        return torch.ops.recalkv_cuda.decode
 
     def run(
         self,
@@ -74,6 +103,7 @@ class DecodeAttention:
         lse: torch.Tensor,
     ) -> None:
         """Attend all of a batch, whatever its query lengths; writes ``o_lat`` and ``lse``."""
+        kv_cache = self.elements(kv_cache)
         if kv_cache.data_ptr() % 16 or kv_cache.stride(0) % 8 or kv_cache.stride(1) % 8:
             raise ValueError(
                 "kv_cache: expected 16-byte aligned rows, found "
@@ -86,7 +116,7 @@ class DecodeAttention:
         if splits > 1:
             out, out_lse = partial_results(splits, tokens, num_heads, self.v_width, q.device)
         packed = self.packed
-        torch.ops.recalkv_cuda.decode(
+        self.op(
             q,
             kv_cache,
             batch.block_table,
@@ -99,6 +129,7 @@ class DecodeAttention:
             packed.sizes,
             chosen.kernel_shape(splits),
             *packed.scalars,
+            *self.last_arguments(),
         )
         if splits > 1:
             torch.ops.recalkv_cuda.merge(out, out_lse, o_lat, lse, splits)
@@ -122,7 +153,8 @@ class DecodeAttention:
     ) -> tuple[Plan, torch.Tensor, int]:
         """Plan, its tile columns, and splits for a batch."""
         rows = tokens * (num_heads // self.num_kv_heads)
-        tiles = 2 if rows > 8 * num_seqs and 2 in self.plans else 1
+        few = self.plans[1][0].columns * num_seqs
+        tiles = 2 if rows > few and 2 in self.plans else 1
         chosen, columns = self.plans[tiles]
         row_blocks = max(num_seqs, -(-rows // chosen.columns))
         return chosen, columns, split_count(chosen, self.limits, row_blocks, max_seq_len)
@@ -153,7 +185,8 @@ class CudaLayer(CacheAndValues):
         if self.triton is None:
             return True
         planner = self.triton.planner
-        return heuristics.prefers_cuda(planner.shape(num_heads), planner.target, queries)
+        shape = planner.shape(num_heads)
+        return heuristics.prefers_cuda(shape, planner.target, queries, self.decode.for_hopper)
 
     def reserve(self, limits: BatchLimits) -> None:
         reserve_workspace(self.decode.device, self.decode.workspace_bytes(limits))
@@ -162,7 +195,7 @@ class CudaLayer(CacheAndValues):
 
     def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
         decodes = self.decodes(limits.num_heads, limits.decode_query_len)
-        launches = self.first_launches(kv_cache, limits)
+        launches = self.first_launches(kv_cache, limits, of_triton=False)
         if self.triton is not None:
             attention = attention_launches(self.triton, kv_cache, limits, decodes=not decodes)
             launches = chain(attention, launches)

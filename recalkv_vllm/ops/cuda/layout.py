@@ -70,7 +70,7 @@ class PackedLayer:
 
 
 def pack_layer(layer: LatentLayer) -> PackedLayer:
-    """Pack a layer's constants.
+    """Pack a layer's constants for the kernel that all devices have.
 
     Raises:
         KernelUnavailableError: the kernel cannot rotate keys as the layer's table does.
@@ -126,9 +126,12 @@ def pack_factor(k_up: torch.Tensor, head_dim: int, order: torch.Tensor) -> torch
 
 
 def rotation_tables(
-    cos_sin_cache: torch.Tensor | None, head_dim: int, device: torch.device
+    cos_sin_cache: torch.Tensor | None,
+    head_dim: int,
+    device: torch.device,
+    tile: int = LARGEST_TILE,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Rotation of every 16th position, and by 0 to 31 positions: ``[rows, d/2, 2]`` float32.
+    """Rotation of every 16th position, and by 0 to ``tile - 1``: ``[rows, d/2, 2]`` float32.
 
     The rotation at ``p + j`` is the one at ``p`` times the one by ``j``; a constant magnitude of
     the table (YaRN) stays with the former. Pairs that RoPE leaves alone get (1, 0). Returns None
@@ -137,13 +140,13 @@ def rotation_tables(
     if cos_sin_cache is None:
         still = torch.tensor([1.0, 0.0], dtype=torch.float32, device=device)
         return still.expand(1, head_dim // 2, 2).contiguous(), still.expand(
-            LARGEST_TILE, head_dim // 2, 2
+            tile, head_dim // 2, 2
         ).contiguous()
     positions, rot_dim = cos_sin_cache.shape
     table = torch.complex(*cos_sin_cache.float().split(rot_dim // 2, dim=1))
     magnitude = table[0].real
-    base, local = table[::BASE_STEP], table[:LARGEST_TILE] / magnitude
-    steps = torch.arange(min(LARGEST_TILE, positions), device=device)
+    base, local = table[::BASE_STEP], table[:tile] / magnitude
+    steps = torch.arange(min(tile, positions), device=device)
     error = 0.0
     # In parts: a table of a million positions has gigabytes of products.
     for starts in torch.arange(0, positions - len(steps) + 1, BASE_STEP, device=device).split(4096):
@@ -159,7 +162,7 @@ def rotation_tables(
         result[: rows.shape[0], : rot_dim // 2] = torch.view_as_real(rows)
         return result
 
-    return padded(base, base.shape[0]), padded(local, LARGEST_TILE)
+    return padded(base, base.shape[0]), padded(local, tile)
 
 
 def tile_columns(layer: LayerShape, plan: Plan) -> torch.Tensor:

@@ -86,6 +86,11 @@ class Plan(BlockShape):
     blocks: int
     blocks_per_multiprocessor: int
 
+    @property
+    def lean(self) -> bool:
+        """Only the kernel for Hopper has lean instantiations."""
+        return False
+
     def kernel_shape(self, splits: int) -> KernelShape:
         """What the kernel is told of it."""
         return KernelShape(
@@ -98,6 +103,7 @@ class Plan(BlockShape):
             splits,
             int(self.resident),
             self.shared_bytes,
+            int(self.lean),
         )
 
 
@@ -113,3 +119,4 @@ class KernelShape(NamedTuple):
     splits: int
     resident: int
     shared_bytes: int
+    lean: int

@@ -12,8 +12,11 @@ from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.layout import kernel_constants, local_rotation
 from recalkv_vllm.ops.triton.merge import merge_launch
-from recalkv_vllm.ops.triton.plan import AttentionPlanner, Part
+from recalkv_vllm.ops.triton.plan import AttentionPlanner, LaunchPlan, Part
+from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
 from recalkv_vllm.ops.workspace import clear_rows, partial_results, reserve_workspace
+
+FLOAT = torch.float32
 
 
 class TritonAttention:
@@ -43,8 +46,8 @@ class TritonAttention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`BoundLayer.attend`."""
         tokens, num_heads, _ = q.shape
-        o_lat = q.new_empty(tokens, num_heads, self.planner.v_width, dtype=torch.float32)
-        lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
+        o_lat = q.new_empty(tokens, num_heads, self.planner.v_width, dtype=FLOAT)
+        lse = q.new_empty(tokens, num_heads, dtype=FLOAT)
         self.run(Part.decodes(batch), q, kv_cache, batch, o_lat, lse)
         self.run(Part.rest(batch, tokens), q, kv_cache, batch, o_lat, lse)
         return o_lat, lse
@@ -84,15 +87,68 @@ class TritonAttention:
         lse: torch.Tensor,
     ) -> Iterator[Launch]:
         """The launches that compute ``part`` of a call into ``o_lat`` and ``lse``."""
-        planner, latent_format = self.planner, self.latent_format
+        owned = slice(part.tokens.start, part.tokens.stop)
+        plan = self._plan(part, q, kv_cache, batch)
+        if plan.splits == 1:
+            out = o_lat[owned][None], lse[owned][None]
+            yield from self._attention(plan, part, q, kv_cache, batch, *out)
+            return
+        partial = self._partial_results(plan, part, q)
+        yield from self._attention(plan, part, q, kv_cache, batch, *partial)
+        yield merge_launch(*partial, o_lat[owned], lse[owned])
+
+    def head_launches(
+        self,
+        part: Part,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        values: Values,
+        heads: torch.Tensor,
+    ) -> Iterator[Launch]:
+        """The launches that compute head outputs of ``part`` into ``heads: [tokens, h_q, d]``.
+
+        Value latents of a call that is not split are rounded to the queries' dtype, in which they
+        are projected; those of splits are merged where they are projected.
+        """
+        own_heads = heads[part.tokens.start : part.tokens.stop]
+        plan = self._plan(part, q, kv_cache, batch)
+        if plan.splits == 1:
+            rows = (len(part.tokens), q.shape[1])
+            o_lat, lse = q.new_empty(*rows, self.planner.v_width), q.new_empty(rows, dtype=FLOAT)
+            yield from self._attention(plan, part, q, kv_cache, batch, o_lat[None], lse[None])
+            yield value_up_launch(o_lat, values, own_heads)
+            return
+        partial, partial_lse = self._partial_results(plan, part, q)
+        yield from self._attention(plan, part, q, kv_cache, batch, partial, partial_lse)
+        yield value_up_launch(partial, values, own_heads, partial_lse)
+
+    def _plan(
+        self, part: Part, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
+    ) -> LaunchPlan:
+        return self.planner.plan(part, q.shape[1], batch.longest(kv_cache.shape[1]))
+
+    def _partial_results(
+        self, plan: LaunchPlan, part: Part, q: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, num_heads = len(part.tokens), q.shape[1]
+        return partial_results(plan.splits, rows, num_heads, self.planner.v_width, q.device)
+
+    def _attention(
+        self,
+        plan: LaunchPlan,
+        part: Part,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> Iterator[Launch]:
+        """Launches into ``out: [splits, rows, h_q, v_width]`` and ``lse: [splits, rows, h_q]``,
+        whose rows are the part's."""
+        planner, latent_format, config = self.planner, self.latent_format, plan.config
         num_heads, block_size = q.shape[1], kv_cache.shape[1]
-        plan = planner.plan(part, num_heads, batch.longest(block_size))
-        config, splits = plan.config, plan.splits
-        out, out_lse = o_lat, lse
-        if splits > 1:
-            out, out_lse = partial_results(
-                splits, len(part.tokens), num_heads, planner.v_width, q.device
-            )
+        is_split = plan.splits > 1
         codes, scales = kv_cache, None
         if latent_format is not None:
             codes, scales = latent_format.split_cache(kv_cache)
@@ -107,10 +163,10 @@ class TritonAttention:
             "query_start_loc": batch.query_start_loc[part.first :],
             "local_rotation": self.local_rotation if config.local_rope else None,
             "out": out,
-            "lse": out_lse,
+            "lse": lse,
             "num_seqs": part.count,
-            "num_splits": splits,
-            "first_token": part.tokens.start if splits > 1 else 0,
+            "num_splits": plan.splits,
+            "first_token": part.tokens.start,
             "end_token": part.tokens.stop,
             "stride_q_token": q.stride(0),
             "stride_q_head": q.stride(1),
@@ -119,8 +175,8 @@ class TritonAttention:
             "stride_scale_block": 0 if scales is None else scales.stride(0),
             "stride_scale_slot": 0 if scales is None else scales.stride(1),
             "stride_table": batch.block_table.stride(0),
-            "stride_out_split": out.stride(0) if splits > 1 else 0,
-            "stride_lse_split": out_lse.stride(0) if splits > 1 else 0,
+            "stride_out_split": out.stride(0) if is_split else 0,
+            "stride_lse_split": lse.stride(0) if is_split else 0,
             "NUM_HEADS": num_heads,
             "QUERIES_PER_KV": num_heads // planner.num_kv_heads,
             "HEADS": config.heads,
@@ -139,7 +195,7 @@ class TritonAttention:
         for v_blocks, columns in plan.columns:
             yield Launch(
                 latent_attention,
-                (plan.blocks * head_blocks * len(v_blocks), splits),
+                (plan.blocks * head_blocks * len(v_blocks), plan.splits),
                 arguments
                 | {
                     "V_BLOCKS": len(v_blocks),
@@ -151,6 +207,3 @@ class TritonAttention:
                 config.warps,
                 config.stages,
             )
-        if splits > 1:
-            owned = slice(part.tokens.start, part.tokens.stop)
-            yield merge_launch(out, out_lse, o_lat[owned], lse[owned])

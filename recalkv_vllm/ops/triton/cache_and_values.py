@@ -10,7 +10,7 @@ from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops.contract import BatchLimits, BoundLayer, LatentLayer
 from recalkv_vllm.ops.triton.cache_update import cache_update_launch
 from recalkv_vllm.ops.triton.launch import Launch
-from recalkv_vllm.ops.triton.value_up import value_up_launch
+from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
 
 
 class CacheAndValues(BoundLayer):
@@ -18,8 +18,8 @@ class CacheAndValues(BoundLayer):
 
     def __init__(self, layer: LatentLayer):
         self._latent_format = layer.latent_format
-        self._v_up = layer.v_up.contiguous()
-        self._v_bias = None if layer.v_bias is None else layer.v_bias.contiguous()
+        bias = None if layer.v_bias is None else layer.v_bias.contiguous()
+        self.values = Values(layer.v_up.contiguous(), bias)
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -28,20 +28,32 @@ class CacheAndValues(BoundLayer):
             cache_update_launch(z, kv_cache, slot_mapping, self._latent_format).run()
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        v_up = self._v_up
+        v_up = self.values.up
         out = o_lat.new_empty(*o_lat.shape[:2], v_up.shape[1], dtype=out_dtype or v_up.dtype)
         if o_lat.shape[0]:
-            value_up_launch(o_lat, v_up, self._v_bias, out).run()
+            value_up_launch(o_lat, self.values, out).run()
         return out
 
-    def first_launches(self, kv_cache: torch.Tensor, limits: BatchLimits) -> Iterator[Launch]:
-        """Every launch that the two can reach; they write to no slot of the cache."""
-        v_up, width = self._v_up, kv_cache.shape[2]
+    def first_launches(
+        self, kv_cache: torch.Tensor, limits: BatchLimits, *, of_triton: bool
+    ) -> Iterator[Launch]:
+        """Every launch that the two can reach; they write to no slot of the cache.
+
+        Args:
+            of_triton: whether value latents come from Triton's attention: in the queries' dtype or
+                in splits, instead of merged in float32.
+        """
+        v_up, width = self.values.up, kv_cache.shape[2]
         rank = width if self._latent_format is None else self._latent_format.rank_of(width)
         nowhere = torch.full((1,), -1, dtype=torch.int64, device=v_up.device)
         yield cache_update_launch(v_up.new_zeros(1, rank), kv_cache, nowhere, self._latent_format)
         num_kv_heads, head_dim, v_width = v_up.shape
         for tokens in heuristics.value_up_tokens(limits.num_heads // num_kv_heads):
-            o_lat = v_up.new_zeros(tokens, limits.num_heads, v_width, dtype=torch.float32)
-            out = v_up.new_empty(tokens, limits.num_heads, head_dim)
-            yield value_up_launch(o_lat, v_up, self._v_bias, out)
+            rows = (tokens, limits.num_heads)
+            o_lat = v_up.new_zeros(*rows, v_width, dtype=torch.float32)
+            out = v_up.new_empty(*rows, head_dim)
+            if of_triton:
+                yield value_up_launch(o_lat.to(v_up.dtype), self.values, out)
+                yield value_up_launch(o_lat[None], self.values, out, o_lat.new_zeros(1, *rows))
+            else:
+                yield value_up_launch(o_lat, self.values, out)

@@ -9,7 +9,8 @@ import torch
 from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.cache_and_values import CacheAndValues
-from recalkv_vllm.ops.triton.warm_up import attention_launches, run_all
+from recalkv_vllm.ops.triton.plan import Part
+from recalkv_vllm.ops.triton.warm_up import head_launches, run_all
 
 
 class TritonLayer(CacheAndValues):
@@ -24,9 +25,27 @@ class TritonLayer(CacheAndValues):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.attention.attend(q, kv_cache, batch)
 
+    def attend_heads(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        heads = torch.empty_like(q) if out is None else out
+        for part in (Part.decodes(batch), Part.rest(batch, len(q))):
+            if not part.count:
+                heads[part.tokens.start : part.tokens.stop] = 0
+            elif part.tokens:
+                for launch in self.attention.head_launches(
+                    part, q, kv_cache, batch, self.values, heads
+                ):
+                    launch.run()
+        return heads
+
     def reserve(self, limits: BatchLimits) -> None:
         self.attention.reserve(limits)
 
     def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
-        attention = attention_launches(self.attention, kv_cache, limits, decodes=True)
-        return run_all(chain(attention, self.first_launches(kv_cache, limits)))
+        attention = head_launches(self.attention, kv_cache, limits, self.values)
+        return run_all(chain(attention, self.first_launches(kv_cache, limits, of_triton=True)))

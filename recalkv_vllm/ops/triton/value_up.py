@@ -1,23 +1,47 @@
-"""From the arguments of ``value_up`` to a launch."""
+"""From value latents, or partial results of them, to the launch that projects them."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 
 from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.splits import MAX_SPLITS
 from recalkv_vllm.kernels.value_up import project_values
 from recalkv_vllm.ops.triton.launch import Launch
 
 
+class Values(NamedTuple):
+    """How value latents become head outputs; both contiguous.
+
+    Args:
+        up: ``[h_kv, d, v_width]``.
+        bias: ``[h_kv, d]``.
+    """
+
+    up: torch.Tensor
+    bias: torch.Tensor | None
+
+
 def value_up_launch(
-    o_lat: torch.Tensor, v_up: torch.Tensor, v_bias: torch.Tensor | None, out: torch.Tensor
+    o_lat: torch.Tensor,
+    values: Values,
+    out: torch.Tensor,
+    partial_lse: torch.Tensor | None = None,
 ) -> Launch:
-    """The launch of ``value_up.py``; at least one token, contiguous factors and bias."""
-    num_kv_heads, head_dim, v_width = v_up.shape
+    """The launch of ``value_up.py``, for at least one token.
+
+    Args:
+        o_lat: ``[tokens, h_q, v_width]``.
+        out: ``[tokens, h_q, d]``.
+        partial_lse: ``[splits, tokens, h_q]``; ``o_lat`` then has splits in front, too.
+    """
+    num_kv_heads, head_dim, v_width = values.up.shape
     if o_lat.stride(-1) != 1:
         o_lat = o_lat.contiguous()
-    tokens, num_heads, _ = o_lat.shape
+    tokens, num_heads, _ = out.shape
     per_kv = num_heads // num_kv_heads
     config = heuristics.value_up_config(tokens * per_kv, head_dim, v_width)
     return Launch(
@@ -29,12 +53,16 @@ def value_up_launch(
         ),
         {
             "o_lat": o_lat,
-            "v_up": v_up,
-            "v_bias": v_bias,
+            "partial_lse": partial_lse,
+            "v_up": values.up,
+            "v_bias": values.bias,
             "out": out,
             "tokens": tokens,
-            "stride_token": o_lat.stride(0),
-            "stride_head": o_lat.stride(1),
+            "num_splits": 1 if partial_lse is None else len(partial_lse),
+            "stride_split": 0 if partial_lse is None else o_lat.stride(0),
+            "stride_lse_split": 0 if partial_lse is None else partial_lse.stride(0),
+            "stride_token": o_lat.stride(-3),
+            "stride_head": o_lat.stride(-2),
             "stride_out_token": out.stride(0),
             "stride_out_head": out.stride(1),
             "QUERIES_PER_KV": per_kv,
@@ -43,6 +71,7 @@ def value_up_launch(
             "ROWS": config.rows,
             "COLUMNS": config.columns,
             "DEPTH": config.depth,
+            "MAX_SPLITS": MAX_SPLITS,
             "STAGES": config.stages,
         },
         warps=config.warps,

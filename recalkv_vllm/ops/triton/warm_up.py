@@ -8,6 +8,7 @@ of them are tried here, on a sequence of no tokens, which reads nothing from the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,7 @@ from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.launch import INTERPRETED, Launch
 from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import Part
+from recalkv_vllm.ops.triton.value_up import Values
 
 
 def run_all(launches: Iterable[Launch]) -> int:
@@ -35,15 +37,20 @@ def empty_batch(queries: int, limits: BatchLimits, device: torch.device) -> Batc
     return Batch(nothing[None], nothing, starts, max_seq_len=limits.seq_len)
 
 
-def attention_launches(
-    attention: TritonAttention, kv_cache: torch.Tensor, limits: BatchLimits, *, decodes: bool
-) -> Iterator[Launch]:
-    """Attention's launches and the merge's; ``decodes`` says whether decodes are Triton's too."""
+def parts_to_warm(limits: BatchLimits, *, decodes: bool) -> list[Part]:
+    """Parts of batches that between them get every launch; ``decodes``: those of decodes, too."""
     parts = [Part(0, 1, range(n), n, bounded=False) for n in heuristics.query_lengths()]
     if decodes:
         length = limits.decode_query_len
         parts.append(Part(0, 1, range(length), length, bounded=True))
-    for part in parts:
+    return parts
+
+
+def attention_launches(
+    attention: TritonAttention, kv_cache: torch.Tensor, limits: BatchLimits, *, decodes: bool
+) -> Iterator[Launch]:
+    """Attention's launches and the merge's; ``decodes`` says whether decodes are Triton's too."""
+    for part in parts_to_warm(limits, decodes=decodes):
         rows = (len(part.tokens), limits.num_heads)
         q = attention.new_queries(*rows)
         o_lat = q.new_empty(*rows, attention.planner.v_width, dtype=torch.float32)
@@ -51,3 +58,15 @@ def attention_launches(
         batch = empty_batch(part.queries, limits, q.device)
         yield from attention.launches(part, q, kv_cache, batch, o_lat, lse)
         yield merge_launch(o_lat[None], lse[None], o_lat, lse)
+
+
+def head_launches(
+    attention: TritonAttention, kv_cache: torch.Tensor, limits: BatchLimits, values: Values
+) -> Iterator[Launch]:
+    """The launches that compute head outputs, whether split over cached tokens or not."""
+    for part in parts_to_warm(limits, decodes=True):
+        q = attention.new_queries(len(part.tokens), limits.num_heads)
+        heads = torch.empty_like(q)
+        for seq_len in (1, limits.seq_len):
+            batch = empty_batch(part.queries, replace(limits, seq_len=seq_len), q.device)
+            yield from attention.head_launches(part, q, kv_cache, batch, values, heads)

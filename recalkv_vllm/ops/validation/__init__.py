@@ -4,7 +4,19 @@ Constants are checked once, when a layer is bound; a call checks only what may c
 ``RECALKV_DEBUG=1`` calls also check the values of index tensors, which on a GPU waits for it.
 """
 
-from recalkv_vllm.ops.validation.calls import check_attend, check_update, check_value_up
+from recalkv_vllm.ops.validation.calls import (
+    check_attend,
+    check_heads,
+    check_update,
+    check_value_up,
+)
 from recalkv_vllm.ops.validation.layer import LayerSignature, check_layer
 
-__all__ = ["LayerSignature", "check_attend", "check_layer", "check_update", "check_value_up"]
+__all__ = [
+    "LayerSignature",
+    "check_attend",
+    "check_heads",
+    "check_layer",
+    "check_update",
+    "check_value_up",
+]

@@ -71,6 +71,18 @@ def check_attend(
         _check_values(batch, q.shape[0], kv_cache, layer.max_position)
 
 
+def check_heads(q: torch.Tensor, out: torch.Tensor) -> None:
+    """Check where ``attend_heads`` shall write; raises as :func:`check_layer` does."""
+    if out.shape != q.shape:
+        require(False, "out", f"q's shape {tuple(q.shape)}", tuple(out.shape))
+    if out.dtype != q.dtype:
+        require_dtype(out, "out", q.dtype)
+    if out.device != q.device:
+        require_device(out, "out", q.device)
+    if out.shape[0] and out.stride(2) != 1:
+        require(False, "out", "a contiguous last dimension", f"strides {out.stride()}")
+
+
 def check_value_up(
     layer: LayerSignature, o_lat: torch.Tensor, out_dtype: torch.dtype | None
 ) -> None:

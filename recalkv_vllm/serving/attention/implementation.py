@@ -78,5 +78,5 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
             return output
         tokens = attn_metadata.num_actual_tokens
         paged = own_slots(kv_cache, self._slot_width)
-        output[:tokens].copy_(self._ops.attend_heads(query[:tokens], paged, attn_metadata.batch))
+        self._ops.attend_heads(query[:tokens], paged, attn_metadata.batch, out=output[:tokens])
         return output

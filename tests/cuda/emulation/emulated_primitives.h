@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,6 +27,12 @@
 
 struct alignas(8) float2 {
   float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -49,12 +57,38 @@ struct Barrier {
   int generation = 0;
 };
 
+// Of `emulated_hopper.h`: a barrier in shared memory, and products of a warp's rows.
+struct SharedBarrier {
+  Barrier phase;  // `threads`: arrivals of a phase; `generation`: phases that have ended
+  int64_t bytes = 0;
+};
+
+struct Product {
+  float* sum[32];
+  const uint32_t* a[32];
+  uint32_t a_values[32][4];
+  int columns;
+  uint64_t b;
+  bool add;
+  void (*multiply)(const Product&, float (*totals)[128]);
+};
+
 struct Warp {
   const char* operation = nullptr;
   int arrived = 0;
   int generation = 0;
   uint32_t in[32][16];
   uint32_t out[32][4];
+  std::vector<std::vector<Product>> products;  // groups; the last one is open
+  std::map<float*, std::vector<float>> sums;   // by lane 0's registers: [16][128] in flight
+  std::vector<uint64_t> operands;              // of all products so far
+  bool fenced = false;
+};
+
+// What another engine than the threads does: at once, or when nothing else can go on.
+struct Delivery {
+  int thread;
+  std::function<void()> perform;
 };
 
 struct Lane {
@@ -80,6 +114,8 @@ struct Machine {
   std::vector<Warp> warps;
   Barrier barriers[kBarriers];
   std::vector<uint4> shared;
+  std::map<const void*, SharedBarrier> shared_barriers;
+  std::vector<Delivery> deliveries;
   int current = 0;
   int block_x = 0;
   int block_y = 0;
@@ -114,6 +150,12 @@ struct Machine {
     Lane& lane = machine.lanes[machine.current];
     for (const auto& group : lane.copies) {
       if (!group.empty()) machine.fail("a thread ended with copies under way");
+    }
+    for (const auto& delivery : machine.deliveries) {
+      if (delivery.thread == machine.current) machine.fail("a thread ended with copies under way");
+    }
+    for (const auto& group : machine.warps[machine.current / 32].products) {
+      if (!group.empty()) machine.fail("a thread ended with products under way");
     }
     lane.done = true;
     machine.leave();
@@ -156,6 +198,8 @@ struct Machine {
     lanes = std::vector<Lane>(threads);
     warps = std::vector<Warp>(threads / 32);
     std::fill(std::begin(barriers), std::end(barriers), Barrier{});
+    shared_barriers.clear();
+    deliveries.clear();
     shared.resize((shared_bytes + kCanary) / sizeof(uint4));
     std::memset(shared.data(), 0xff, shared.size() * sizeof(uint4));
     for (int i = 0; i < threads; ++i) {
@@ -179,9 +223,20 @@ struct Machine {
         moved = run_warp(warp) || moved;
         if (!error.empty()) return;
       }
+      if (!moved && !deliveries.empty()) {
+        state = state * 1664525u + 1013904223u;
+        deliver((state >> 16) % deliveries.size());
+        moved = true;
+      }
     }
+    if (!error.empty()) return;
     for (const Lane& lane : lanes) {
       if (!lane.done) error = "deadlock: a thread never ends";
+    }
+    for (size_t i = 0; i < warps.size(); ++i) {
+      if (warps[i].operands != warps[i / 4 * 4].operands) {
+        error = "warps of a warpgroup with different products";
+      }
     }
     const auto* bytes = reinterpret_cast<const unsigned char*>(shared.data());
     for (size_t i = shared_bytes; i < shared_bytes + kCanary; ++i) {
@@ -224,6 +279,18 @@ struct Machine {
       while (warp.generation == generation) yield();
     }
     return warp.out[lane];
+  }
+
+  void deliver(size_t index) {
+    const Delivery delivery = deliveries[index];
+    deliveries.erase(deliveries.begin() + static_cast<std::ptrdiff_t>(index));
+    delivery.perform();
+  }
+
+  // Has `perform` happen some time: now, or when the machine comes to rest.
+  void hand_over(std::function<void()> perform) {
+    deliveries.push_back({current, std::move(perform)});
+    if (early_copies) deliver(deliveries.size() - 1);
   }
 
   void perform(const Copy& copy) {
@@ -297,6 +364,7 @@ inline uint16_t half_of(uint32_t word, int index) {
 inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
   Machine& machine = Machine::get();
   machine.check_shared(row);
+  machine.warps[machine.current / 32].fenced = false;  // it writes registers
   const auto address = reinterpret_cast<uintptr_t>(row);
   const uint32_t in[2] = {static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32)};
   const uint32_t* out =
@@ -388,6 +456,9 @@ inline void copy_wait() {
     for (const auto& copy : copies.front()) machine.perform(copy);
     copies.erase(copies.begin());
   }
+  for (size_t i = machine.deliveries.size(); kPending == 0 && i-- > 0;) {
+    if (machine.deliveries[i].thread == machine.current) machine.deliver(i);
+  }
 }
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
@@ -464,6 +535,7 @@ inline float2 unpack(uint32_t value) {
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float rsqrt_fast(float x) { return 1.0f / std::sqrt(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 using std::fmaxf;
 
 template <typename Params>

@@ -1,0 +1,314 @@
+// The consumer warps of the decode kernel for Hopper. A warpgroup reconstructs the keys of 64
+// tokens by asynchronous products; from there on each of its warps is on its own, with 16 of the
+// tokens and a running softmax of them.
+//
+// Fragments are those of mma.m16n8k16, see `scores.cuh`.
+#pragma once
+
+#include "hopper_bands.cuh"
+#include "hopper_primitives.cuh"
+#include "hopper_shape.cuh"
+#include "rows.cuh"
+#include "scores.cuh"
+#include "softmax.cuh"
+#include "staging.cuh"
+
+namespace recalkv {
+
+// The maximum of no tokens: finite, so that differences from it are numbers.
+constexpr float kNoMaximum = -1e30f;
+
+// What a lane keeps from tile to tile: lane 4g + t has query rows 4c + t of the block, and of a
+// tile the tokens g and g + 8 of its warp's.
+template <typename S>
+struct HopperState {
+  float maximum[S::kColumnTiles];  // in base 2, of the warp's tokens
+  float sum[S::kColumnTiles];      // of the lane's tokens only
+  float out[S::kVTiles][4];        // [V column, query row]: column 2t + c is row 4c + t
+  // Of the rows, less that of the lane's first token in the tile at hand; far below where no row
+  // is.
+  int distance[S::kColumnTiles];
+
+  RECALKV_DEVICE HopperState(const DecodeParams& p, const Rows& rows, int lane) {
+#pragma unroll
+    for (int c = 0; c < S::kColumnTiles; ++c) {
+      maximum[c] = kNoMaximum;
+      sum[c] = 0.0f;
+      const int row = rows.begin + c * 4 + lane % 4;
+      const int query = row / (p.num_heads / p.num_kv_heads);
+      distance[c] = row < rows.end ? rows.length - rows.num_queries + query : -(1 << 30);
+    }
+#pragma unroll
+    for (int v = 0; v < S::kVTiles; ++v) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[v][i] = 0.0f;
+    }
+  }
+};
+
+// keys (+)= rows[64, 64 columns] factor^T; `latents` is the lane's place for `load_matrices` of its
+// warp's first 16 columns.
+template <typename S>
+RECALKV_DEVICE void multiply_chunk(float (&keys)[S::kHeadDim / 2], uint32_t (&rows)[4][4],
+                                   const unsigned char* latents, SwizzledOperand factor, bool add) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) load_matrices(rows[k], latents + k * 32);
+  product_fence();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    product(typename S::Element{}, keys, rows[k], factor.at(k * 32), add || k > 0);
+  }
+  product_commit();
+  product_wait<0>(keys);
+}
+
+// keys = rows[64, k_width] factor^T. Columns past the span's end meet zeros of the factor.
+template <typename S>
+RECALKV_DEVICE void reconstruct_keys(float (&keys)[S::kHeadDim / 2], const unsigned char* latents,
+                                     SwizzledOperand factor, int k_chunks) {
+  uint32_t rows[4][4];
+  multiply_chunk<S>(keys, rows, latents, factor, false);
+#pragma unroll 1
+  for (int chunk = 1; chunk < k_chunks; ++chunk) {
+    latents += 128;
+    factor = factor.at(S::kHeadDim * 128);
+    multiply_chunk<S>(keys, rows, latents, factor, true);
+  }
+}
+
+// Turn the fast pairs of keys by their places in the tile.
+template <typename S>
+RECALKV_DEVICE void rotate_keys(float (&keys)[S::kHeadDim / 2], const float4* rotation) {
+#pragma unroll
+  for (int n = 0; n < S::kFastTiles; ++n) {
+    const float4 turn = rotation[n * 128];  // of the lane's two tokens
+    const float2 upper = rotate({keys[4 * n], keys[4 * n + 1]}, {turn.x, turn.y});
+    const float2 lower = rotate({keys[4 * n + 2], keys[4 * n + 3]}, {turn.z, turn.w});
+    keys[4 * n] = upper.x;
+    keys[4 * n + 1] = upper.y;
+    keys[4 * n + 2] = lower.x;
+    keys[4 * n + 3] = lower.y;
+  }
+}
+
+// Multiply keys by the norm's weights; returns the per-token factors of the lane's two tokens.
+template <typename S>
+RECALKV_DEVICE float2 norm_keys(float (&keys)[S::kHeadDim / 2], const float2* weights,
+                                const DecodeParams& p) {
+  float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int n = 0; n < S::kHeadDim / 8; ++n) {
+    const float2 weight = weights[n * 4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& key = keys[4 * n + i];
+      sums[i / 2] += key * key;
+      key *= i % 2 ? weight.y : weight.x;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    sums[i] += shuffle_xor(sums[i], 1);
+    sums[i] += shuffle_xor(sums[i], 2);
+    sums[i] = rsqrt_fast(sums[i] * (1.0f / S::kHeadDim) + p.norm_eps) * p.norm_factor;
+  }
+  return {sums[0], sums[1]};
+}
+
+// Scores of the lane's two tokens and its rows: both terms of the product, `offset` tokens from the
+// middle of the tile.
+template <typename S>
+RECALKV_DEVICE void score_keys(float (&scores)[S::kColumnTiles][2],
+                               const float (&keys)[S::kHeadDim / 2], const uint4* queries,
+                               float offset) {
+  using Element = typename S::Element;
+  float sums[S::kColumnTiles][4];
+#pragma unroll
+  for (int c = 0; c < S::kColumnTiles; ++c) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[c][i] = 0.0f;
+  }
+#pragma unroll
+  for (int m = 0; m < S::kHeadDim / 32; ++m) {
+    uint4 query[S::kColumnTiles];
+#pragma unroll
+    for (int c = 0; c < S::kColumnTiles; ++c)
+      query[c] = queries[c * (S::kQueryBytes / 16) + m * 32];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* key = keys + 8 * (2 * m + half);
+      const uint32_t left[4] = {pack<Element>(key[0], key[1]), pack<Element>(key[2], key[3]),
+                                pack<Element>(key[4], key[5]), pack<Element>(key[6], key[7])};
+#pragma unroll
+      for (int c = 0; c < S::kColumnTiles; ++c) {
+        const uint4 q = query[c];
+        multiply_add<Element>(sums[c], left, half ? q.z : q.x, half ? q.w : q.y);
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < S::kColumnTiles; ++c) {
+    scores[c][0] = sums[c][0] + offset * sums[c][1];
+    scores[c][1] = sums[c][2] + (offset + 8.0f) * sums[c][3];
+  }
+}
+
+// Fold the lane's logits into the running softmax; `weights` is the right-hand fragment of the
+// values' product, tokens by query rows.
+template <typename S>
+RECALKV_DEVICE void weigh(HopperState<S>& state, float (&logits)[S::kColumnTiles][2],
+                          uint32_t (&weights)[2], const DecodeParams& p) {
+  float highest[S::kColumnTiles];
+  bool higher = false;
+#pragma unroll
+  for (int c = 0; c < S::kColumnTiles; ++c) {
+    highest[c] = state.maximum[c];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      // Negative distances are tokens after the row's.
+      const auto distance = static_cast<uint32_t>(state.distance[c] - 8 * i);
+      if (distance >= static_cast<uint32_t>(p.window)) logits[c][i] = kMinusInfinity;
+      highest[c] = fmaxf(highest[c], logits[c][i]);
+    }
+    highest[c] = fmaxf(highest[c], shuffle_xor(highest[c], 4));
+    highest[c] = fmaxf(highest[c], shuffle_xor(highest[c], 8));
+    highest[c] = fmaxf(highest[c], shuffle_xor(highest[c], 16));
+    higher = higher || highest[c] > state.maximum[c];
+  }
+  if (warp_any(higher)) {
+#pragma unroll
+    for (int c = 0; c < S::kColumnTiles; ++c) {
+      const float decay = exp2_fast(state.maximum[c] - highest[c]);
+      state.maximum[c] = highest[c];
+      state.sum[c] *= decay;
+#pragma unroll
+      for (int v = 0; v < S::kVTiles; ++v) {
+        state.out[v][c] *= decay;
+        state.out[v][c + 2] *= decay;
+      }
+    }
+  }
+  float weight[2][2] = {};
+#pragma unroll
+  for (int c = 0; c < S::kColumnTiles; ++c) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      weight[i][c] = exp2_fast(logits[c][i] - state.maximum[c]);
+      state.sum[c] += weight[i][c];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    weights[i] = transpose_matrix(pack<typename S::Element>(weight[i][0], weight[i][1]));
+  }
+}
+
+// Add the warp's 16 tokens' values; `values` is the lane's place for `load_matrices_transposed`.
+template <typename S>
+RECALKV_DEVICE void add_values(HopperState<S>& state, const unsigned char* values,
+                               const uint32_t (&weights)[2], int v_tiles) {
+#pragma unroll
+  for (int v = 0; v < S::kVTiles; ++v) {
+    // Of four at a time: what lies past the span's end adds to sums that nobody reads.
+    if (v % 4 == 0 && v >= v_tiles) break;
+    uint32_t value[4];
+    load_matrices_transposed(value, values + v * 32);
+    multiply_add<typename S::Element>(state.out[v], value, weights[0], weights[1]);
+  }
+}
+
+template <typename S>
+RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared,
+                            unsigned char* memory, const HopperBarriers& barriers,
+                            HopperState<S>& state, const TokenRange& range,
+                            const TileColumns& columns, const BandTable& bands, int v_columns,
+                            int lane, int warp) {
+  const int group = warp / 4;
+  const int first = warp % 4 * 16;  // of the warp's tokens in a tile
+  const int row = first * shared.row_bytes;
+  const int k_place = row + lane % 16 * shared.row_bytes + columns.k_offset() * 2 + lane / 16 * 16;
+  // Values are columns of the tile, or rows of the warp's own.
+  const int value_row = S::kBands ? S::kValueRowBytes : shared.row_bytes;
+  const int own_values = shared.values + warp * 16 * S::kValueRowBytes;
+  const int v_place = (S::kBands ? own_values : row + columns.v_offset(0) * 2) +
+                      (lane / 16 * 8 + lane % 8) * value_row + lane / 8 % 2 * 16;
+  const float4* rotation =
+      reinterpret_cast<const float4*>(memory + shared.rotation) + warp % 4 * 32 + lane;
+  const float2* bias = reinterpret_cast<const float2*>(memory + shared.bias) + lane % 4;
+  const float2* norm = reinterpret_cast<const float2*>(memory + shared.norm) + lane % 4;
+  const SwizzledOperand factor = swizzled_operand(memory + shared.factor);
+  const int k_chunks = (p.k_width + 63) / 64;
+  const BandBlock* blocks = reinterpret_cast<const BandBlock*>(memory + shared.blocks);
+  const int k_blocks = S::kBands ? bands.k_blocks() : 0;
+  const int all_blocks = S::kBands ? bands.all_blocks() : 0;
+  const int v_tiles = v_columns / 16;
+  const float offset = static_cast<float>(first + lane / 4 - 32);
+  const float cap = p.soft_cap * kLog2E;
+  const float cap_factor = p.soft_cap > 0.0f ? 2.0f * kLog2E / p.soft_cap : 0.0f;
+#pragma unroll
+  for (int c = 0; c < S::kColumnTiles; ++c) {
+    state.distance[c] -= (range.tile_from + group) * S::kTokens + first + lane / 4;
+  }
+  barrier_wait(barriers.factor, 0);
+  RingPlace place = {0, 0};
+  place.advance(group, p.kernel.stages);
+#pragma unroll 1
+  for (int next = range.tile_from + group; next < range.tile_to; next += 2) {
+    const unsigned char* stage = memory + shared.ring + place.stage * shared.stage_bytes;
+    float keys[S::kHeadDim / 2];
+    barrier_wait(barriers.full + place.stage, place.parity);
+    if (S::kBands) {
+      CodedTile tile;
+      tile.values = own_values + lane / 4 * S::kValueRowBytes + lane % 4 * 4;
+      const int start = shared.ring + place.stage * shared.stage_bytes;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = first + lane / 4 + 8 * i;
+        tile.codes[i] = start + token * shared.row_bytes;
+        tile.scales[i] = start + shared.scales + token * p.token_scales;
+        keep(tile.codes[i]);
+        keep(tile.scales[i]);
+      }
+      reconstruct_coded<S>(keys, memory, tile, blocks, k_blocks, all_blocks, factor, lane % 4);
+    } else {
+      reconstruct_keys<S>(keys, stage + k_place, factor, k_chunks);
+    }
+    if (!S::kLean && p.k_bias) {
+#pragma unroll
+      for (int n = 0; n < S::kHeadDim / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) keys[4 * n + i] += i % 2 ? bias[n * 4].y : bias[n * 4].x;
+      }
+    }
+    float2 inverse_rms = {1.0f, 1.0f};
+    if (!S::kLean && p.k_norm_weight) inverse_rms = norm_keys<S>(keys, norm, p);
+    rotate_keys<S>(keys, rotation);
+    float logits[S::kColumnTiles][2];
+    const uint4* queries = reinterpret_cast<const uint4*>(stage + shared.query) + lane;
+    score_keys<S>(logits, keys, queries, offset);
+    if (!S::kLean) {
+#pragma unroll
+      for (int c = 0; c < S::kColumnTiles; ++c) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& logit = logits[c][i];
+          logit *= i ? inverse_rms.y : inverse_rms.x;
+          if (p.soft_cap > 0.0f) {
+            // cap tanh(x / cap); the power overflows to infinity, which gives cap as it should.
+            logit = cap * (1.0f - 2.0f * reciprocal_fast(exp2_fast(logit * cap_factor) + 1.0f));
+          }
+        }
+      }
+    }
+    uint32_t weights[2];
+    weigh<S>(state, logits, weights, p);
+    add_values<S>(state, (S::kBands ? memory : stage) + v_place, weights, v_tiles);
+    warp_sync();
+    if (lane == 0) barrier_arrive(barriers.empty + place.stage);
+    place.advance(2, p.kernel.stages);
+#pragma unroll
+    for (int c = 0; c < S::kColumnTiles; ++c) state.distance[c] -= 2 * S::kTokens;
+  }
+}
+
+}  // namespace recalkv

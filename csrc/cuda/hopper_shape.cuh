@@ -1,0 +1,96 @@
+// Compile-time sizes of the decode kernel for Hopper and the layout of its shared memory.
+#pragma once
+
+#include "shape.cuh"
+
+namespace recalkv {
+
+// Two warpgroups that consume tiles in turns, and one with a warp that copies latents and a warp
+// that turns queries.
+constexpr int kConsumerWarps = 8;
+constexpr int kConsumerThreads = 32 * kConsumerWarps;
+constexpr int kHopperThreads = kConsumerThreads + 128;
+// Registers of a thread; a multiprocessor has 512 for each of 128 threads.
+constexpr int kConsumerRegisters = 216;
+constexpr int kProducerRegisters = 80;
+
+// kHeadDim is d; kColumnTiles and kVTiles are those of `DecodeParams::kernel`. A lean kernel
+// rotates only the first half of the pairs and knows no key bias, key norm or soft cap. With
+// `kBands`, latents are coded: a row of a tile has codes, and each warp its own values.
+template <typename Element_, int kHeadDim_, int kColumnTiles_, int kVTiles_, bool kLean_,
+          bool kBands_>
+struct HopperShape {
+  using Element = Element_;
+  static constexpr bool kLean = kLean_;
+  static constexpr bool kBands = kBands_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kPairs = kHeadDim / 2;
+  static constexpr int kTokens = 64;
+  // Products of 8 columns hold four query rows and the derivatives of these.
+  static constexpr int kColumnTiles = kColumnTiles_;
+  static constexpr int kColumns = 4 * kColumnTiles;
+  static constexpr int kVTiles = kVTiles_;
+  // Rotated key columns, in eights: the rest are of slow pairs.
+  static constexpr int kFastTiles = kLean ? kHeadDim / 16 : kHeadDim / 8;
+  static constexpr int kQueryBytes = kHeadDim / 32 * 512;  // of 4 rows
+  static constexpr int kOutStride = 16 * kVTiles + 4;
+  static constexpr int kValueRowBytes = 32 * kVTiles + 16;
+  static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128 && kColumnTiles <= 2);
+};
+
+// Byte offsets into a block's shared memory. What the end needs reuses the ring.
+template <typename S>
+struct HopperLayout {
+  int factor, rotation, bias, norm, columns, blocks, values, barriers, ring, row_bytes, query,
+      scales, stage_bytes, maxima, sums, total;
+
+  RECALKV_BOTH explicit HopperLayout(const DecodeParams& p) {
+    const auto& k = p.kernel;
+    factor = 0;  // swizzled: aligned to 1024 bytes
+    rotation = factor + (p.k_width + 63) / 64 * S::kHeadDim * 128;
+    bias = rotation + S::kFastTiles * 2048;
+    norm = bias + (p.k_bias ? S::kHeadDim * 4 : 0);
+    columns = norm + (p.k_norm_weight ? S::kHeadDim * 4 : 0);
+    blocks = columns + (k.tile_width / 8 * 4 + 15) / 16 * 16;
+    values = blocks + (S::kBands ? p.most_blocks * 16 : 0);
+    barriers = values + (S::kBands ? kConsumerWarps * 16 * S::kValueRowBytes : 0);
+    ring = barriers + (2 * k.stages + 1 + 1) / 2 * 16;
+    // An odd number of 16-byte words: eight rows start in different banks.
+    row_bytes = k.tile_width * 2 + 16;
+    query = S::kTokens * row_bytes;  // in a stage, as the next
+    scales = query + S::kColumnTiles * S::kQueryBytes;
+    stage_bytes = scales + (S::kBands ? S::kTokens * p.token_scales : 0);
+    maxima = ring;
+    sums = maxima + kConsumerWarps * S::kColumns * 8;
+    const int after_ring = ring + k.stages * stage_bytes;
+    const int after_sums = sums + S::kColumns * S::kOutStride * 4;
+    total = after_ring > after_sums ? after_ring : after_sums;
+  }
+};
+
+// A block's barriers: a stage is full, a stage is empty, the factor is there.
+struct HopperBarriers {
+  uint64_t* full;
+  uint64_t* empty;
+  uint64_t* factor;
+  template <typename S>
+  RECALKV_DEVICE HopperBarriers(const HopperLayout<S>& shared, unsigned char* memory, int stages)
+      : full(reinterpret_cast<uint64_t*>(memory + shared.barriers)),
+        empty(full + stages),
+        factor(empty + stages) {}
+};
+
+// A place in the ring and the parity of its current phase.
+struct RingPlace {
+  int stage;
+  int parity;
+  RECALKV_DEVICE void advance(int steps, int stages) {
+    stage += steps;
+    if (stage >= stages) {
+      stage -= stages;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace recalkv

@@ -1,0 +1,151 @@
+"""A layer's constants as the CUDA kernel for Hopper takes them; runs once, with the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from recalkv_vllm.band_format import BLOCK_COLUMNS
+from recalkv_vllm.ops.contract import KernelUnavailableError, LatentLayer
+from recalkv_vllm.ops.cuda.layout import (
+    LayerScalars,
+    LayerSizes,
+    PackedLayer,
+    pack_layer,
+    rotation_tables,
+)
+from recalkv_vllm.ops.rotary import pair_order
+
+#: Tokens of a tile, and columns of a row of the factor in shared memory.
+TILE = 64
+SWIZZLED_COLUMNS = 64
+#: A pair is slow if, within a tile, its rotation is linear in the offset but for this much: half of
+#: a unit in the last place of keys that are rounded.
+SLOW_ERROR = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+
+
+class HopperTensors(NamedTuple):
+    """The op's tensors from ``k_factor`` on; columns of a head are in pair order.
+
+    Args:
+        k_factor: see :func:`swizzle_factor`.
+        k_bias: ``[h_kv, d]`` float32.
+        k_norm_weight: ``[d]`` float32, divided by ``norm_factor``.
+        base_rotation: see :func:`~.layout.rotation_tables`.
+        local_rotation: see :func:`lane_rotations`.
+        slow_rotation: see :func:`slow_rotations`.
+    """
+
+    k_factor: torch.Tensor
+    k_bias: torch.Tensor | None
+    k_norm_weight: torch.Tensor | None
+    base_rotation: torch.Tensor
+    local_rotation: torch.Tensor
+    slow_rotation: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HopperLayer:
+    """What the torch op ``decode_hopper`` is told of a layer; ``lean``: by a lean kernel."""
+
+    tensors: HopperTensors
+    sizes: LayerSizes
+    scalars: LayerScalars
+    lean: bool
+
+
+def pack_hopper_layer(layer: LatentLayer) -> HopperLayer:
+    """Pack a layer's constants.
+
+    Raises:
+        KernelUnavailableError: the kernel cannot rotate keys as the layer's table does.
+    """
+    packed: PackedLayer = pack_layer(layer)
+    device = layer.k_up.device
+    rotations = rotation_tables(layer.cos_sin_cache, layer.head_dim, device, TILE)
+    if rotations is None:
+        raise KernelUnavailableError(
+            "cos_sin_cache: expected angles proportional to the position, found others"
+        )
+    base, local = rotations
+    terms, errors = slow_rotations(local)
+    # Pairs turn more slowly from one to the next; those that RoPE leaves alone come last.
+    turning = errors > SLOW_ERROR[layer.k_up.dtype]
+    fast = int((turning * torch.arange(1, len(errors) + 1, device=errors.device)).max())
+    plain = layer.k_bias is None and layer.k_norm_weight is None and not layer.soft_cap
+    lean = plain and fast <= layer.head_dim // 4
+    terms[: layer.head_dim // (4 if lean else 2)] = torch.tensor(
+        [1.0, 0.0, 1.0, 0.0], device=device
+    )
+    k_up = layer.k_up
+    if layer.latent_format is not None:
+        k_up = k_up.unflatten(2, (-1, BLOCK_COLUMNS))[..., operand_order()].flatten(2)
+    order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox).to(device)
+    return HopperLayer(
+        tensors=HopperTensors(
+            k_factor=swizzle_factor(k_up, layer.head_dim, order),
+            k_bias=packed.tensors.k_bias,
+            k_norm_weight=packed.tensors.k_norm_weight,
+            base_rotation=base,
+            local_rotation=lane_rotations(local),
+            slow_rotation=terms.contiguous(),
+        ),
+        sizes=packed.sizes,
+        scalars=packed.scalars,
+        lean=lean,
+    )
+
+
+def swizzle_factor(k_up: torch.Tensor, head_dim: int, order: torch.Tensor) -> torch.Tensor:
+    """``[h_kv, ceil(k_width / 64), d, 64]``: rows of 128 bytes as ``wgmma`` reads them.
+
+    Of row ``n``, the 16 bytes that are ``i``-th lie at ``i ^ n % 8``. Columns past the width are
+    zeros.
+    """
+    width = k_up.shape[2]
+    rows = k_up.reshape(-1, head_dim, width)[:, order.to(k_up.device)]
+    rows = torch.nn.functional.pad(rows, (0, -width % SWIZZLED_COLUMNS))
+    words = rows.reshape(rows.shape[0], head_dim, -1, 8, 8).transpose(1, 2)
+    row, place = torch.arange(head_dim)[:, None] % 8, torch.arange(8)
+    index = (place ^ row).to(k_up.device)[..., None].expand(head_dim, 8, 8)
+    return words.gather(3, index.expand_as(words)).flatten(-2).contiguous()
+
+
+def operand_order() -> torch.Tensor:
+    """Columns of a block of 32 in the order of the product's inner dimension.
+
+    Pair ``q`` of lane ``t`` is of the columns ``8t + q`` and ``8t + q + 4``: see hopper_bands.cuh.
+    """
+    step, half, member, i = torch.meshgrid(*(torch.arange(n) for n in (2, 2, 4, 2)), indexing="ij")
+    return (8 * member + 2 * step + half + 4 * i).flatten()
+
+
+def lane_rotations(local: torch.Tensor) -> torch.Tensor:
+    """``[d/8, 4, 32, 4]`` of ``[64, d/2, 2]``: what each lane of the four warps turns keys by.
+
+    Lane ``4g + t`` of warp ``w`` has pair ``4n + t`` of the tokens ``16w + g`` and ``16w + g + 8``.
+    """
+    parts = local.reshape(4, 2, 8, -1, 4, 2)  # warp, half, g, n, t, (cos, sin)
+    return parts.permute(3, 0, 2, 4, 1, 5).reshape(-1, 4, 32, 4).contiguous()
+
+
+def slow_rotations(local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotations by ``x`` positions from a tile's middle as ``a + b·x·i``, pair by pair.
+
+    Args:
+        local: ``[64, d/2, 2]``, by the place in the tile.
+
+    Returns:
+        ``[d/2, 4]`` float32: ``a``, ``b / a``, and the rotation to the middle; and the largest
+        error within a tile ``[d/2]``. ``a`` halves the error of the cosine, ``b`` is least squares.
+    """
+    turn = torch.view_as_complex(local.double())
+    middle = turn[TILE // 2]
+    from_middle = turn * middle.conj()
+    x = torch.arange(-TILE // 2, TILE // 2, device=local.device).double()[:, None]
+    a = (from_middle.real.amax(dim=0) + from_middle.real.amin(dim=0)) / 2
+    b = (x * from_middle.imag).sum(dim=0) / x.square().sum()
+    errors = (from_middle - torch.complex(a.expand_as(x * b), x * b)).abs().amax(dim=0)
+    return torch.stack((a, b / a, middle.real, middle.imag), dim=1).float(), errors

@@ -1,0 +1,348 @@
+// csrc/cuda/hopper_primitives.cuh on the host, after the PTX ISA: "mbarrier", "cp.async.bulk",
+// "Asynchronous Warpgroup Level Matrix Instructions".
+//
+// Made to catch mistakes, as `emulated_primitives.h` is: registers of a product read as NaN until
+// it is waited for, and writing them is an error, as are a missing fence, descriptors that the
+// warps of a warpgroup do not share, barriers that nobody initialized, and more arrivals than a
+// barrier takes. Copies and products happen as late or as early as they may.
+#pragma once
+
+#include "emulated_primitives.h"
+
+#define RECALKV_HOPPER 1
+
+namespace recalkv {
+
+namespace emulation {
+
+constexpr uint64_t kBarrierMark = 0x5eed0ba44e4d0bedull;
+constexpr uint32_t kPoison = 0x7fc0dead;
+// Shared addresses of the emulation start here.
+constexpr uint32_t kWindow = 1024;
+
+inline SharedBarrier& barrier_at(uint64_t* barrier) {
+  auto& machine = Machine::get();
+  const auto found = machine.shared_barriers.find(barrier);
+  if (found == machine.shared_barriers.end()) machine.fail("a barrier that nobody initialized");
+  if (*barrier != kBarrierMark) machine.fail("a barrier that was overwritten");
+  return found->second;
+}
+
+inline void end_phase_if_complete(SharedBarrier& barrier) {
+  if (barrier.phase.arrived == barrier.phase.threads && barrier.bytes == 0) {
+    barrier.phase.arrived = 0;
+    ++barrier.phase.generation;
+  }
+}
+
+inline void arrive(uint64_t* at, int64_t bytes) {
+  SharedBarrier& barrier = barrier_at(at);
+  barrier.bytes += bytes;
+  if (++barrier.phase.arrived > barrier.phase.threads) {
+    Machine::get().fail("more arrivals than a barrier's phase takes");
+  }
+  end_phase_if_complete(barrier);
+}
+
+inline uint32_t shared_offset(const void* pointer) {
+  const auto* base = reinterpret_cast<const char*>(Machine::get().shared.data());
+  return static_cast<uint32_t>(static_cast<const char*>(pointer) - base) + kWindow;
+}
+
+// Element (n, k) of a right-hand operand whose rows n hold k: k-major, swizzled by 32, 64 or 128
+// bytes (layout types 3, 2, 1). The swizzle is one of address bits.
+inline uint16_t operand_element(uint64_t descriptor, int n, int k) {
+  Machine& machine = Machine::get();
+  const uint32_t start = (descriptor & 0x3fff) << 4;
+  const uint32_t eight_rows = (descriptor >> 32 & 0x3fff) << 4;
+  const int type = static_cast<int>(descriptor >> 62);
+  if (type == 0 || (descriptor >> 49 & 7) != 0) machine.fail("a descriptor that is not emulated");
+  const uint32_t row_bytes = 256u >> type;
+  uint32_t address = start + n % 8 * row_bytes + n / 8 * eight_rows + k * 2;
+  address ^= (address >> 7 & (row_bytes / 16 - 1)) << 4;
+  const auto* base = reinterpret_cast<const char*>(machine.shared.data());
+  const int64_t offset = static_cast<int64_t>(address) - kWindow;
+  const int64_t size = machine.shared.size() * sizeof(uint4) - Machine::kCanary;
+  if (offset < 0 || offset + 2 > size) machine.fail("an operand outside of shared memory");
+  uint16_t element;
+  std::memcpy(&element, base + offset, 2);
+  return element;
+}
+
+template <typename Element>
+void multiply(const Product& product, float (*totals)[128]) {
+  float left[16][16];
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 8; ++i) {
+      const int row = lane / 4 + i / 2 % 2 * 8;
+      const int k = lane % 4 * 2 + i % 2 + i / 4 * 8;
+      left[row][k] = decode<Element>(half_of(product.a_values[lane][i / 2], i % 2));
+    }
+  }
+  for (int n = 0; n < product.columns; ++n) {
+    float right[16];
+    for (int k = 0; k < 16; ++k) right[k] = decode<Element>(operand_element(product.b, n, k));
+    for (int row = 0; row < 16; ++row) {
+      float total = product.add ? totals[row][n] : 0.0f;
+      for (int k = 0; k < 16; ++k) total += left[row][k] * right[k];
+      totals[row][n] = total;
+    }
+  }
+}
+
+// Where a lane's register `i` of a sum lies: row, column.
+inline float& sum_at(float (*totals)[128], int lane, int i) {
+  return totals[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
+}
+
+inline float (*totals_of(Warp& warp, float* sum))[128] {
+  return reinterpret_cast<float (*)[128]>(warp.sums[sum].data());
+}
+
+inline void perform(Warp& warp, const Product& product) {
+  for (int lane = 0; lane < 32; ++lane) {
+    if (std::memcmp(product.a[lane], product.a_values[lane], 16)) {
+      Machine::get().fail("registers of a product were written before it ended");
+    }
+  }
+  product.multiply(product, totals_of(warp, product.sum[0]));
+}
+
+// Hand a sum that no product adds to any more back to the lanes.
+inline void release(Warp& warp, const Product& last) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < last.columns / 2; ++i) {
+      if (as_bits(last.sum[lane][i]) != kPoison) {
+        Machine::get().fail("a sum was written before its products ended");
+      }
+      last.sum[lane][i] = sum_at(totals_of(warp, last.sum[0]), lane, i);
+    }
+  }
+  warp.sums.erase(last.sum[0]);
+}
+
+inline void wait_products(Warp& warp, size_t pending) {
+  auto& groups = warp.products;
+  while (groups.size() > pending + 1) {  // the open group is not waited for
+    const std::vector<Product> group = groups.front();
+    groups.erase(groups.begin());
+    for (size_t i = 0; i < group.size(); ++i) {
+      if (!Machine::get().early_copies) perform(warp, group[i]);
+      const auto adds = [&](const Product& later) { return later.sum[0] == group[i].sum[0]; };
+      bool last = std::none_of(group.begin() + i + 1, group.end(), adds);
+      for (const auto& other : groups)
+        last = last && std::none_of(other.begin(), other.end(), adds);
+      if (last) release(warp, group[i]);
+    }
+  }
+  if (groups.size() <= 1) warp.fenced = false;
+}
+
+template <typename T>
+T* pointer_of(const uint32_t* words) {
+  return reinterpret_cast<T*>(words[0] | static_cast<uintptr_t>(words[1]) << 32);
+}
+
+template <typename Element, int kCount>
+void product(float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
+  const auto to = reinterpret_cast<uintptr_t>(sum);
+  const auto from = reinterpret_cast<uintptr_t>(a);
+  const uint32_t in[11] = {static_cast<uint32_t>(to),
+                           static_cast<uint32_t>(to >> 32),
+                           static_cast<uint32_t>(from),
+                           static_cast<uint32_t>(from >> 32),
+                           static_cast<uint32_t>(b),
+                           static_cast<uint32_t>(b >> 32),
+                           add,
+                           a[0],
+                           a[1],
+                           a[2],
+                           a[3]};
+  Machine::get().exchange("wgmma", in, 11, [](Warp& warp) {
+    Machine& machine = Machine::get();
+    if (!warp.fenced) machine.fail("a product without a fence");
+    Product product;
+    product.columns = 2 * kCount;
+    product.multiply = multiply<Element>;
+    product.b = warp.in[0][4] | static_cast<uint64_t>(warp.in[0][5]) << 32;
+    product.add = warp.in[0][6];
+    for (int lane = 0; lane < 32; ++lane) {
+      const uint32_t* words = warp.in[lane];
+      if (!std::equal(words + 4, words + 7, warp.in[0] + 4)) {
+        machine.fail("lanes of a warp with different products");
+      }
+      product.sum[lane] = pointer_of<float>(words);
+      product.a[lane] = pointer_of<const uint32_t>(words + 2);
+      std::copy(words + 7, words + 11, product.a_values[lane]);
+    }
+    if (warp.sums.find(product.sum[0]) == warp.sums.end()) {
+      warp.sums[product.sum[0]].resize(16 * 128);
+      for (int lane = 0; lane < 32; ++lane) {
+        for (int i = 0; i < kCount; ++i) {
+          sum_at(totals_of(warp, product.sum[0]), lane, i) = product.sum[lane][i];
+          product.sum[lane][i] = as_float(kPoison);
+        }
+      }
+    }
+    warp.operands.push_back(product.b);
+    if (warp.products.empty()) warp.products.emplace_back();
+    warp.products.back().push_back(product);
+    if (machine.early_copies) perform(warp, product);
+  });
+}
+
+}  // namespace emulation
+
+inline void warp_sync() {
+  emulation::Machine::get().exchange("syncwarp", nullptr, 0, [](emulation::Warp&) {});
+}
+
+inline bool warp_any(bool value) {
+  const uint32_t in[1] = {value};
+  return emulation::Machine::get().exchange("vote", in, 1, [](emulation::Warp& warp) {
+    uint32_t any = 0;
+    for (int i = 0; i < 32; ++i) any |= warp.in[i][0];
+    for (int i = 0; i < 32; ++i) warp.out[i][0] = any;
+  })[0];
+}
+
+template <int kCount>
+inline void shrink_registers() {}
+template <int kCount>
+inline void grow_registers() {}
+
+inline void barrier_init(uint64_t* barrier, int arrivals) {
+  auto& machine = emulation::Machine::get();
+  if (reinterpret_cast<uintptr_t>(barrier) % 8) machine.fail("barrier_init: a misaligned barrier");
+  machine.shared_barriers[barrier].phase.threads = arrivals;
+  *barrier = emulation::kBarrierMark;
+}
+
+inline void barrier_init_done() {}
+
+inline void barrier_arrive(uint64_t* barrier) { emulation::arrive(barrier, 0); }
+inline void barrier_expect(uint64_t* barrier, int bytes) { emulation::arrive(barrier, bytes); }
+
+inline void barrier_wait(uint64_t* at, int parity) {
+  auto& machine = emulation::Machine::get();
+  emulation::SharedBarrier& barrier = emulation::barrier_at(at);
+  if (barrier.phase.generation % 2 != parity) return;
+  auto& lane = machine.lanes[machine.current];
+  lane.blocked = &barrier.phase;
+  lane.blocked_generation = barrier.phase.generation;
+  machine.yield();
+  lane.blocked = nullptr;
+}
+
+inline void copy_arrive(uint64_t* barrier) {
+  auto& machine = emulation::Machine::get();
+  std::vector<emulation::Copy> copies;
+  for (auto& group : machine.lanes[machine.current].copies) {
+    copies.insert(copies.end(), group.begin(), group.end());
+    group.clear();
+  }
+  machine.hand_over([&machine, copies, barrier]() {
+    for (const auto& copy : copies) machine.perform(copy);
+    emulation::arrive(barrier, 0);
+  });
+}
+
+inline void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
+  auto& machine = emulation::Machine::get();
+  machine.check_shared(to);
+  machine.check_shared(static_cast<char*>(to) + bytes - 16);
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    machine.fail("copy_bulk: a misaligned copy");
+  }
+  machine.hand_over([to, from, bytes, barrier]() {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+    emulation::SharedBarrier& done = emulation::barrier_at(barrier);
+    done.bytes -= bytes;
+    emulation::end_phase_if_complete(done);
+  });
+}
+
+struct SwizzledOperand {
+  uint64_t descriptor;
+  SwizzledOperand at(int bytes) const { return {descriptor + bytes / 16}; }
+};
+
+inline SwizzledOperand swizzled_operand(const void* rows) {
+  const uint64_t start = emulation::shared_offset(rows);
+  if (start % 1024) emulation::Machine::get().fail("a misaligned operand");
+  return {1ull << 62 | (1024ull >> 4) << 32 | 1ull << 16 | (start & 0x3ffff) >> 4};
+}
+
+inline void product_fence() {
+  auto& machine = emulation::Machine::get();
+  machine.exchange("wgmma.fence", nullptr, 0, [](emulation::Warp& warp) { warp.fenced = true; });
+}
+
+inline void product_commit() {
+  auto& machine = emulation::Machine::get();
+  machine.exchange("wgmma.commit", nullptr, 0, [](emulation::Warp& warp) {
+    if (warp.products.empty()) warp.products.emplace_back();
+    warp.products.emplace_back();
+  });
+}
+
+template <int kPending, int kCount>
+inline void product_wait(float (&)[kCount]) {
+  emulation::Machine::get().exchange("wgmma.wait", nullptr, 0, [](emulation::Warp& warp) {
+    emulation::wait_products(warp, kPending);
+  });
+}
+
+template <int kPending>
+inline void product_wait_some() {
+  emulation::Machine::get().exchange("wgmma.wait", nullptr, 0, [](emulation::Warp& warp) {
+    emulation::wait_products(warp, kPending);
+  });
+}
+
+constexpr uint32_t one_bits(BFloat16) { return 0x3f80; }
+constexpr uint32_t one_bits(Float16) { return 0x3c00; }
+constexpr int mantissa_bits(BFloat16) { return 7; }
+constexpr int mantissa_bits(Float16) { return 10; }
+
+template <typename Element>
+inline uint32_t add_pairs(uint32_t a, uint32_t b) {
+  const float2 left = unpack<Element>(a), right = unpack<Element>(b);
+  return pack<Element>(left.x + right.x, left.y + right.y);
+}
+
+template <typename Element>
+inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  const float2 left = unpack<Element>(a), right = unpack<Element>(b);
+  return pack<Element>(left.x * right.x, left.y * right.y);
+}
+
+inline uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
+  return (word & mask) | bits;
+}
+inline void keep(uint32_t&) {}
+
+constexpr float kByteOffset = 32768.0f;
+inline float offset_byte(uint32_t word, int i) {
+  return emulation::as_float(0x47000000u | (word >> (8 * i) & 0xff) << 8);
+}
+
+template <typename Element>
+inline uint32_t scale_of_byte(uint32_t byte) {
+  const float scale = unpack<Float16>(byte << 7).x;
+  return pack<Element>(scale, scale);
+}
+
+template <int kCount>
+inline void product(BFloat16, float (&sum)[kCount], const uint32_t (&a)[4], SwizzledOperand b,
+                    bool add) {
+  emulation::product<BFloat16>(sum, a, b.descriptor, add);
+}
+
+template <int kCount>
+inline void product(Float16, float (&sum)[kCount], const uint32_t (&a)[4], SwizzledOperand b,
+                    bool add) {
+  emulation::product<Float16>(sum, a, b.descriptor, add);
+}
+
+}  // namespace recalkv

@@ -1,0 +1,146 @@
+"""The package as pip installs it: from an sdist or a wheel, outside the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+PIP = ("--no-index", "--no-deps", "--no-build-isolation", "--no-cache-dir")
+
+#: An op of one layer; prints where the package is.
+RUN_OP = """
+import torch, recalkv_vllm
+from recalkv_vllm.ops import LatentLayer, bind
+layer = LatentLayer(k_up=torch.ones(1, 32, 16), v_up=torch.ones(1, 32, 16), k_spans=((0, 16),),
+                    v_spans=((0, 16),), head_dim=32, scale=1.0)
+assert bind(layer).value_up(torch.ones(1, 1, 16)).eq(16).all()
+print(recalkv_vllm.__file__)
+"""
+#: What vLLM does with plugins, in each of its processes.
+LOAD_PLUGIN = """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+print(AttentionBackendEnum.RECALKV.get_class().__module__)
+"""
+
+
+def modules() -> set[str]:
+    """Paths below the installed package of all that is not compiled."""
+    folders = {"recalkv_vllm": ".", "kernels": "kernels", "benchmarks": "benchmarks"}
+    return {"py.typed"} | {
+        str(Path(installed) / path.relative_to(ROOT / folder))
+        for folder, installed in folders.items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built in a copy of the checkout, where it leaves its metadata."""
+    folder = tmp_path_factory.mktemp("sdist")
+    unwanted = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(ROOT, folder / "checkout", ignore=unwanted)
+    run([sys.executable, "-c", BUILD_SDIST, folder], folder / "checkout")
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+class Environment:
+    """A virtual environment that has everything of this one but the package."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], folder)
+        self.python = folder / "venv" / "bin" / "python"
+        (self.packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
+        (self.packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+
+    def pip(self, *arguments: str | Path, **environment: str) -> str:
+        """What ``pip`` printed."""
+        done = self.run("-m", "pip", *arguments, **environment)
+        return done.stdout + done.stderr
+
+    def run(
+        self, *arguments: str | Path, status: int = 0, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Python outside the checkout."""
+        return run([self.python, *arguments], self.folder, status, **environment)
+
+    def installed(self) -> set[str]:
+        """Paths of the package's files below its folder."""
+        root = self.packages / "recalkv_vllm"
+        paths = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc")
+        return {str(path.relative_to(root)) for path in paths}
+
+
+def run(
+    command: list[str | Path], folder: Path, status: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command that ends with ``status``; ``PYTHONPATH`` would show it the checkout."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=folder, env={**inherited, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    return Environment(tmp_path)
+
+
+def test_sdist_is_complete(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    sources += [
+        path
+        for name in ("recalkv_vllm", "kernels", "benchmarks")
+        for path in (ROOT / name).rglob("*.py")
+    ]
+    expected = {str(path.relative_to(ROOT)) for path in sources}
+    expected |= {"recalkv_vllm/py.typed", "setup.py", "cuda_build.py", "pyproject.toml"}
+    expected |= {"README.md", "LICENSE"}
+    assert expected <= found
+    assert not [name for name in found if name.startswith(("tests", "build"))]
+
+
+def test_sdist_without_a_compiler(sdist: Path, environment: Environment) -> None:
+    """All but the kernels is there, and their absence is said by name, with what to do."""
+    told = environment.pip("install", "--verbose", "--ignore-installed", *PIP, sdist, CXX="missing")
+    assert "C++ and CUDA kernels are not built: no C++ compiler (CXX=missing)" in told
+    assert environment.installed() == modules()
+    assert "compress" in run([environment.python.parent / "recalkv", "--help"], sdist.parent).stdout
+    done = environment.run("-c", RUN_OP, RECALKV_KERNEL="reference")
+    assert Path(done.stdout.strip()).parent == environment.packages / "recalkv_vllm"
+    told = environment.run("-c", RUN_OP, status=1).stderr.splitlines()[-1]
+    assert "KernelUnavailableError: no kernel for float32 on cpu" in told
+    assert "not built; it takes a C++20 compiler" in told
+    assert "--no-build-isolation" in told
+
+
+@pytest.mark.slow  # compiles the C++ kernels
+def test_wheel(sdist: Path, environment: Environment) -> None:
+    """It has the C++ kernels, and vLLM finds the plugin."""
+    pytest.importorskip("vllm")
+    environment.pip("wheel", "--wheel-dir", environment.folder, *PIP, sdist, CUDA_HOME="/missing")
+    (wheel,) = environment.folder.glob("*.whl")
+    environment.pip("install", "--ignore-installed", *PIP[:2], wheel)
+    (library,) = environment.installed() - modules()
+    assert library.startswith("_cpu.")
+    done = environment.run("-c", RUN_OP, RECALKV_KERNEL="cpu")
+    assert Path(done.stdout.strip()).parent == environment.packages / "recalkv_vllm"
+    assert "compress" in run([environment.python.parent / "recalkv", "--help"], wheel.parent).stdout
+    told = environment.run("-c", LOAD_PLUGIN, VLLM_PLUGINS="recalkv").stdout
+    assert told.split()[-1].startswith("recalkv_vllm.serving")
