@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from recalkv_vllm.band_format import BLOCK_COLUMNS
 from recalkv_vllm.ops.cuda.hopper import HOPPER_COLUMN_TILES, HOPPER_V_TILES
 from recalkv_vllm.ops.cuda.plan import HEAD_DIMS
 
@@ -97,6 +98,13 @@ class Layout:
     budget: int
     k_bits: tuple[int, ...] = ()
     v_bits: tuple[int, ...] = ()
+
+    @property
+    def own_columns(self) -> int:
+        """Of the V span, those that K does not read."""
+        if self.kernel.bands:
+            return BLOCK_COLUMNS * len(self.v_bits)
+        return self.row_bytes // 2 - self.k_width
 
 
 PLAIN = HopperInstantiation("BFloat16", 128, 1, 8, True, False)

@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import triton
 
 from recalkv_vllm.band_format import BLOCK_COLUMNS, token_bytes
@@ -32,6 +31,7 @@ from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops.triton.plan import most_code_bits
 
 from .compile_report import TARGETS, Case, CompileOnlyDriver, launches, tiles_per_round
+from .fit import least_relative_squares
 from .geometries import GEOMETRIES
 from .sass import loop_of
 
@@ -95,6 +95,7 @@ def layer_cost(case: Case) -> LayerCost:
         shared=max(0, min(keys.end, values.end) - max(keys.start, values.start)),
         token_bytes=token_bytes(latent_format, latent.rank, 2),
         code_bits=most_code_bits(latent_format),
+        bands=case.latent_dtype == "bands",
     )
 
 
@@ -130,19 +131,9 @@ def count(case: Case, arch: int) -> Count:
 
 
 def fitted(counts: Sequence[Count]) -> Instructions:
-    """Constants of least relative squares, none below zero."""
-    found = np.array([each.counted for each in counts])
-    features = np.array([(1, *each.features) for each in counts]) / found[:, None]
-    kept = [0, 1, 2]
-    while True:
-        solved, *_ = np.linalg.lstsq(features[:, kept], np.ones(len(found)), rcond=None)
-        if (solved >= 0).all():
-            break
-        del kept[int(solved.argmin())]
-    constants = [0.0, 0.0, 0.0]
-    for i, value in zip(kept, solved, strict=True):
-        constants[i] = float(value)
-    return Instructions(*constants)
+    """Constants of least relative squares."""
+    features = [(1, *each.features) for each in counts]
+    return Instructions(*least_relative_squares([each.counted for each in counts], features))
 
 
 def main(arguments: list[str] | None = None) -> int:

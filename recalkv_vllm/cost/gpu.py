@@ -52,6 +52,12 @@ def gpu_token_seconds(layer: LayerCost, gpu: Gpu) -> float:
     return min((times.slowest for times in gpu_times(layer, gpu)), default=float("inf"))
 
 
+def fastest_kernel(layer: LayerCost, gpu: Gpu) -> str | None:
+    """Its name, of equally fast ones the CUDA C++ one's; None if there is none."""
+    fastest = min(gpu_times(layer, gpu), key=lambda times: times.slowest, default=None)
+    return None if fastest is None else fastest.kernel
+
+
 def memory_seconds(nbytes: float, gpu: Gpu) -> float:
     """To read as much."""
     return nbytes / (gpu.bytes_per_s * MEMORY_EFFICIENCY)

@@ -20,6 +20,7 @@ class LayerCost:
         shared: columns of a K span that are also the V span's.
         token_bytes: of a cached token.
         code_bits: of the widest codes; None of elements.
+        bands: whether codes are in bands.
         queries: query tokens of one sequence in a step.
     """
 
@@ -33,6 +34,7 @@ class LayerCost:
     shared: int
     token_bytes: int
     code_bits: int | None
+    bands: bool
     queries: int = 1
 
     @property

@@ -92,7 +92,7 @@ def launch_shape(layer: LayerCost) -> heuristics.AttentionShape:
         key_bias=False,
         key_norm=False,
         code_bits=layer.code_bits,
-        bands=layer.coded,
+        bands=layer.bands,
     )
 
 

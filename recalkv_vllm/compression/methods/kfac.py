@@ -67,6 +67,8 @@ class KfacMethod(Method[Measured]):
     span_kinds = SPAN_KINDS
     refits_output = True
     knows_loss = True
+    #: Whether latents are in bands.
+    bands = False
 
     def __init__(self, geometry: AttentionGeometry, options: MethodOptions):
         super().__init__(geometry, options)
@@ -112,7 +114,9 @@ class KfacMethod(Method[Measured]):
 
     def times(self, k_group_size: int) -> LayerTimes:
         """Predicted times of a layer in groups of a size."""
-        return LayerTimes(self.geometry, self.spans, k_group_size, self.v_groups, self.target)
+        return LayerTimes(
+            self.geometry, self.spans, k_group_size, self.v_groups, self.target, self.bands
+        )
 
     def choose(
         self, sizes: Mapping[int, Candidates[Shape]], steps: int, limit: float

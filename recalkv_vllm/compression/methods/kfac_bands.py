@@ -62,6 +62,8 @@ class KfacBands(KfacMethod[MeasuredBands]):
     one of the values' own; a layer whose keys can afford to read all of it may have a joint one.
     """
 
+    bands = True
+
     def check(self, compression: float) -> None:
         self.check_groups()
         geometry = self.geometry

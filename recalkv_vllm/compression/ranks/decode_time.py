@@ -32,6 +32,7 @@ def layer_cost(
         shared=_shared_columns(layout),
         token_bytes=token_bytes(latent_format, layout.rank, 2),
         code_bits=most_code_bits(latent_format),
+        bands=isinstance(latent_format, BandFormat),
     )
 
 
@@ -75,6 +76,7 @@ class LayerTimes:
         k_group_size: KV heads per K group.
         v_groups: V groups, of ``split`` spans.
         target: device to serve on; without one, nothing takes time.
+        bands: whether latents are in bands.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class LayerTimes:
         k_group_size: int,
         v_groups: int,
         target: Target,
+        bands: bool,
     ):
         self.split = spans == "split"
         self._geometry = geometry
@@ -91,6 +94,7 @@ class LayerTimes:
         heads = geometry.num_kv_heads
         self._v_group_size = heads // v_groups if self.split else k_group_size
         self._device = target.device
+        self._bands = bands
 
     def __call__(self, k_width: int, v_width: int, nbytes: int, code_bits: int | None) -> float:
         """Of a layer with such spans that takes ``nbytes`` per cached token."""
@@ -107,5 +111,6 @@ class LayerTimes:
             shared=0 if self.split else k_width,
             token_bytes=nbytes,
             code_bits=code_bits,
+            bands=self._bands,
         )
         return decode_seconds(layer, self._device) / dense_seconds(layer, self._device)
