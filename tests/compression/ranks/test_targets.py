@@ -25,15 +25,24 @@ def test_what_is_no_target(bad):
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_limits_of_gpus_are_on_one_line_through_two_points(name):
-    at = {removed: Target(name).limit_at(removed, coded=True) for removed in (0.5, 0.75, 0.86)}
+def test_limits_of_elements_on_gpus_are_on_one_line_through_two_points(name):
+    at = {removed: Target(name).limit_at(removed, coded=False) for removed in (0.5, 0.75, 0.86)}
     assert at[0.5] == pytest.approx(0.67)
     assert at[0.75] == pytest.approx(0.45)
     assert (at[0.86] - at[0.75]) / 0.11 == pytest.approx((at[0.75] - at[0.5]) / 0.25)
     assert Target(name).limit_at(0.01, coded=False) == 1
     # Never less than the bytes that are left take.
-    assert all(Target(name).limit_at(c / 100, coded=True) > 1 - c / 100 for c in range(1, 100))
+    assert all(Target(name).limit_at(c / 100, coded=False) > 1 - c / 100 for c in range(1, 100))
     assert Target(name, 0.3).limit_at(0.5, coded=True) == 0.3
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_codes_are_to_decode_faster_than_the_dense_cache_on_gpus(name):
+    limits = [
+        Target(name).limit_at(removed, coded=True) for removed in (0.5, 0.75, 0.8, 0.86, 0.95)
+    ]
+    assert limits == sorted(limits, reverse=True)
+    assert limits[0] < 1
 
 
 def test_without_a_device_there_is_no_limit():
