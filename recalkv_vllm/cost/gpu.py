@@ -63,12 +63,16 @@ def memory_seconds(nbytes: float, gpu: Gpu) -> float:
     return nbytes / (gpu.bytes_per_s * MEMORY_EFFICIENCY)
 
 
+def issue_seconds(instructions: float, gpu: Gpu) -> float:
+    """To issue as many on all multiprocessors together."""
+    return instructions / (gpu.clocks_per_s * SCHEDULERS * ISSUE_EFFICIENCY)
+
+
 def _times(spent: Spent, token_bytes: int, gpu: Gpu) -> Times:
-    issued = gpu.clocks_per_s * SCHEDULERS * ISSUE_EFFICIENCY
     return Times(
         spent.kernel,
         memory=memory_seconds(token_bytes, gpu),
         tensor=spent.tensor_flop / (gpu.tensor_flop_per_s * TENSOR_EFFICIENCY),
         shared=spent.shared_bytes / (gpu.clocks_per_s * SHARED_BYTES_PER_CLOCK),
-        issue=spent.instructions / issued,
+        issue=issue_seconds(spent.instructions, gpu),
     )
