@@ -1,7 +1,8 @@
 """How long attention takes to decode: counted, for a layer's layout on a device.
 
-Offline tool and launch rules ask the same model. It knows no model code and no kernel: what kernels
-spend is in :mod:`.instructions` and :mod:`.shared_memory`, which tests hold against compiled ones.
+The offline tool asks it what a layout would take, and the server which of two kernels is the faster
+one. What kernels spend is in :mod:`.triton` and :mod:`.hopper`, which tests hold against compiled
+ones.
 """
 
 from recalkv_vllm.cost.decode import decode_seconds, dense_seconds, relative_decode_time
