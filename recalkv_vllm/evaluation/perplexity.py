@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from recalkv_vllm.compression.base_model.devices import calibration_dtype, choose_device
