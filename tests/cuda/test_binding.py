@@ -191,7 +191,7 @@ def test_rows_of_no_sequence_are_cleared(
     multiprocessors(200 if split else 1)
     case, inputs = padded_call(name, DTYPE, DEVICE)
     layer = cuda.bind(inputs.layer)
-    assert (layer.decode._plan(len(inputs.q), len(case.batch), 8, 1024)[2] > 1) == split
+    assert (layer.decode.choose(len(inputs.q), len(case.batch), 8, 1024)[2] > 1) == split
     assert_matches_oracle(layer.attend(*inputs.call), case, DTYPE)
 
 
@@ -278,7 +278,7 @@ def test_workspace_covers_every_batch(configure: Configure) -> None:
     used = []
     for seqs in range(1, 9):
         for queries in range(1, 5):
-            splits = layer.decode._plan(seqs * queries, seqs, 4, 2048)[2]
+            splits = layer.decode.choose(seqs * queries, seqs, 4, 2048)[2]
             used.append(4 * splits * seqs * queries * 4 * 33 if splits > 1 else 0)
     assert max(used) == reserved > 0
 

@@ -16,8 +16,9 @@ from recalkv_vllm.band_format import BandFormat
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops.contract import KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda import extension
-from recalkv_vllm.ops.cuda.attention import CudaLayer, DecodeAttention
+from recalkv_vllm.ops.cuda.attention import DecodeAttention
 from recalkv_vllm.ops.cuda.hopper import HopperAttention
+from recalkv_vllm.ops.cuda.layer import CudaLayer
 from recalkv_vllm.ops.cuda.plan import HEAD_DIMS
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.layer import TritonLayer

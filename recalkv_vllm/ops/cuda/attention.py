@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,15 +14,10 @@ from recalkv_vllm.ops.cuda.hopper_layout import HopperLayer
 from recalkv_vllm.ops.cuda.layout import PackedLayer, pack_layer, tile_columns
 from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, plan, split_count
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
-from recalkv_vllm.ops.triton.attention import TritonAttention
-from recalkv_vllm.ops.triton.cache_and_values import CacheAndValues
-from recalkv_vllm.ops.triton.plan import Part
-from recalkv_vllm.ops.triton.warm_up import attention_launches, empty_batch, run_all
+from recalkv_vllm.ops.triton.warm_up import empty_batch
 from recalkv_vllm.ops.workspace import (
-    clear_rows,
     partial_bytes,
     partial_results,
-    reserve_workspace,
 )
 
 
@@ -106,18 +99,49 @@ class DecodeAttention:
         lse: torch.Tensor,
     ) -> None:
         """Attend all of a batch, whatever its query lengths; writes ``o_lat`` and ``lse``."""
+        splits = self._plan(q, kv_cache, batch)[2]
+        if splits == 1:
+            self._start(q, kv_cache, batch, o_lat, lse)
+            return
+        out, out_lse = partial_results(splits, *o_lat.shape, q.device)
+        self._start(q, kv_cache, batch, out, out_lse)
+        torch.ops.recalkv_cuda.merge(out, out_lse, o_lat, lse, splits)
+
+    def partial(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same before splits are merged, held until another call on the device.
+
+        Returns:
+            ``o_lat: [splits, tokens, h_q, v_width]`` and ``lse: [splits, tokens, h_q]``; of a call
+            that is not split, ``[tokens, h_q, v_width]`` and None.
+        """
+        tokens, num_heads, _ = q.shape
+        splits = self._plan(q, kv_cache, batch)[2]
+        if splits > 1:
+            out, lse = partial_results(splits, tokens, num_heads, self.v_width, q.device)
+            self._start(q, kv_cache, batch, out, lse)
+            return out, lse
+        o_lat = q.new_empty(tokens, num_heads, self.v_width, dtype=torch.float32)
+        self._start(q, kv_cache, batch, o_lat, q.new_empty(tokens, num_heads, dtype=torch.float32))
+        return o_lat, None
+
+    def _start(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Launch attention into ``out`` and ``lse``, whose first axis is splits if there are some."""
+        chosen, columns, splits = self._plan(q, kv_cache, batch)
         kv_cache = self.elements(kv_cache)
         if kv_cache.data_ptr() % 16 or kv_cache.stride(0) % 8 or kv_cache.stride(1) % 8:
             raise ValueError(
                 "kv_cache: expected 16-byte aligned rows, found "
                 f"address {kv_cache.data_ptr():#x} and strides {kv_cache.stride()}"
             )
-        tokens, num_heads, _ = q.shape
-        longest = batch.longest(kv_cache.shape[1])
-        chosen, columns, splits = self._plan(tokens, batch.num_seqs, num_heads, longest)
-        out, out_lse = o_lat, lse
-        if splits > 1:
-            out, out_lse = partial_results(splits, tokens, num_heads, self.v_width, q.device)
         packed = self.packed
         self.op(
             q,
@@ -128,14 +152,12 @@ class DecodeAttention:
             *packed.tensors,
             columns,
             out,
-            out_lse,
+            lse,
             packed.sizes,
             chosen.kernel_shape(splits),
             *packed.scalars,
             *self.last_arguments(),
         )
-        if splits > 1:
-            torch.ops.recalkv_cuda.merge(out, out_lse, o_lat, lse, splits)
 
     def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
         """Run every kernel once, since CUDA loads them when first called; returns how many.
@@ -152,6 +174,13 @@ class DecodeAttention:
         return 3
 
     def _plan(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
+    ) -> tuple[Plan, torch.Tensor, int]:
+        """Plan, its tile columns, and splits for a call."""
+        tokens, num_heads, _ = q.shape
+        return self.choose(tokens, batch.num_seqs, num_heads, batch.longest(kv_cache.shape[1]))
+
+    def choose(
         self, tokens: int, num_seqs: int, num_heads: int, max_seq_len: int
     ) -> tuple[Plan, torch.Tensor, int]:
         """Plan, its tile columns, and splits for a batch."""
@@ -168,70 +197,6 @@ class DecodeAttention:
         for seqs in range(1, limits.num_seqs + 1):
             for queries in range(1, limits.decode_query_len + 1):
                 tokens = seqs * queries
-                splits = self._plan(tokens, seqs, limits.num_heads, limits.seq_len)[2]
+                splits = self.choose(tokens, seqs, limits.num_heads, limits.seq_len)[2]
                 most = max(most, partial_bytes(splits, tokens * limits.num_heads, self.v_width))
         return most
-
-
-class CudaLayer(CacheAndValues):
-    """The ops of one layer: decode in CUDA C++ if it is preferred, the rest in Triton.
-
-    Without ``triton``, CUDA C++ attends all: right for any batch, slow for long queries.
-    """
-
-    def __init__(self, layer: LatentLayer, decode: DecodeAttention, triton: TritonAttention | None):
-        super().__init__(layer)
-        self.decode, self.triton = decode, triton
-
-    def decodes(self, num_heads: int, queries: int) -> bool:
-        """Whether CUDA C++ decodes ``queries`` of ``num_heads`` heads per sequence."""
-        if self.triton is None:
-            return True
-        planner = self.triton.planner
-        shape = planner.shape(num_heads)
-        return self.decode.preferred(shape, planner.target, queries)
-
-    def prefers_dense(self, num_heads: int, queries: float) -> bool:
-        return self.triton is not None and self.triton.prefers_dense(num_heads, queries)
-
-    def reserve(self, limits: BatchLimits) -> None:
-        reserve_workspace(self.decode.device, self.decode.workspace_bytes(limits))
-        if self.triton is not None:
-            self.triton.reserve(limits)
-
-    def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
-        decodes = self.decodes(limits.num_heads, limits.decode_query_len)
-        launches = self.first_launches(kv_cache, limits, of_triton=False)
-        if self.triton is not None:
-            attention = attention_launches(self.triton, kv_cache, limits, decodes=not decodes)
-            launches = chain(attention, launches)
-        loaded = self.decode.warm_up(kv_cache, limits) if decodes else 0
-        return loaded + run_all(launches)
-
-    def attend(
-        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, num_heads, _ = q.shape
-        num_seqs = batch.num_seqs
-        if self.triton is not None and not self.decodes(num_heads, batch.max_decode_query_len):
-            return self.triton.attend(q, kv_cache, batch)
-        o_lat = q.new_empty(tokens, num_heads, self.decode.v_width, dtype=torch.float32)
-        lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
-        if self.triton is None or (batch.num_decodes == 0 and tokens <= MAX_QUERIES * num_seqs):
-            owned = tokens if num_seqs else 0
-            batch = replace(batch, num_decodes=num_seqs, num_decode_tokens=owned)
-        decode_tokens = batch.num_decode_tokens
-        if batch.num_decodes and decode_tokens:
-            self.decode.run(
-                q[:decode_tokens],
-                kv_cache,
-                batch.first(batch.num_decodes),
-                o_lat[:decode_tokens],
-                lse[:decode_tokens],
-            )
-        rest = Part.rest(batch, tokens)
-        if self.triton is not None:
-            self.triton.run(rest, q, kv_cache, batch, o_lat, lse)
-        else:
-            clear_rows(o_lat, lse, rest.tokens)
-        return o_lat, lse

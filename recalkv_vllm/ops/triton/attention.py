@@ -68,6 +68,22 @@ class TritonAttention:
             for launch in self.launches(part, q, kv_cache, batch, o_lat, lse):
                 launch.run()
 
+    def run_heads(
+        self,
+        part: Part,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        values: Values,
+        heads: torch.Tensor,
+    ) -> None:
+        """The same, of head outputs; writes its rows of ``heads: [tokens, h_q, d]``."""
+        if not part.count:
+            heads[part.tokens.start : part.tokens.stop] = 0
+        elif part.tokens:
+            for launch in self.head_launches(part, q, kv_cache, batch, values, heads):
+                launch.run()
+
     def reserve(self, limits: BatchLimits) -> None:
         """See :meth:`BoundLayer.reserve`."""
         reserve_workspace(self.device, self.planner.workspace_bytes(limits))

@@ -43,13 +43,13 @@ class CacheAndValues(BoundLayer):
             self._reconstruction.launch(kv_cache, pieces, keys, values).run()
 
     def first_launches(
-        self, kv_cache: torch.Tensor, limits: BatchLimits, *, of_triton: bool
+        self, kv_cache: torch.Tensor, limits: BatchLimits, *, merged: bool
     ) -> Iterator[Launch]:
         """Every launch that these can reach; they write to no slot of the cache.
 
         Args:
-            of_triton: whether value latents come from Triton's attention: in the queries' dtype or
-                in splits, instead of merged in float32.
+            merged: whether value latents come merged in float32, too, besides in the queries' dtype
+                and in splits.
         """
         v_up, width = self.values.up, kv_cache.shape[2]
         rank = width if self._latent_format is None else self._latent_format.rank_of(width)
@@ -64,8 +64,7 @@ class CacheAndValues(BoundLayer):
             rows = (tokens, limits.num_heads)
             o_lat = v_up.new_zeros(*rows, v_width, dtype=torch.float32)
             out = v_up.new_empty(*rows, head_dim)
-            if of_triton:
-                yield value_up_launch(o_lat.to(v_up.dtype), self.values, out)
-                yield value_up_launch(o_lat[None], self.values, out, o_lat.new_zeros(1, *rows))
-            else:
+            yield value_up_launch(o_lat.to(v_up.dtype), self.values, out)
+            yield value_up_launch(o_lat[None], self.values, out, o_lat.new_zeros(1, *rows))
+            if merged:
                 yield value_up_launch(o_lat, self.values, out)

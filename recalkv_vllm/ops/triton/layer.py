@@ -34,13 +34,7 @@ class TritonLayer(CacheAndValues):
     ) -> torch.Tensor:
         heads = torch.empty_like(q) if out is None else out
         for part in (Part.decodes(batch), Part.rest(batch, len(q))):
-            if not part.count:
-                heads[part.tokens.start : part.tokens.stop] = 0
-            elif part.tokens:
-                for launch in self.attention.head_launches(
-                    part, q, kv_cache, batch, self.values, heads
-                ):
-                    launch.run()
+            self.attention.run_heads(part, q, kv_cache, batch, self.values, heads)
         return heads
 
     def prefers_dense(self, num_heads: int, queries: float) -> bool:
@@ -50,5 +44,5 @@ class TritonLayer(CacheAndValues):
         self.attention.reserve(limits)
 
     def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
-        attention = head_launches(self.attention, kv_cache, limits, self.values)
-        return run_all(chain(attention, self.first_launches(kv_cache, limits, of_triton=True)))
+        attention = head_launches(self.attention, kv_cache, limits, self.values, decodes=True)
+        return run_all(chain(attention, self.first_launches(kv_cache, limits, merged=False)))

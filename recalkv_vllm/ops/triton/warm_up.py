@@ -16,7 +16,6 @@ from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops.contract import Batch, BatchLimits
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.launch import INTERPRETED, Launch
-from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import Part
 from recalkv_vllm.ops.triton.value_up import Values
 
@@ -46,25 +45,17 @@ def parts_to_warm(limits: BatchLimits, *, decodes: bool) -> list[Part]:
     return parts
 
 
-def attention_launches(
-    attention: TritonAttention, kv_cache: torch.Tensor, limits: BatchLimits, *, decodes: bool
-) -> Iterator[Launch]:
-    """Attention's launches and the merge's; ``decodes`` says whether decodes are Triton's too."""
-    for part in parts_to_warm(limits, decodes=decodes):
-        rows = (len(part.tokens), limits.num_heads)
-        q = attention.new_queries(*rows)
-        o_lat = q.new_empty(*rows, attention.planner.v_width, dtype=torch.float32)
-        lse = q.new_empty(rows, dtype=torch.float32)
-        batch = empty_batch(part.queries, limits, q.device)
-        yield from attention.launches(part, q, kv_cache, batch, o_lat, lse)
-        yield merge_launch(o_lat[None], lse[None], o_lat, lse)
-
-
 def head_launches(
-    attention: TritonAttention, kv_cache: torch.Tensor, limits: BatchLimits, values: Values
+    attention: TritonAttention,
+    kv_cache: torch.Tensor,
+    limits: BatchLimits,
+    values: Values,
+    *,
+    decodes: bool,
 ) -> Iterator[Launch]:
-    """The launches that compute head outputs, whether split over cached tokens or not."""
-    for part in parts_to_warm(limits, decodes=True):
+    """The launches that compute head outputs, whether split over cached tokens or not; ``decodes``
+    says whether decodes are Triton's too."""
+    for part in parts_to_warm(limits, decodes=decodes):
         q = attention.new_queries(len(part.tokens), limits.num_heads)
         heads = torch.empty_like(q)
         for seq_len in (1, limits.seq_len):
