@@ -134,7 +134,7 @@ class DecodeAttention:
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """Launch attention into ``out`` and ``lse``, whose first axis is splits if there are some."""
+        """Launch attention into ``out`` and ``lse``; their first axis is splits if there are some."""
         chosen, columns, splits = self._plan(q, kv_cache, batch)
         kv_cache = self.elements(kv_cache)
         if kv_cache.data_ptr() % 16 or kv_cache.stride(0) % 8 or kv_cache.stride(1) % 8:
