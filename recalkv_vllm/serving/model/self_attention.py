@@ -118,7 +118,7 @@ class LatentSelfAttention(nn.Module):
     def _key_norm(self) -> dict[str, Any]:
         if self.k_norm is None:
             return {}
-        weight = self.k_norm.weight.data
+        weight: Any = self.k_norm.weight.data
         # Gemma's norms scale by one plus their weight, added in float32.
         if isinstance(self.k_norm, GemmaRMSNorm):
             weight = weight.float() + 1

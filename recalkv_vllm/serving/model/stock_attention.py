@@ -7,7 +7,7 @@ computes besides what latents are served with is found here, and refused by name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +115,7 @@ class StockRun:
         }
         parts = [name for name, _ in stock.named_children()]
         stubs = {name: _Stub(answers[name], **sizes) for name in parts}
-        stock.eval()
+        stock.eval()  # without dropout
         # Models are built where another device is the default.
         with _replaced(stock, stubs), torch.device("cpu"):
             try:
@@ -188,7 +188,7 @@ class StockRun:
 
 
 @contextmanager
-def _replaced(stock: nn.Module, stubs: dict[str, nn.Module]) -> Iterator[None]:
+def _replaced(stock: nn.Module, stubs: Mapping[str, nn.Module]) -> Iterator[None]:
     kept = dict(stock._modules)
     stock._modules.update(stubs)
     try:

@@ -47,7 +47,7 @@ class RotaryTable:
     """
 
     def __init__(self, decoder: Any, num_positions: int):
-        rotary = getattr(decoder, "rotary_emb", None)
+        rotary: Any = getattr(decoder, "rotary_emb", None)
         name = type(decoder).__name__
         rope_type = getattr(rotary, "rope_type", None)
         if not isinstance(rope_type, str) or rope_type in VARYING_ROPE:
