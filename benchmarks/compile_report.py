@@ -27,18 +27,20 @@ from triton.backends.compiler import GPUTarget
 
 from recalkv_vllm.band_format import BLOCK_COLUMNS, Band, BandFormat, CacheFormat, bands_of
 from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.reconstruction import reconstruct_tokens
 from recalkv_vllm.latent_format import BITS, LatentFormat
-from recalkv_vllm.ops import Batch
+from recalkv_vllm.ops import Batch, Pieces
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.cache_update import cache_update_launch
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import Part
+from recalkv_vllm.ops.triton.reconstruction import Reconstruction
 from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
 
 from .geometries import GEOMETRIES, SPANS, Latent, group_sizes, latent_of
 from .inputs import latent_layer
-from .sass import Loop, cuobjdump, loop_of
+from .sass import Loop, cuobjdump, loop_of, whole_of
 
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
 LATENT_DTYPES = ("bf16", *BITS, "bands")
@@ -52,7 +54,7 @@ TARGETS = {80: heuristics.Target(80, 108), 90: heuristics.Target(90, 132),
 POSITIONS = 1024
 MODES = {"decode": 1, "verify": 4, "prefill": 64}
 TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-USES_TENSOR_CORES = ("latent_attention", "project_values")
+USES_TENSOR_CORES = ("latent_attention", "project_values", "reconstruct_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,8 @@ class Row:
     """What one kernel compiled to; memory in bytes.
 
     Args:
-        slots: instructions that attention issues per cached token, all warps of a program together.
+        slots: instructions that attention or reconstruction issues per cached token, all warps of a
+            program together.
         loop_spills: instructions among those of a tile that load or store what was spilled.
     """
 
@@ -172,6 +175,10 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     yield merge_launch(o_lat[None], lse[None], o_lat, lse)
     yield cache_update_launch(z[0, :1], cache, torch.zeros(1, dtype=torch.int64), latent_format)
     yield value_up_launch(o_lat[None], values, heads, lse[None])
+    if mode == "decode":  # as good a place as any, for it knows no queries
+        dense = layer.v_up.new_empty(16, geometry.num_kv_heads, head_dim)
+        pieces = Pieces(index[None], index[:1], index[:2], 16)
+        yield Reconstruction(layer).launch(cache, pieces, dense, dense)
 
 
 @cache
@@ -189,7 +196,10 @@ def compile_row(case: Case, mode: str, arch: int, launch: Launch) -> Row:
     cubin = compiled.asm["cubin"]
     registers, spills = resources(cubin)
     tile = launch.arguments.get("TILE")
-    loop = loop_of(cubin) if tile else Loop(0, 0)
+    if launch.kernel is reconstruct_tokens:  # its loops are over columns of a tile
+        loop = whole_of(cubin)
+    else:
+        loop = loop_of(cubin) if tile else Loop(0, 0)
     ptx = compiled.asm["ptx"]
     keys = ("HEADS", "V_BLOCK", "ROWS", "TILE", "LOCAL_ROPE", "STREAM", "COLUMNS", "DEPTH")
     config = {k.lower(): int(v) for k, v in launch.arguments.items() if k in keys}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import os
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.progress import track
 
 from . import kernel_cpu, kernel_gpu
 from .geometries import Geometry, Latent, latent_of
@@ -25,6 +26,8 @@ from .kernel_plot import plot
 from .kernel_rows import RowFile
 from .latent_formats import format_of, misfit
 from .roofline import Roof, alternate, attention_work, measure_roof
+
+log = logging.getLogger(__name__)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -43,15 +46,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     rows, kept = [], RowFile(options.rows)
     largest = _platform(device).largest_cache_bytes()
-    for geometry, compression, group_size, spans, latent_dtype, context, batch in itertools.product(
-        geometries(options.geometry),
-        options.compression,
-        options.group_size,
-        options.spans,
-        options.latent_dtype,
-        options.context,
-        options.batch,
-    ):
+    combinations = list(
+        itertools.product(
+            geometries(options.geometry),
+            options.compression,
+            options.group_size,
+            options.spans,
+            options.latent_dtype,
+            options.context,
+            options.batch,
+        )
+    )
+    tracked = track(combinations, "measuring", total=len(combinations), bar=False)
+    for geometry, compression, group_size, spans, latent_dtype, context, batch in tracked:
         what = (
             f"{geometry.name} {compression:.0%} s={group_size} {spans} {latent_dtype} "
             f"{context}x{batch}"
@@ -61,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             latent = latent_of(geometry, compression, group_size, spans)
             reason = misfit(latent, latent_dtype)
         if reason is not None:
-            print(f"recalkv: {what}: skipped: {reason}", file=sys.stderr)
+            log.warning("%s: skipped: %s", what, reason)
             continue
         settings = {
             "geometry": geometry.name,
@@ -78,7 +85,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         }
         row = kept.find(settings)
         if row is None:
-            print(f"recalkv: {what}", file=sys.stderr)
+            log.info(what)
             try:
                 measured = _measure(
                     geometry,
@@ -95,7 +102,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             # Memory that does not suffice, a kernel that does not compile: the rest goes on.
             except Exception as error:
                 measured = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
-                print(f"recalkv: {what}: failed: {measured['error']}", file=sys.stderr)
+                log.warning("%s: failed: %s", what, measured["error"])
             row = {"what": what, **settings, **_roof_of(roof), **measured}
             kept.add(row)
             _platform(device).clean_up()  # raises if the device is lost

@@ -102,7 +102,7 @@ def build(
 
     layer = latent_layer(geometry, latent, context, dtype, device, latent_format)
     ours, slow = ops.bind(layer), reference.bind(layer)
-    ours.reserve(BatchLimits(geometry.num_heads, num_seqs, queries, context))
+    ours.reserve(BatchLimits(geometry.num_heads, num_seqs, queries, context, num_seqs * queries))
     one = latent_cache(blocks * num_seqs, BLOCK_SIZE, latent.rank, q, latent_format, ours)
     layers = cache_copies(
         geometry.layers,

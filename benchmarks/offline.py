@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.progress import Stage
 
 from .systems import RESULT, STOCK, engine_arguments, new_result, require_positive, systems, write
+
+log = logging.getLogger(__name__)
 
 #: Lines of a failed run that are shown.
 LAST_LINES = 15
@@ -48,28 +52,34 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     result = new_result(options)
     for name in ("input_len", "output_len", "num_prompts", "batch_size"):
         result[name] = getattr(options, name)
-    for number in range(options.rounds):
-        for name, (model, extra) in contestants.items():
-            print(f"recalkv: round {number}: {model}", file=sys.stderr)
-            arguments = ["--model", model, *engine_arguments(options), *extra]
-            log = options.out / f"{name}-{number}.log"
-            row = {"system": name, "round": number, **_measure(arguments, options, log)}
-            result["rows"].append(row)
-            write(options.out, result)
+    runs = options.rounds * len(contestants) * len(("throughput", "latency"))
+    with Stage("measuring", runs, bar=False) as stage:
+        for number in range(options.rounds):
+            for name, (model, extra) in contestants.items():
+                log.info("round %d: %s", number, model)
+                arguments = ["--model", model, *engine_arguments(options), *extra]
+                path = options.out / f"{name}-{number}.log"
+                row = {"system": name, "round": number}
+                result["rows"].append(row | _measure(arguments, options, path, stage))
+                write(options.out, result)
     result["partial"] = False
     write(options.out, result)
     return result
 
 
-def _measure(arguments: list[str], options: argparse.Namespace, log: Path) -> dict[str, float]:
+def _measure(
+    arguments: list[str], options: argparse.Namespace, log_file: Path, stage: Stage
+) -> dict[str, float]:
     length = ("--input-len", options.input_len, "--output-len", options.output_len)
     random = ("--dataset-name", "random", "--seed", options.seed)
     random += ("--random-input-len", options.input_len, "--random-output-len", options.output_len)
     throughput = _vllm_bench(
-        "throughput", [*arguments, *random, "--num-prompts", options.num_prompts], log
+        "throughput", [*arguments, *random, "--num-prompts", options.num_prompts], log_file
     )
+    stage.step()
     batch = ("--batch-size", options.batch_size, "--num-iters-warmup", 1, "--num-iters", 3)
-    latency = _vllm_bench("latency", [*arguments, *length, *batch], log)
+    latency = _vllm_bench("latency", [*arguments, *length, *batch], log_file)
+    stage.step()
     return {
         "requests_per_second": throughput["requests_per_second"],
         "tokens_per_second": throughput["tokens_per_second"],
@@ -77,22 +87,22 @@ def _measure(arguments: list[str], options: argparse.Namespace, log: Path) -> di
     }
 
 
-def _vllm_bench(what: str, arguments: list[Any], log: Path) -> dict[str, Any]:
-    """``vllm bench WHAT``; what it wrote. Its output is added to ``log``."""
+def _vllm_bench(what: str, arguments: list[Any], log_file: Path) -> dict[str, Any]:
+    """``vllm bench WHAT``; what it wrote. Its output is added to ``log_file``."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / RESULT
         vllm = Path(sys.executable).with_name("vllm")
         command = [vllm, "bench", what, *arguments, "--output-json", path]
-        with log.open("ab") as out:
+        with log_file.open("ab") as out:
             done = subprocess.run(
                 [*map(str, command)], stdout=out, stderr=subprocess.STDOUT, check=False
             )
         if done.returncode or not path.is_file():
-            lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+            lines = log_file.read_text(errors="replace").splitlines()[-LAST_LINES:]
             print("\n".join(lines), file=sys.stderr)
             raise InputError(
                 f"vllm bench {what}: ended with status {done.returncode} (see above); rows "
-                f"measured before that are in {log.parent / RESULT}, marked partial"
+                f"measured before that are in {log_file.parent / RESULT}, marked partial"
             )
         return json.loads(path.read_text())
 

@@ -42,6 +42,13 @@ def loop_of(cubin: bytes) -> Loop:
     return longest_loop(cuobjdump(cubin, "-sass"))
 
 
+@cache
+def whole_of(cubin: bytes) -> Loop:
+    """A whole compiled kernel, for one whose programs run through it once."""
+    code = [text for _, text in LINE.findall(cuobjdump(cubin, "-sass"))]
+    return Loop(len(code), sum("LDL" in each or "STL" in each for each in code))
+
+
 def cuobjdump(cubin: bytes, option: str) -> str:
     """What Triton's cuobjdump prints about a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

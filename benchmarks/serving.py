@@ -7,17 +7,21 @@ rounds is the spread.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from recalkv_vllm.compression.errors import InputError
+from recalkv_vllm.compression.progress import Stage
 
 from .load import measure
 from .serving_plot import plot
 from .systems import RESULT, engine_arguments, new_result, require_positive, systems, write
 from .vllm_server import ServerError, VllmServer
 from .workloads import WORKLOADS, Workload
+
+log = logging.getLogger(__name__)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -32,15 +36,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     result = {**new_result(options), "num_prompts_per_concurrency": options.prompts}
     arguments = [*engine_arguments(options), "--max-num-seqs", str(max(options.concurrency))]
+    loads = sum(len(_concurrencies(workload, options)) for workload in workloads)
+    turns = [(number, name) for number in range(options.rounds) for name in contestants]
     try:
-        for number in range(options.rounds):
-            for name, (model, extra) in contestants.items():
-                log = options.out / f"{name}-{number}.log"
-                print(f"recalkv: serving {model} (log: {log})", file=sys.stderr)
-                with VllmServer(model, [*arguments, *extra], log) as server:
+        with Stage("measuring", len(turns) * loads, bar=False) as stage:
+            for number, name in turns:
+                model, extra = contestants[name]
+                path = options.out / f"{name}-{number}.log"
+                log.info("serving %s (log: %s)", model, path)
+                with VllmServer(model, [*arguments, *extra], path) as server:
                     for row in _measure_all(server, workloads, options, number):
                         result["rows"].append({"server": name, "round": number, **row})
                         write(options.out, result)
+                        stage.step()
     except ServerError as error:
         what, *log_lines = str(error).splitlines()
         print("\n".join(log_lines), file=sys.stderr)
@@ -76,13 +84,17 @@ def _workloads(options: argparse.Namespace) -> list[Workload]:
     return chosen
 
 
+def _concurrencies(workload: Workload, options: argparse.Namespace) -> list[int]:
+    return [1] if workload.alone else options.concurrency
+
+
 def _measure_all(
     server: VllmServer, workloads: list[Workload], options: argparse.Namespace, number: int
 ) -> Iterator[dict[str, Any]]:
     tokens = server.kv_cache_tokens()
     for index, workload in enumerate(workloads):
-        for concurrency in (1,) if workload.alone else options.concurrency:
-            print(f"recalkv:   {workload.name}, {concurrency} at a time", file=sys.stderr)
+        for concurrency in _concurrencies(workload, options):
+            log.info("  %s, %d at a time", workload.name, concurrency)
             # The same prompts for every server, but none twice for one: prefixes are cached.
             seed = options.seed + 1000 * number + 100 * index + concurrency
             prompts = 4 if workload.alone else options.prompts * concurrency

@@ -35,7 +35,7 @@ from recalkv_vllm.kernels.keys import (
     load_rotation,
     normalize_keys,
     reconstruct_keys,
-    reconstruct_keys_streaming,
+    reconstruct_streaming,
     rotate_pairs,
     turn_queries_back,
 )
@@ -253,7 +253,7 @@ def latent_attention(
                     keys = reconstruct_keys(keys, latents, factors[j])
                 else:
                     factor = k_up + (first_head + j) * DIM * K_WIDTH
-                    keys = reconstruct_keys_streaming(
+                    keys = reconstruct_streaming(
                         keys, tokens, k_start, factor, DIM, K_WIDTH, K_STREAMS, STAGES, FORMAT
                     )
                 if k_norm_weight is not None:

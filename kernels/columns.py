@@ -16,6 +16,8 @@ Planes = tuple[int, int, int, int]
 #: ``(offset, size, *planes)`` of a power of two of columns. Flat, for Triton 3.6 has no deeper
 #: tuples than a tuple of these.
 Chunk = tuple[int, int, int, int, int, int]
+#: ``(start, step, *planes, end)`` of columns that are stored alike and read ``step`` at a time.
+Stream = tuple[int, int, int, int, int, int, int]
 #: Columns of one load and one matrix product at most; more are several chunks.
 LARGEST_CHUNK = 128
 
@@ -71,9 +73,22 @@ def runs_of(width: int, latent_format: BandFormat | None) -> tuple[Run, ...]:
     return tuple(runs)
 
 
+def runs_of_span(span: Span, latent_format: BandFormat | None) -> tuple[Run, ...]:
+    """Runs of a span of a latent that has the bands of ``latent_format``, if any."""
+    return runs_of(span.width, None if latent_format is None else latent_format.within(span))
+
+
 def cut_runs(runs: tuple[Run, ...], low: int, high: int) -> tuple[Chunk, ...]:
     """Chunks of the columns in ``[low, high)``; none has columns of two runs."""
     return tuple(chunk for run in runs for chunk in run.chunks(low, high))
+
+
+def streams_of(runs: tuple[Run, ...], columns: int) -> tuple[Stream, ...]:
+    """The runs, read up to ``columns`` at a time."""
+    return tuple(
+        (start, min(columns, (end - start) & (start - end)), *planes, end)
+        for start, end, planes in runs
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +107,9 @@ class Columns:
     v_block: int
     k_runs: tuple[Run, ...]
 
-    def streams(self, columns: int) -> tuple[tuple[int, int, int, int, int, int, int], ...]:
-        """``(start, step, *planes, end)`` of the K runs, read up to ``columns`` at a time."""
-        return tuple(
-            (start, min(columns, (end - start) & (start - end)), *planes, end)
-            for start, end, planes in self.k_runs
-        )
+    def streams(self, columns: int) -> tuple[Stream, ...]:
+        """The K runs, read up to ``columns`` at a time."""
+        return streams_of(self.k_runs, columns)
 
 
 @cache
@@ -121,10 +133,10 @@ def plan_columns(
     spans); otherwise both are loaded, the second time from L1 or L2.
     """
     k_width, v_width = k_spans[0].width, v_spans[0].width
-    k_bands = v_bands = None
-    if latent_format is not None:
-        k_bands, v_bands = latent_format.within(k_spans[0]), latent_format.within(v_spans[0])
-    k_runs, v_runs = runs_of(k_width, k_bands), runs_of(v_width, v_bands)
+    k_runs, v_runs = (
+        runs_of_span(k_spans[0], latent_format),
+        runs_of_span(v_spans[0], latent_format),
+    )
     shifts = {k.start - v.start for k, v in zip(k_spans, v_spans, strict=True)}
     shift = shifts.pop()
     low, high = max(0, shift), min(v_width, shift + k_width)

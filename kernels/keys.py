@@ -49,47 +49,47 @@ def reconstruct_keys(keys, latents, factors):
 
 @triton.jit
 def stream_columns(
-    keys,
+    sums,
     tokens,
     start,
-    k_up,
-    K_STREAMS: tl.constexpr,
+    up,
+    STREAMS: tl.constexpr,
     S: tl.constexpr,
     DIM: tl.constexpr,
-    K_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     """Add the product of stretch ``S``: its first chunk, and the column that it ends at."""
-    FROM: tl.constexpr = K_STREAMS[S][0]
-    STEP: tl.constexpr = K_STREAMS[S][1]
-    for more in tl.range(0, K_STREAMS[S][6] - FROM, STEP, num_stages=STAGES):
-        latents = load_latents(tokens, start, more, K_STREAMS, S, FORMAT)
-        factor = load_factor(k_up + more, FROM, STEP, DIM, K_WIDTH)
-        keys = tl.dot(latents, factor, keys, input_precision="ieee")
-    return keys
+    FROM: tl.constexpr = STREAMS[S][0]
+    STEP: tl.constexpr = STREAMS[S][1]
+    for more in tl.range(0, STREAMS[S][6] - FROM, STEP, num_stages=STAGES):
+        latents = load_latents(tokens, start, more, STREAMS, S, FORMAT)
+        factor = load_factor(up + more, FROM, STEP, DIM, WIDTH)
+        sums = tl.dot(latents, factor, sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit
-def reconstruct_keys_streaming(
-    keys,
+def reconstruct_streaming(
+    sums,
     tokens,
     start,
-    k_up,
+    up,
     DIM: tl.constexpr,
-    K_WIDTH: tl.constexpr,
-    K_STREAMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STREAMS: tl.constexpr,
     STAGES: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     """The same with some columns at a time of latents and factor, read from L2.
 
-    The span is at ``start``, ``k_up`` is one head's factor; ``K_STREAMS`` are stretches of columns
-    that are stored alike.
+    The span is at ``start``, ``up`` is one head's factor of keys or values; ``STREAMS`` are
+    stretches of columns that are stored alike.
     """
-    for s in tl.static_range(len(K_STREAMS)):
-        keys = stream_columns(keys, tokens, start, k_up, K_STREAMS, s, DIM, K_WIDTH, STAGES, FORMAT)
-    return keys
+    for s in tl.static_range(len(STREAMS)):
+        sums = stream_columns(sums, tokens, start, up, STREAMS, s, DIM, WIDTH, STAGES, FORMAT)
+    return sums
 
 
 @triton.jit

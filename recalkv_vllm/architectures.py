@@ -8,6 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _MODELS = "vllm.model_executor.models"
+#: vLLM's classes for models that it runs as transformers defines them.
+_TRANSFORMERS = f"{_MODELS}.transformers:TransformersForCausalLM"
+_TRANSFORMERS_MOE = f"{_MODELS}.transformers:TransformersMoEForCausalLM"
+#: RoPE whose angles follow the longest sequence of a step there; vLLM's own classes fix them.
+VARYING_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,17 +22,26 @@ class Architecture:
     Args:
         vllm_class: vLLM's class that the served class derives from, as ``module:class``.
         examples: models of the type, and what sets them apart; for ``docs/supported_models.md``.
+        name: in ``architectures`` of a model's config, where vLLM's class is called otherwise.
         fused_qkv: checkpoints hold queries, keys and values as one projection ``qkv_proj``.
+        reads: fields of a config that change attention, and that serving follows.
     """
 
     vllm_class: str
     examples: str
+    name: str | None = None
     fused_qkv: bool = False
+    reads: tuple[str, ...] = ()
 
     @property
     def served_name(self) -> str:
         """Name in a compressed checkpoint's ``architectures``, registered with vLLM."""
-        return "Recalkv" + self.vllm_class.partition(":")[2]
+        return "Recalkv" + (self.name or self.vllm_class.partition(":")[2])
+
+    @property
+    def by_transformers(self) -> bool:
+        """Whether vLLM runs the model as transformers defines it, having no class of its own."""
+        return self.vllm_class in (_TRANSFORMERS, _TRANSFORMERS_MOE)
 
 
 #: By the ``model_type`` of a Hugging Face config.
@@ -58,11 +72,97 @@ SUPPORTED = {
         f"{_MODELS}.granite:GraniteForCausalLM", "Granite 3 (attention multiplier)"
     ),
     "gemma2": Architecture(
-        f"{_MODELS}.gemma2:Gemma2ForCausalLM", "Gemma 2 (soft cap, alternating windows)"
+        f"{_MODELS}.gemma2:Gemma2ForCausalLM",
+        "Gemma 2 (soft cap, alternating windows)",
+        reads=("attn_logit_softcapping",),
     ),
     "gemma3_text": Architecture(
         f"{_MODELS}.gemma3:Gemma3ForCausalLM",
         "Gemma 3, text models (key norm, windows with a RoPE of their own)",
+    ),
+    "gemma": Architecture(
+        f"{_MODELS}.gemma:GemmaForCausalLM", "Gemma 1, CodeGemma (one KV head in 2B)"
+    ),
+    "cohere": Architecture(
+        f"{_MODELS}.commandr:CohereForCausalLM",
+        "Command R (interleaved RoPE; attention and MLP side by side)",
+    ),
+    "cohere2": Architecture(
+        f"{_MODELS}.commandr:CohereForCausalLM",
+        "Command R7B, Command A (windows with RoPE, full layers without)",
+        name="Cohere2ForCausalLM",
+    ),
+    "exaone4": Architecture(
+        f"{_MODELS}.exaone4:Exaone4ForCausalLM",
+        "EXAONE 4 (key norm; windows with RoPE, full layers without)",
+    ),
+    "glm4": Architecture(
+        f"{_MODELS}.glm4:Glm4ForCausalLM", "GLM-4 0414, GLM-Z1 (interleaved RoPE of half a head)"
+    ),
+    "glm4_moe": Architecture(
+        f"{_MODELS}.glm4_moe:Glm4MoeForCausalLM",
+        "GLM-4.5, GLM-4.6 (QKV bias, key norm)",
+        reads=("use_qk_norm",),
+    ),
+    "ernie4_5": Architecture(
+        f"{_MODELS}.ernie45:Ernie4_5ForCausalLM", "ERNIE 4.5, dense (interleaved RoPE)"
+    ),
+    "ernie4_5_moe": Architecture(
+        f"{_MODELS}.ernie45_moe:Ernie4_5_MoeForCausalLM", "ERNIE 4.5, mixture of experts"
+    ),
+    "granitemoe": Architecture(
+        f"{_MODELS}.granitemoe:GraniteMoeForCausalLM", "Granite 3, mixture of experts"
+    ),
+    "granitemoeshared": Architecture(
+        f"{_MODELS}.granitemoeshared:GraniteMoeSharedForCausalLM",
+        "Granite 4 preview (mixture with shared experts)",
+    ),
+    "hyperclovax": Architecture(
+        f"{_MODELS}.hyperclovax:HyperCLOVAXForCausalLM", "HyperCLOVA X SEED (attention multiplier)"
+    ),
+    "nemotron": Architecture(
+        f"{_MODELS}.nemotron:NemotronForCausalLM", "Nemotron-4, Minitron (partial RoPE)"
+    ),
+    "phimoe": Architecture(
+        f"{_MODELS}.phimoe:PhiMoEForCausalLM", "Phi-3.5-MoE (biases, long RoPE)"
+    ),
+    "apertus": Architecture(f"{_MODELS}.apertus:ApertusForCausalLM", "Apertus (key norm)"),
+    "qwen2_moe": Architecture(
+        f"{_MODELS}.qwen2_moe:Qwen2MoeForCausalLM", "Qwen1.5-MoE, Qwen2-MoE (QKV bias)"
+    ),
+    "stablelm": Architecture(
+        f"{_MODELS}.stablelm:StablelmForCausalLM",
+        "StableLM 2, StableLM 3B (partial RoPE)",
+        name="StableLmForCausalLM",
+    ),
+    "exaone_moe": Architecture(
+        f"{_MODELS}.exaone_moe:ExaoneMoeForCausalLM", "K-EXAONE (as EXAONE 4, mixture of experts)"
+    ),
+    "cohere2_moe": Architecture(f"{_MODELS}.cohere2_moe:Cohere2MoeForCausalLM", "Cohere 2 MoE"),
+    "smollm3": Architecture(
+        _TRANSFORMERS, "SmolLM3 (every fourth layer without RoPE)", name="SmolLM3ForCausalLM"
+    ),
+    "starcoder2": Architecture(
+        _TRANSFORMERS, "StarCoder2 (biases, sliding window)", name="Starcoder2ForCausalLM"
+    ),
+    "glm": Architecture(
+        _TRANSFORMERS, "GLM-4 9B, GLM-Edge (interleaved RoPE of half a head)", name="GlmForCausalLM"
+    ),
+    "seed_oss": Architecture(_TRANSFORMERS, "Seed-OSS (QKV bias)", name="SeedOssForCausalLM"),
+    "arcee": Architecture(_TRANSFORMERS, "Arcee AFM", name="ArceeForCausalLM"),
+    "helium": Architecture(_TRANSFORMERS, "Helium (interleaved RoPE)", name="HeliumForCausalLM"),
+    "olmo": Architecture(_TRANSFORMERS, "OLMo 1", name="OlmoForCausalLM"),
+    "cwm": Architecture(_TRANSFORMERS, "Code World Model (windows)", name="CwmForCausalLM"),
+    "ministral": Architecture(_TRANSFORMERS, "Ministral 8B (windows)", name="MinistralForCausalLM"),
+    "dots1": Architecture(
+        _TRANSFORMERS_MOE, "dots.llm1 (key norm; mixture of experts)", name="Dots1ForCausalLM"
+    ),
+    "jais2": Architecture(_TRANSFORMERS, "Jais 2 (biases)", name="Jais2ForCausalLM"),
+    "vaultgemma": Architecture(
+        _TRANSFORMERS, "VaultGemma", name="VaultGemmaForCausalLM", reads=("attn_logit_softcapping",)
+    ),
+    "solar_open": Architecture(
+        _TRANSFORMERS_MOE, "Solar Open (mixture of experts)", name="SolarOpenForCausalLM"
     ),
 }
 

@@ -6,16 +6,21 @@ import subprocess
 import sys
 
 import pytest
-from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.model_executor.models.registry import (
+    _TEXT_GENERATION_MODELS,
+    _TRANSFORMERS_BACKEND_MODELS,
+)
 
 from recalkv_vllm.architectures import SUPPORTED, has_fused_qkv
 from recalkv_vllm.serving.names import ARCHITECTURES
-from tests.supported_models import PAGE, page, table
+from tests.supported_models import PAGE, page, refused_table, served_table
 
 
 def test_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.supported_models"
-    assert table() in page()
+    assert served_table() in page()
+    assert refused_table() in page()
 
 
 def test_served_names_are_those_of_the_table():
@@ -27,9 +32,15 @@ def test_served_names_are_those_of_the_table():
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_classes_are_vllms_own(model_type):
-    module, _, name = SUPPORTED[model_type].vllm_class.partition(":")
-    assert (module.rpartition(".")[2], name) == _TEXT_GENERATION_MODELS[name]
-    assert SUPPORTED[model_type].served_name == f"Recalkv{name}"
+    architecture = SUPPORTED[model_type]
+    module, _, name = architecture.vllm_class.partition(":")
+    known_as = architecture.served_name.removeprefix("Recalkv")
+    if architecture.by_transformers:
+        assert known_as not in _TEXT_GENERATION_MODELS
+        assert name in _TRANSFORMERS_BACKEND_MODELS
+        assert known_as == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    else:
+        assert (module.rpartition(".")[2], name) == _TEXT_GENERATION_MODELS[known_as]
 
 
 def test_fused_projections():

@@ -37,7 +37,7 @@ print(AttentionBackendEnum.RECALKV.get_class().__module__)
 def modules() -> set[str]:
     """Paths below the installed package of all that is not compiled."""
     folders = {"recalkv_vllm": ".", "kernels": "kernels", "benchmarks": "benchmarks"}
-    return {"py.typed"} | {
+    return {"py.typed", "report/templates/report.html"} | {
         str(Path(installed) / path.relative_to(ROOT / folder))
         for folder, installed in folders.items()
         for path in (ROOT / folder).rglob("*.py")
@@ -110,6 +110,7 @@ def test_sdist_is_complete(sdist: Path) -> None:
         for path in (ROOT / name).rglob("*.py")
     ]
     expected = {str(path.relative_to(ROOT)) for path in sources}
+    expected |= {"recalkv_vllm/report/templates/report.html"}
     expected |= {"recalkv_vllm/py.typed", "setup.py", "cuda_build.py", "pyproject.toml"}
     expected |= {"README.md", "LICENSE"}
     assert expected <= found

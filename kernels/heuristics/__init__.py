@@ -6,6 +6,7 @@ compiler reports by ``python -m recalkv_vllm.benchmarks.compile_report``.
 
 from recalkv_vllm.kernels.heuristics.choice import attention_config, query_lengths
 from recalkv_vllm.kernels.heuristics.preference import prefers_cuda
+from recalkv_vllm.kernels.heuristics.reconstruction import prefers_dense, reconstruction_config
 from recalkv_vllm.kernels.heuristics.shapes import AttentionConfig, AttentionShape, shared_memory
 from recalkv_vllm.kernels.heuristics.splits import most_programs, split_count
 from recalkv_vllm.kernels.heuristics.targets import WIDE_MMA, Target, target_of
@@ -24,7 +25,9 @@ __all__ = [
     "attention_config",
     "most_programs",
     "prefers_cuda",
+    "prefers_dense",
     "query_lengths",
+    "reconstruction_config",
     "shared_memory",
     "split_count",
     "target_of",

@@ -57,14 +57,14 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
 def compress_options(options: argparse.Namespace, **others: Any) -> CompressOptions:
     """The library's options; ``others`` are not taken from the command line, and what is in neither
     has its default."""
-    from recalkv_vllm.compression.base_model.devices import choose_device
-    from recalkv_vllm.compression.options import CompressOptions
+    from recalkv_vllm.compression.options import CompressOptions, default_samples
 
     names = CompressOptions.__dataclass_fields__
     given = {k: v for k, v in vars(options).items() if k in names} | others
     given["datasets"] = tuple(options.datasets or DEFAULT_DATASETS)
-    sizes = CPU_SAMPLES if choose_device(options.device).startswith("cpu") else GPU_SAMPLES
-    return CompressOptions(**sizes | {k: v for k, v in given.items() if v is not None})
+    return CompressOptions(
+        **default_samples(options.device) | {k: v for k, v in given.items() if v is not None}
+    )
 
 
 def _sizes(name: str) -> str:

@@ -22,6 +22,7 @@ from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.healing.distillation import hidden_states
 from recalkv_vllm.compression.healing.student import Student
 from recalkv_vllm.compression.layer import LayerFactors
+from recalkv_vllm.compression.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ class LossMeter:
             return self._mean_loss() - self._dense_loss
 
     def _mean_loss(self) -> float:
-        total = sum(_next_token_loss(self._dense, sample) for sample in self._held_out)
+        samples = track(self._held_out, "measuring the loss", total=len(self._held_out))
+        total = sum(_next_token_loss(self._dense, sample) for sample in samples)
         return total / (len(self._held_out) * (self._held_out.shape[1] - 1))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from recalkv_vllm.names import CPU_SAMPLES, DEFAULT_DATASETS
+from recalkv_vllm.compression.base_model.devices import choose_device
+from recalkv_vllm.names import CPU_SAMPLES, DEFAULT_DATASETS, GPU_SAMPLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +34,8 @@ class CompressOptions:
     factors_only: bool = False
     heal: int = 0
     max_loss: float | None = None
+
+
+def default_samples(device: str) -> dict[str, int]:
+    """``num_samples`` and ``seq_len`` of the calibration text, by where it runs."""
+    return CPU_SAMPLES if choose_device(device).startswith("cpu") else GPU_SAMPLES

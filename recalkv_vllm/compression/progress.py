@@ -1,8 +1,9 @@
-"""Progress of long work: bars where stderr is a terminal, and how long all of it will take."""
+"""Progress of long work: a bar on a terminal, else lines of the log. Neither above level INFO."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -18,56 +19,87 @@ from rich.progress import (
 )
 
 log = logging.getLogger(__name__)
+clock = time.monotonic
 
 T = TypeVar("T")
-#: Seconds of work that a forecast is made from; shorter work needs none.
-FORECAST_SECONDS = 3.0
+#: Seconds from the line at a stage's start to the first that can say how long it takes,
+FIRST_SECONDS = 3.0
+#: and from each line to the next.
+LINE_SECONDS = 30.0
+#: Steps of the last so many seconds tell how fast it goes.
+SPEED_SECONDS = 600.0
 
 
-def track(items: Iterable[T], description: str, *, total: int, completed: int = 0) -> Iterator[T]:
-    """Yield ``items``, drawing a bar that starts at ``completed`` of ``total``."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as progress:
-        task = progress.add_task(description, total=total, completed=completed)
-        for item in items:
-            yield item
-            progress.advance(task)
-
-
-class Forecast:
-    """Logs once, after the first seconds of some work, how long all of it takes.
+class Stage:
+    """A stage of long work, as a context manager around it.
 
     Args:
-        work: what is done, as the line begins.
-        steps: calls of :meth:`step` in all, of about equal length.
+        what: is done, as the line begins.
+        total: calls of :meth:`step` in all, of about equal length.
+        completed: those that need not be made.
+        bar: whether a terminal gets a bar; drawing one takes time from what is being measured.
     """
 
-    def __init__(self, work: str, steps: int):
-        self._work = work
-        self._steps = steps
-        self._done = 0
-        self._began = 0.0
-        self._logged = False
+    def __init__(self, what: str, total: int, completed: int = 0, *, bar: bool = True):
+        self._what = what
+        shown = log.isEnabledFor(logging.INFO)
+        console = Console(stderr=True)
+        draws = shown and bar and console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            get_time=clock,
+            speed_estimate_period=SPEED_SECONDS,
+            disable=not draws,
+            transient=True,
+        )
+        self._task = self._progress.add_task(what, total=total, completed=completed)
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writes = shown and not draws
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Stage:
+        self._progress.start()
+        if self._writes:
+            log.info(self.line())
+            self._writer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._ended.set()
+        if self._writes:
+            self._writer.join()
 
     def step(self) -> None:
         """Note that a step is done."""
-        now = time.monotonic()
-        if not self._done:
-            self._began = now  # the first step also warms up: it is not like the others
-        elapsed = now - self._began
-        if not self._logged and elapsed >= FORECAST_SECONDS:
-            self._logged = True
-            log.info("%s, about %s", self._work, duration(elapsed / self._done * self._steps))
-        self._done += 1
+        self._progress.advance(self._task)
+
+    def line(self) -> str:
+        """Steps done and time left; the first step also warms up, and tells nothing about time."""
+        (task,) = self._progress.tasks
+        left = "" if (seconds := task.time_remaining) is None else f", {duration(seconds)} left"
+        return f"{self._what}: {task.completed:.0f} of {task.total:.0f}{left}"
+
+    def _write(self) -> None:
+        seconds = FIRST_SECONDS
+        while not self._ended.wait(seconds):
+            log.info(self.line())
+            seconds = LINE_SECONDS
+
+
+def track(
+    items: Iterable[T], what: str, *, total: int, completed: int = 0, bar: bool = True
+) -> Iterator[T]:
+    """Yield ``items``, each of them a step of a :class:`Stage`."""
+    with Stage(what, total, completed, bar=bar) as stage:
+        for item in items:
+            yield item
+            stage.step()
 
 
 def duration(seconds: float) -> str:

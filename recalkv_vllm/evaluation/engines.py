@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -14,13 +15,16 @@ class Engine(Protocol):
     """A module that runs models in float32, as they are served."""
 
     @staticmethod
-    def score_windows(model: Path, windows: list[list[int]]) -> list[tuple[float, int]]:
-        """Per window of token ids: the summed negative log-likelihood (nats) of all tokens but its
-        first, and their count."""
+    def score_windows(model: Path, windows: list[list[int]]) -> list[list[float]]:
+        """Per window of token ids: the negative log-likelihood (nats) of each token but its
+        first."""
 
     @staticmethod
-    def generate(model: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        """Greedy continuations of prompts, ``max_tokens`` token ids or fewer each."""
+    def generate(
+        model: Path, prompts: list[list[int]], max_tokens: list[int]
+    ) -> Iterator[list[int]]:
+        """Greedy continuations of prompts in order, as they are made; of each prompt, no more than
+        its ``max_tokens`` token ids."""
 
 
 def load_engine(name: str) -> Engine:

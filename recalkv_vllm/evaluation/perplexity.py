@@ -1,4 +1,4 @@
-"""Perplexity over consecutive windows of a text, by an engine."""
+"""Perplexity over consecutive windows of a text."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from recalkv_vllm.compression.base_model.devices import calibration_dtype, choose_device
+from recalkv_vllm.compression.base_model.model import BaseModel
+from recalkv_vllm.compression.calibration.calibrate import draw_self
 from recalkv_vllm.compression.calibration.samples import start_tokens, tokenize
 from recalkv_vllm.compression.errors import InputError
-from recalkv_vllm.evaluation.engines import Engine
+from recalkv_vllm.evaluation.positions import by_position
 
 
 def cut_windows(
@@ -39,15 +42,59 @@ def cut_windows(
     return [ids[i * seq_len : (i + 1) * seq_len] for i in range(count)]
 
 
-def perplexity(engine: Engine, model: Path, windows: list[list[int]]) -> dict[str, Any]:
+def write_windows(model: BaseModel, count: int, seq_len: int, seed: int) -> list[list[int]]:
+    """Windows of text that a model writes itself, as for calibration.
+
+    Args:
+        model: that writes.
+        count: of windows.
+        seq_len: tokens of each.
+        seed: of the drawing; with that of a calibration, the text is the same.
+    """
+    device = choose_device("auto")
+    dtype = calibration_dtype(model.dtype, device)
+    return draw_self(model, dtype, device, count, seq_len, seed).tolist()
+
+
+def describe_losses(model: Path, losses: list[list[float]]) -> dict[str, Any]:
     """Mean negative log-likelihood (nats) per predicted token, and its exponential.
+
+    Args:
+        model: whose losses they are.
+        losses: nats of each window's tokens but its first.
+
+    Returns:
+        ``nll``, ``perplexity``, the numbers of ``tokens`` and ``windows``, and ``positions``, as
+        :func:`recalkv_vllm.evaluation.positions.by_position` gives them.
 
     Raises:
         InputError: the model's likelihoods are not finite.
     """
-    scores = engine.score_windows(model, windows)
-    tokens = sum(count for _, count in scores)
-    nll = math.fsum(total for total, _ in scores) / tokens
+    tokens = sum(map(len, losses))
+    nll = math.fsum(each for window in losses for each in window) / tokens
     if not math.isfinite(nll):
         raise InputError(f"model {model}: gives log-likelihoods that are not finite")
-    return {"nll": nll, "perplexity": math.exp(nll), "tokens": tokens, "windows": len(windows)}
+    return {
+        "nll": nll,
+        "perplexity": math.exp(nll),
+        "tokens": tokens,
+        "windows": len(losses),
+        "positions": by_position(losses),
+    }
+
+
+def compare_losses(found: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """``found`` with what the base model has on the same windows, under ``base_nll`` and
+    ``base_perplexity``, and ``loss``, how many nats per token more than that; both as
+    :func:`describe_losses` gives them. Positions get ``base_nll``, too."""
+    positions = [
+        {**row, "base_nll": base_row["nll"]}
+        for row, base_row in zip(found["positions"], base["positions"], strict=True)
+    ]
+    return {
+        **found,
+        "base_nll": base["nll"],
+        "base_perplexity": base["perplexity"],
+        "loss": found["nll"] - base["nll"],
+        "positions": positions,
+    }

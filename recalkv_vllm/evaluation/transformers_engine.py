@@ -3,6 +3,7 @@ with its latents rounded as the cache does."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,27 +24,25 @@ def load_served(model: Path) -> CausalLM:
 
 
 @torch.inference_mode()
-def score_windows(model: Path, windows: list[list[int]]) -> list[tuple[float, int]]:
+def score_windows(model: Path, windows: list[list[int]]) -> list[list[float]]:
     """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
     network = load_served(model)
     scores = []
     for window in track(windows, "evaluating", total=len(windows)):
         ids = torch.tensor([window], device=network.device)
         logits = network(ids, use_cache=False).logits[0, :-1]
-        nll = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
-        scores.append((nll.item(), len(window) - 1))
+        scores.append(F.cross_entropy(logits, ids[0, 1:], reduction="none").tolist())
     return scores
 
 
 @torch.inference_mode()
-def generate(model: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+def generate(model: Path, prompts: list[list[int]], max_tokens: list[int]) -> Iterator[list[int]]:
     """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
     network = load_served(model)
-    answers = []
-    for prompt in track(prompts, "generating", total=len(prompts)):
+    jobs = zip(prompts, max_tokens, strict=True)
+    for prompt, limit in track(jobs, "generating", total=len(prompts)):
         ids = torch.tensor([prompt], device=network.device)
         out = network.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=False
         )
-        answers.append(out[0, len(prompt) :].tolist())
-    return answers
+        yield out[0, len(prompt) :].tolist()

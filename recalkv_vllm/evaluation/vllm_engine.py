@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,12 @@ from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 
 from recalkv_vllm.checkpoint import AttentionGeometry, read_hf_config
 
+log = logging.getLogger(__name__)
+
 #: Prompts that the cache holds at once.
 CONCURRENT_PROMPTS = 4
+#: Prompts after which answers are handed out.
+PROMPTS_AT_ONCE = 16
 FLOAT32_BYTES = 4
 
 
@@ -32,17 +37,14 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def _run(
-    model: Path, prompts: list[list[int]], max_tokens: int, **sampling: Any
-) -> list[RequestOutput]:
-    """Greedy sampling of all prompts, with further options of vLLM's sampling."""
+def _load(model: Path, length: int) -> LLM:
+    """A model with a cache for sequences of ``length`` tokens."""
     config = read_hf_config(model)
     geometry = AttentionGeometry.from_hf_config(config)
-    length = max(map(len, prompts)) + max_tokens
     # The dense size is enough for every checkpoint; one more prompt pays for rounding up to blocks.
     prompt_bytes = length * geometry.dense_width * geometry.num_layers * FLOAT32_BYTES
     with _stdout_to_stderr():
-        engine = LLM(
+        return LLM(
             str(model),
             # vLLM multiplies most quantized weights in 16 bits only.
             dtype="auto" if "quantization_config" in config else "float32",
@@ -52,26 +54,39 @@ def _run(
             # vLLM's default is most of the memory, and an error where it is not free.
             kv_cache_memory_bytes=(CONCURRENT_PROMPTS + 1) * prompt_bytes,
         )
+
+
+def _run(
+    engine: LLM, prompts: list[list[int]], max_tokens: list[int], **sampling: Any
+) -> list[RequestOutput]:
+    """Greedy sampling of all prompts, with further options of vLLM's sampling."""
+    with _stdout_to_stderr():
         return engine.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
-            SamplingParams(temperature=0, max_tokens=max_tokens, **sampling),
+            [SamplingParams(temperature=0, max_tokens=limit, **sampling) for limit in max_tokens],
+            use_tqdm=log.isEnabledFor(logging.INFO),
         )
 
 
-def score_windows(model: Path, windows: list[list[int]]) -> list[tuple[float, int]]:
+def score_windows(model: Path, windows: list[list[int]]) -> list[list[float]]:
     """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
     # vLLM always generates a token after the prompt.
-    outputs = _run(model, windows, max_tokens=1, prompt_logprobs=0)
+    engine = _load(model, max(map(len, windows)) + 1)
+    outputs = _run(engine, windows, [1] * len(windows), prompt_logprobs=0)
     scores = []
     for window, output in zip(windows, outputs, strict=True):
         # The first token has no prediction; each other position holds the prompt's own token.
         logprobs: Any = output.prompt_logprobs
         found = logprobs[1:]
-        likelihoods = [at[token].logprob for token, at in zip(window[1:], found, strict=True)]
-        scores.append((-sum(likelihoods), len(likelihoods)))
+        scores.append([-at[token].logprob for token, at in zip(window[1:], found, strict=True)])
     return scores
 
 
-def generate(model: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+def generate(model: Path, prompts: list[list[int]], max_tokens: list[int]) -> Iterator[list[int]]:
     """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
-    return [list(output.outputs[0].token_ids) for output in _run(model, prompts, max_tokens)]
+    lengths = (len(ids) + limit for ids, limit in zip(prompts, max_tokens, strict=True))
+    engine = _load(model, max(lengths))
+    for i in range(0, len(prompts), PROMPTS_AT_ONCE):
+        part = slice(i, i + PROMPTS_AT_ONCE)
+        for output in _run(engine, prompts[part], max_tokens[part]):
+            yield list(output.outputs[0].token_ids)

@@ -6,7 +6,13 @@
 from __future__ import annotations
 
 from recalkv_vllm.ops.checked import CheckedLayer, bind
-from recalkv_vllm.ops.contract import Batch, BatchLimits, KernelUnavailableError, LatentLayer
+from recalkv_vllm.ops.contract import (
+    Batch,
+    BatchLimits,
+    KernelUnavailableError,
+    LatentLayer,
+    Pieces,
+)
 
 __all__ = [
     "Batch",
@@ -14,5 +20,6 @@ __all__ = [
     "CheckedLayer",
     "KernelUnavailableError",
     "LatentLayer",
+    "Pieces",
     "bind",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from recalkv_vllm.ops import validation
-from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer
+from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer, Pieces
 from recalkv_vllm.ops.dispatch import implementation
 
 
@@ -53,6 +53,15 @@ class CheckedLayer(BoundLayer):
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         validation.check_value_up(self._signature, o_lat, out_dtype)
         return self._bound.value_up(o_lat, out_dtype)
+
+    def prefers_dense(self, num_heads: int, queries: float) -> bool:
+        return self._bound.prefers_dense(num_heads, queries)
+
+    def reconstruct(
+        self, kv_cache: torch.Tensor, pieces: Pieces, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        validation.check_reconstruct(self._signature, kv_cache, pieces, keys, values)
+        self._bound.reconstruct(kv_cache, pieces, keys, values)
 
     def reserve(self, limits: BatchLimits) -> None:
         self._bound.reserve(limits)

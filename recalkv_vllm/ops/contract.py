@@ -149,6 +149,24 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Pieces:
+    """Stretches of cached sequences, at most one of each, one after another.
+
+    Args:
+        block_table: ``[num_seqs, max_blocks]`` int32.
+        positions: ``[num_seqs]`` int32, of a piece's first token in its sequence.
+        start_loc: ``[num_seqs + 1]`` int32; piece ``i`` owns the rows
+            ``start_loc[i]:start_loc[i + 1]`` of keys and values.
+        num_tokens: rows of all, as the host knows.
+    """
+
+    block_table: torch.Tensor
+    positions: torch.Tensor
+    start_loc: torch.Tensor
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class BatchLimits:
     """The largest batches that a bound layer will be called with.
 
@@ -157,12 +175,14 @@ class BatchLimits:
         num_seqs: decodes of one call.
         decode_query_len: queries of a decode.
         seq_len: tokens of a sequence.
+        num_tokens: queries of a call.
     """
 
     num_heads: int
     num_seqs: int
     decode_query_len: int
     seq_len: int
+    num_tokens: int
 
 
 class BoundLayer(Protocol):
@@ -228,6 +248,32 @@ class BoundLayer(Protocol):
         o_lat, _ = self.attend(q, kv_cache, batch)
         heads = self.value_up(o_lat)
         return heads if out is None else out.copy_(heads)
+
+    def prefers_dense(self, num_heads: int, queries: float) -> bool:
+        """Whether attention of ``queries`` per sequence shall be on what :meth:`reconstruct` gives.
+
+        Args:
+            num_heads: query heads.
+            queries: on average.
+        """
+        return False
+
+    def reconstruct(
+        self, kv_cache: torch.Tensor, pieces: Pieces, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Keys, rotated, and values of cached tokens, bias and norm included.
+
+        Args:
+            kv_cache: as :meth:`update_cache` writes it.
+            keys: ``[tokens, h_kv, d]`` of ``k_up``'s dtype, contiguous; the first
+                ``pieces.num_tokens`` rows are written.
+            values: the same.
+
+        Raises:
+            NotImplementedError: this implementation attends to latents alone.
+        """
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} does not reconstruct")
 
     def reserve(self, limits: BatchLimits) -> None:
         """Allocate what calls within ``limits`` need, before memory is profiled and graphs are

@@ -35,6 +35,27 @@ def implementation(
     return _choose(os.environ.get("RECALKV_KERNEL"), device, dtype, head_dim)
 
 
+def candidates(device_type: str) -> tuple[str, ...]:
+    """Implementations that are tried on a type of device, in order; none if what forces one is no
+    name of any."""
+    forced = os.environ.get("RECALKV_KERNEL")
+    if forced is None:
+        return PREFERENCE.get(device_type, ())
+    return (forced,) if forced in MODULES else ()
+
+
+def look_up(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None
+) -> tuple[Implementation | None, str | None]:
+    """The implementation of a name in :data:`MODULES` if it runs there, else why it does not."""
+    try:
+        module = cast(Implementation, importlib.import_module(MODULES[name]))
+    except ImportError as error:
+        return None, f"cannot be imported ({error})"
+    reason = module.unsupported_reason(device, dtype, head_dim)
+    return (module, None) if reason is None else (None, reason)
+
+
 @functools.cache
 def _choose(
     forced: str | None, device: torch.device, dtype: torch.dtype, head_dim: int | None
@@ -45,18 +66,14 @@ def _choose(
         )
     reasons: dict[str, str] = {}
     for name in (forced,) if forced else PREFERENCE.get(device.type, ()):
-        try:
-            module = cast(Implementation, importlib.import_module(MODULES[name]))
-        except ImportError as error:
-            reasons[name] = f"cannot be imported ({error})"
-            continue
-        reason = module.unsupported_reason(device, dtype, head_dim)
-        if reason is None:
+        module, reason = look_up(name, device, dtype, head_dim)
+        if module is not None:
             why = f"RECALKV_KERNEL={forced}" if forced else "first that runs here"
             if reasons:
                 why += "; " + "; ".join(f"not {n}: {r}" for n, r in reasons.items())
             _log_once(name, module.describe(device, dtype), str(device), str(dtype), why)
             return module
+        assert reason is not None
         reasons[name] = reason
     what = f"{str(dtype).removeprefix('torch.')} on {device}"
     if head_dim is not None:

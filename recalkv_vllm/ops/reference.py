@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from recalkv_vllm.band_format import CacheFormat
-from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer
+from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer, Pieces
 
 
 def latent_cache_update(
@@ -99,6 +99,35 @@ def reconstruct_keys(layer: LatentLayer, z: torch.Tensor, positions: torch.Tenso
     if layer.cos_sin_cache is not None:
         keys = apply_rope(keys, positions, layer.cos_sin_cache, layer.is_neox)
     return keys
+
+
+def reconstruct_values(layer: LatentLayer, z: torch.Tensor) -> torch.Tensor:
+    """``v = L_v z_v + b_v`` for every head: ``[tokens, h_kv, d]`` of latents ``[tokens, rank]``."""
+    spans = torch.stack([z[:, span.start : span.end] for span in layer.head_v_spans], dim=1)
+    return latent_value_up(
+        spans, layer.v_up, layer.v_bias, out_dtype=z.dtype, compute_dtype=z.dtype
+    )
+
+
+def reconstruct(
+    layer: LatentLayer,
+    kv_cache: torch.Tensor,
+    pieces: Pieces,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+) -> None:
+    """See :meth:`BoundLayer.reconstruct`."""
+    starts = pieces.start_loc.tolist()
+    for seq, first in enumerate(pieces.positions.tolist()):
+        rows = slice(starts[seq], starts[seq + 1])
+        end = first + rows.stop - rows.start
+        z = cached_latents(kv_cache, pieces.block_table[seq], end, layer.latent_format)[first:]
+        z = z.to(compute_dtype)
+        positions = torch.arange(first, end, device=z.device)
+        keys[rows] = reconstruct_keys(layer, z, positions).to(keys.dtype)
+        values[rows] = reconstruct_values(layer, z).to(values.dtype)
 
 
 def causal_logits(layer: LatentLayer, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -214,6 +243,11 @@ class ReferenceLayer(BoundLayer):
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         return latent_value_up(o_lat, self.layer.v_up, self.layer.v_bias, out_dtype=out_dtype)
+
+    def reconstruct(
+        self, kv_cache: torch.Tensor, pieces: Pieces, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        reconstruct(self.layer, kv_cache, pieces, keys, values)
 
     def reserve(self, limits: BatchLimits) -> None:
         """Nothing to reserve."""

@@ -15,7 +15,7 @@ from recalkv_vllm.serving.names import (
     BACKEND_NAME,
     MODEL_MODULE,
 )
-from recalkv_vllm.serving.vllm_version import newer_than_tried
+from recalkv_vllm.serving.vllm_version import untried
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,5 @@ def register_plugin() -> None:
         # Not above: most processes register and never parse.
         from recalkv_vllm.serving.startup.engine_args import check_engine_config
 
-        if check_engine_config(arguments.EngineArgs) and (
-            warning := newer_than_tried(vllm.__version__)
-        ):
+        if check_engine_config(arguments.EngineArgs) and (warning := untried(vllm.__version__)):
             logger.warning(warning)

@@ -11,13 +11,20 @@ import re
 TRIED = ((0, 32), (0, 33))
 
 
-def newer_than_tried(version: str) -> str | None:
-    """A line that says so, if release ``version`` of vLLM is newer than all that were tried."""
+def untried(version: str) -> str | None:
+    """A line that says so, if release ``version`` of vLLM is outside of those that were tried."""
     found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or (int(found[1]), int(found[2])) <= TRIED[-1]:
+    if found is None:
         return None
-    oldest, newest = (f"{major}.{minor}" for major, minor in (TRIED[0], TRIED[-1]))
+    release = int(found[1]), int(found[2])
+    if TRIED[0] <= release <= TRIED[-1]:
+        return None
     return (
-        f"recalkv: vLLM {version} is newer than what this plugin was tried with, "
-        f"{oldest} to {newest}; check its answers against the stock model's"
+        f"recalkv: vLLM {version} is {'older' if release < TRIED[0] else 'newer'} than what this "
+        f"plugin was tried with, {tried_range()}; check its answers against the stock model's"
     )
+
+
+def tried_range() -> str:
+    """Oldest and newest release that were tried, for people."""
+    return " to ".join(f"{major}.{minor}" for major, minor in (TRIED[0], TRIED[-1]))

@@ -140,8 +140,10 @@ def test_truncated_weights(compress_fails, copy):
 
 
 def test_unsupported_architecture(compress_fails, copy):
-    error = compress_fails(copy(model_type="gpt2"), "--compression", 0.5)
-    assert "'gpt2' is not supported; expected one of" in error
+    error = compress_fails(copy(model_type="new"), "--compression", 0.5)
+    assert "'new' is not supported; expected one of" in error
+    error = compress_fails(copy(model_type="olmo2"), "--compression", 0.5)
+    assert "'olmo2' is not supported: norms over all heads of a token at once" in error
 
 
 CT = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
@@ -378,13 +380,32 @@ def test_plot_that_cannot_be_written(fails, checkpoint, capsys):
     ("arguments", "message"),
     [
         (["--metric", "ppl"], "--dataset: expected a text for --metric ppl, found none"),
-        (["--metric", "agreement", "--dataset", "builtin"], "--base: expected the model to agree"),
+        (["--metric", "agreement", "--dataset", "builtin"], "--base: expected a model for"),
         (
             ["--metric", "agreement", "--dataset", "builtin", "--base", "x", "--engine", "vllm"],
             "--engine vllm: expected transformers for --metric agreement",
         ),
+        (["--metric", "divergence"], "--base: expected a model for --metric divergence"),
+        (
+            ["--metric", "divergence", "--base", "x", "--plot", "x.png"],
+            "--plot: expected --metric ppl, passkey, ruler",
+        ),
+        (["--dataset", "builtin"] * 2, "--dataset builtin: found twice"),
         (["--metric", "passkey", "--samples", "0"], "--samples 0: expected at least 1"),
-        (["--metric", "passkey", "--lengths", "20"], "--lengths 20: expected more than"),
+        (["--metric", "passkey", "--lengths", "20"], "--lengths 20: expected at least"),
+        (
+            ["--metric", "passkey", "--lengths", "300"],
+            "--lengths 300: expected at most 256 for this model",
+        ),
+        (
+            ["--metric", "passkey", "--lengths", "99", "--depths", "1.5"],
+            "--depths 1.5: expected a number from 0 to 1",
+        ),
+        (["--metric", "ruler", "--tasks", "qa"], "--tasks qa: unknown; expected one of passkey"),
+        (
+            ["--metric", "ruler", "--tasks", "vt", "--plot", "x.png", "--lengths", "200"],
+            "--plot: expected a task with one needle, found vt",
+        ),
     ],
 )
 def test_evaluations_that_cannot_be(fails, tiny, arguments, message):

@@ -86,6 +86,17 @@ def test_a_second_run_reuses_the_statistics(tiny, tmp_path, capsys):
     assert "reusing" in capsys.readouterr().err
 
 
+def test_progress_is_on_stderr_unless_quiet(tiny, tmp_path, capsys, text):
+    """Of every stage, also where a pipe reads it."""
+    line = ["compress", tiny, "--compression", 0.6, "--heal", 2, "--dataset", text, *FEW, "-o"]
+    assert main([*map(str, line), str(tmp_path / "loud")]) == 0
+    told = capsys.readouterr().err
+    for stage in ("calibrating on 4 samples of 32 tokens", "choosing bits", "factoring", "healing"):
+        assert f"recalkv: {stage}: 0 of " in told
+    assert main([*map(str, line), str(tmp_path / "quiet"), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_text_output(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["compress", str(tiny), "-o", str(out), "--compression", "0"]) == 0

@@ -28,10 +28,12 @@ def test_every_command_is_looked_at():
         "recalkv bench offline",
         "recalkv bench serve",
         "recalkv compress",
+        "recalkv env",
         "recalkv eval",
         "recalkv explore",
         "recalkv inspect",
         "recalkv plan",
+        "recalkv report",
     }
 
 

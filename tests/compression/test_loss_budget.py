@@ -16,7 +16,7 @@ from recalkv_vllm.compression.loss_budget import most_compressed, reachable_comp
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.pipeline import compress
 from recalkv_vllm.evaluation import transformers_engine
-from recalkv_vllm.evaluation.perplexity import perplexity
+from recalkv_vllm.evaluation.perplexity import describe_losses
 
 #: On what it writes itself, no model can do better than the dense one.
 FEW = {"num_samples": 16, "seq_len": 128, "datasets": ("self",)}
@@ -109,6 +109,7 @@ def test_what_is_written_loses_what_was_measured(
         return
     (windows,) = held_out
     dense, compressed = (
-        perplexity(transformers_engine, path, windows.tolist())["nll"] for path in (base, out)
+        describe_losses(path, transformers_engine.score_windows(path, windows.tolist()))["nll"]
+        for path in (base, out)
     )
     assert compressed - dense == pytest.approx(result["loss"], abs=1e-4)

@@ -273,7 +273,7 @@ def test_kernel_and_plan_must_agree(configure: Configure, monkeypatch: pytest.Mo
 
 def test_workspace_covers_every_batch(configure: Configure) -> None:
     layer = bind(CASE)
-    limits = BatchLimits(num_heads=4, num_seqs=8, decode_query_len=4, seq_len=2048)
+    limits = BatchLimits(num_heads=4, num_seqs=8, decode_query_len=4, seq_len=2048, num_tokens=64)
     reserved = layer.decode.workspace_bytes(limits)
     used = []
     for seqs in range(1, 9):

@@ -83,7 +83,7 @@ def test_warming_up_runs_every_kernel_that_decodes_reach(
     ]
     layer = cuda.bind(inputs[0].layer)
     with RecordedCalls(NAMESPACE) as warm:
-        layer.warm_up(inputs[0].kv_cache, BatchLimits(heads[0], 8, 4, 2048))
+        layer.warm_up(inputs[0].kv_cache, BatchLimits(heads[0], 8, 4, 2048, 64))
     with RecordedCalls(NAMESPACE) as asked:
         for each in inputs:
             layer.attend(*each.call)

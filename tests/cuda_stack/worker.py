@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from vllm import ModelRegistry
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
@@ -37,10 +37,24 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from recalkv_vllm.ops.triton.launch import Launch
+from recalkv_vllm.serving.model.stock_attention import stock_parts
 
 MAX_MODEL_LEN = 512
 DEVICE = torch.device("cuda", 0)
 CACHE_BYTES = 64 << 20
+
+
+@contextmanager
+def _stock_attention_runs() -> Iterator[None]:
+    """The run of a stock attention module looks at values, which it makes itself, on the CPU."""
+    name = "recalkv_vllm.serving.model.classes.stock_parts"
+
+    def with_memory(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return stock_parts(*args, **kwargs)
+
+    with mock.patch(name, with_memory):
+        yield
 
 
 class FakeCuda(FakeTensorMode):
@@ -111,7 +125,7 @@ class Worker:
         """The served model, loaded but for its values."""
         with set_current_vllm_config(self.config):
             _init_distributed()
-            with on_gpu(binding=True):
+            with on_gpu(binding=True), _stock_attention_runs():
                 model = initialize_model(self.config)
                 process_weights_after_loading(model, self.config.model_config, DEVICE)
         return model

@@ -1,4 +1,4 @@
-"""Small configurations of every supported architecture, each with what sets it apart."""
+"""Small configurations of supported architectures, each with what sets it apart."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    Dots1Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GlmConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -17,6 +20,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 # Large initial weights: logits far apart, so that equal tokens mean equal computation.
@@ -36,6 +40,7 @@ SIZES = {
     "dtype": "float32",
 }
 WINDOW = {"sliding_window": 48}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 EXPERTS = {"num_experts_per_tok": 2, "intermediate_size": 64}
 
 
@@ -105,6 +110,18 @@ CONFIGS = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         },
+    ),
+    "cohere2": Cohere2Config(
+        **{**SIZES, **WINDOW, "tie_word_embeddings": True}, head_dim=32, layer_types=MIXED
+    ),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2, use_sliding_window=False),
+    "glm": GlmConfig(**SIZES, head_dim=32, attention_bias=True),
+    "dots1": Dots1Config(
+        **{**SIZES, **EXPERTS},
+        n_routed_experts=4,
+        n_shared_experts=1,
+        moe_intermediate_size=64,
+        first_k_dense_replace=1,
     ),
 }
 

@@ -1,12 +1,14 @@
 """Real models, compressed through the real command line, and engines in processes of their own."""
 
+import atexit
 import json
 import os
 import random
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import AutoTokenizer
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.pipeline import compress
 from tests.e2e.architectures import CONFIGS, SIZES, save_random_model
+from tests.e2e.more_architectures import MORE_CONFIGS
 from tests.e2e.prompts import LONG_TEXT, QUESTIONS
 from tests.tiny_models import train_tokenizer
 
@@ -49,17 +52,56 @@ def run_example(*command, **options) -> str:
     return done.stdout
 
 
+class EngineProcess:
+    """A process of ``engine.py``; what it logs goes to a file, of which failures show the end."""
+
+    def __init__(self, **environment):
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, ENGINE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    def run(self, jobs):
+        """Results of jobs; asserts that the process did not die of them."""
+        self.log.seek(0, os.SEEK_END)
+        began = self.log.tell()
+        self.process.stdin.write(json.dumps(jobs) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        self.log.seek(began)
+        assert answer, self.log.read()[-4000:]
+        return json.loads(answer)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+
+@cache
+def shared_engines() -> EngineProcess:
+    """The process of all jobs that need no environment of their own; vLLM is imported once."""
+    engines = EngineProcess()
+    atexit.register(engines.close)
+    return engines
+
+
 def run_engines(*jobs, **environment):
     """Run engine jobs (see ``engine.py``) one after the other in one process."""
-    done = subprocess.run(
-        [sys.executable, ENGINE],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    engines = EngineProcess(**environment) if environment else shared_engines()
+    try:
+        return engines.run(jobs)
+    except AssertionError:
+        shared_engines.cache_clear()
+        raise
+    finally:
+        if environment:
+            engines.close()
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +171,7 @@ def make_small(tmp_path_factory):
     def make(name: str, seed: int = 0) -> Path:
         path = directory / (f"{name}-{seed}" if seed else name)
         if not path.is_dir():
-            save_random_model(CONFIGS[name], path, seed)
+            save_random_model({**CONFIGS, **MORE_CONFIGS}[name], path, seed)
             tokenizer.save_pretrained(path)
         return path
 

@@ -1,4 +1,5 @@
-"""Runs vLLM engines in a process of their own: jobs on stdin, results on stdout, both JSON.
+"""Runs vLLM engines in a process of their own: a list of jobs per line of stdin, their results as a
+line of stdout, both JSON.
 
 A job is ``{"engine": {LLM arguments}, "batches": [{"prompts": [[ids]], "sampling": {...}}]}``; its
 result is ``{"tokens": [[[ids], ...], ...], "metrics": {name: value}, "outputs": [...]}``:
@@ -17,7 +18,10 @@ import json
 import os
 import re
 import sys
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 # The engine in this process: five seconds to start instead of twenty.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -32,12 +36,48 @@ def resolve_model_class(engine):
     load_general_plugins()
     config = json.loads(Path(cached_file(engine["model"], "config.json")).read_text())
     config |= engine.get("hf_overrides", {})
-    for architecture in config["architectures"]:
+    architectures = config["architectures"]
+    if not ModelRegistry.models.keys() & architectures:
+        # vLLM has no class of its own, and runs the model as transformers defines it.
+        architectures = ["TransformersForCausalLM", "TransformersMoEForCausalLM"]
+    for architecture in architectures:
         cls = ModelRegistry.models[architecture].load_model_cls()
         ModelRegistry.register_model(architecture, cls)
 
 
+@contextmanager
+def dense_prefill():
+    """Every prompt is attended as dense keys and values; counts the calls of attention."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from recalkv_vllm.kernels.heuristics import reconstruction
+    from recalkv_vllm.serving.attention import implementation
+    from recalkv_vllm.serving.attention.flash_attention import FlashAttention
+    from tests.flash_attention import flash
+
+    calls = Counter()
+    attend, merge = flash(3).attend, flash(3).merge
+
+    def counting(**given):
+        calls["causal" if given["causal"] else "earlier"] += 1
+        return attend(**given)
+
+    with (
+        patch.object(implementation, "flash_attention", lambda *_: FlashAttention(counting, merge)),
+        patch.object(reconstruction, "WORTHWHILE_BLOCKS", 0),
+    ):
+        yield calls
+
+
 def run(job):
+    if not job.get("dense_prefill"):
+        return run_engine(job)
+    with dense_prefill() as calls:
+        result = run_engine(job)
+    result["metrics"]["dense_prefill"] = calls
+    return result
+
+
+def run_engine(job):
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -149,6 +189,7 @@ if __name__ == "__main__":
     results_to = os.dup(1)
     # vLLM logs to stdout; results alone may go there.
     os.dup2(2, 1)
-    results = [run(job) for job in json.load(sys.stdin)]
     with os.fdopen(results_to, "w") as out:
-        json.dump(results, out)
+        for jobs in sys.stdin:
+            out.write(json.dumps([run(job) for job in json.loads(jobs)]) + "\n")
+            out.flush()

@@ -3,6 +3,7 @@
 On a CPU it runs with Triton's interpreter (``model_runner_v2/sitecustomize.py``).
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from tests.e2e.test_features import SCHEMA
 
 pytestmark = pytest.mark.model_runner_v2
 
-RUNNER_V2 = {"PYTHONPATH": str(Path(__file__).with_name("model_runner_v2"))}
+PATHS = str(Path(__file__).with_name("model_runner_v2")), os.environ.get("PYTHONPATH")
+RUNNER_V2 = {"PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
 RECALKV = {"attention_backend": "recalkv"}
 GREEDY = {"max_tokens": 24, "ignore_eos": True}
 
@@ -99,9 +101,16 @@ def test_chunked_prefill_of_quantized_latents(runs):
 def test_triton_kernels(on_v1, compressed, small, small_prompts):
     """All that a GPU server runs but the GPU: its runner, and its kernels, interpreted."""
     few = {"prompts": small_prompts.ids[1:], "sampling": {"max_tokens": 4, "ignore_eos": True}}
-    job = small_prompts.job(compressed(small), few, **RECALKV)
-    ours = on_v2({"ours": job}, RECALKV_KERNEL="triton")["ours"]
-    assert ours["tokens"][0] == [tokens[:4] for tokens in on_v1["tokens"][0][1:]]
+    checkpoint = compressed(small)
+    # Chunks of 16 tokens, and slices of 32: the longest prompt takes several.
+    dense = small_prompts.job(checkpoint, few, max_num_batched_tokens=16, **RECALKV)
+    jobs = {"latents": small_prompts.job(checkpoint, few, **RECALKV),
+            "dense": {**dense, "dense_prefill": True}}  # fmt: skip
+    runs = on_v2(jobs, RECALKV_KERNEL="triton")
+    expected = [tokens[:4] for tokens in on_v1["tokens"][0][1:]]
+    assert runs["latents"]["tokens"][0] == expected
+    assert runs["dense"]["tokens"][0] == expected
+    assert runs["dense"]["metrics"]["dense_prefill"]["earlier"] > 0
 
 
 @pytest.mark.slow

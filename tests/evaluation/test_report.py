@@ -10,9 +10,10 @@ PERPLEXITY = {
     "perplexity": 12.5, "nll": 2.5257,
 }  # fmt: skip
 PASSKEY = {
-    "metric": "passkey", "engine": "vllm", "accuracy": 0.5, "prompts": 4,
+    "metric": "passkey", "engine": "vllm", "score": 0.5, "prompts": 4,
     "rows": [{"length": 512}, {"length": 1024}],
 }  # fmt: skip
+RULER = {**PASSKEY, "metric": "ruler", "base_score": 0.75}
 AGREEMENT = {
     "metric": "agreement", "engine": "transformers", "base": "models/base", "dataset": "test.txt",
     "tokens": 100, "seq_len": 64, "top1": 0.9, "kl": 0.02, "nll": 2.6, "base_nll": 2.5,
@@ -24,12 +25,13 @@ LINE = "- perplexity (100 tokens of test.txt, windows of 64, vllm): "
 def test_results_stand_before_how_it_was_made(tmp_path):
     card = tmp_path / "README.md"
     card.write_text(BEFORE + AFTER)
-    for result in (PERPLEXITY, PASSKEY, AGREEMENT):
+    for result in (PERPLEXITY, PASSKEY, RULER, AGREEMENT):
         add_to_card(tmp_path, result)
     measured = card.read_text().removeprefix(BEFORE + "## Measured\n\n").removesuffix(AFTER)
     assert measured == (
         f"{LINE}12.5000 (nll 2.52570)\n"
-        "- pass keys (512, 1024 tokens, vllm): 50.0% of 4 found\n"
+        "- pass keys (512, 1024 tokens, vllm): 50.0% found, 4 prompts\n"
+        "- RULER (512, 1024 tokens, vllm): 50.0% (base: 75.0%) found, 4 prompts\n"
         "- agreement with base (100 tokens of test.txt, windows of 64, transformers): the same "
         "most likely token at 90.00%; KL divergence 0.02000; nll 2.60000 against 2.50000\n\n"
     )

@@ -15,7 +15,7 @@ from recalkv_vllm.ops import triton as ops
 from recalkv_vllm.ops.triton import warm_up
 from tests.ops.cases import CASES, QUANTIZED_CASES, build
 
-LIMITS = BatchLimits(num_heads=4, num_seqs=8, decode_query_len=2, seq_len=512)
+LIMITS = BatchLimits(num_heads=4, num_seqs=8, decode_query_len=2, seq_len=512, num_tokens=64)
 
 
 def test_requests_compile_nothing() -> None:

@@ -17,7 +17,7 @@ from recalkv_vllm.benchmarks.compile_report import TARGETS, Case, CompileOnlyDri
 from recalkv_vllm.benchmarks.geometries import GEOMETRIES
 from recalkv_vllm.benchmarks.inputs import latent_layer
 from recalkv_vllm.kernels import heuristics
-from recalkv_vllm.ops import Batch, BatchLimits
+from recalkv_vllm.ops import Batch, BatchLimits, Pieces
 from recalkv_vllm.ops import triton as ops
 from recalkv_vllm.ops.triton.launch import Launch
 
@@ -70,6 +70,11 @@ def serve(layer: ops.TritonLayer, cache: torch.Tensor, rank: int, heads: int, he
         q = torch.zeros(tokens, heads, head_dim, dtype=torch.bfloat16)
         layer.attend_heads(q, cache, batch)
         yield
+        rest = batch.block_table[batch.num_decodes :]
+        row = torch.zeros(3 * len(rest) + 2, dtype=torch.int32)[1:]  # of a table of slices
+        pieces = Pieces(rest, row[: len(rest)], row[len(rest) : 2 * len(rest) + 1], tokens)
+        layer.reconstruct(cache, pieces, *torch.zeros(2, tokens, 1, 1, dtype=torch.bfloat16))
+        yield
 
 
 def warm_up(layer: ops.TritonLayer, cache: torch.Tensor, limits: BatchLimits) -> Iterator[None]:
@@ -87,7 +92,7 @@ def compare(case: Case, arch: int, decode_length: int) -> dict[str, object]:
         width, dtype = latent_format.slot_bytes(latent.rank), torch.uint8
     cache = torch.zeros(2, 16, width, dtype=dtype)
     heads, head_dim = geometry.num_heads, geometry.head_dim
-    warm = compiled_by(warm_up(layer, cache, BatchLimits(heads, 256, decode_length, SEQ_LEN)))
+    warm = compiled_by(warm_up(layer, cache, BatchLimits(heads, 256, decode_length, SEQ_LEN, 8192)))
     asked = compiled_by(serve(layer, cache, latent.rank, heads, head_dim, decode_length))
     return {
         "case": f"{case} sm_{arch} {decode_length}",

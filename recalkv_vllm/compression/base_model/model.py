@@ -77,8 +77,11 @@ class BaseModel:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that the configuration names; float32 if none."""
-        config = AutoConfig.from_pretrained(self.directory, local_files_only=True)
-        return config.dtype or torch.float32
+        return self._transformers_config.dtype or torch.float32
+
+    @property
+    def _transformers_config(self) -> Any:
+        return AutoConfig.from_pretrained(self.directory, local_files_only=True)
 
     def key_value_digest(self) -> str:
         """Tells whether factors fit the model (:mod:`recalkv_vllm.base_digest`)."""
@@ -123,8 +126,10 @@ class BaseModel:
                 f"--device {SPREAD}: model {self.directory}: expected weights that are neither "
                 "fused nor quantized; name one device"
             )
-        # Activation checkpointing needs training mode, in which dropout must not act.
-        options: dict[str, Any] = {"local_files_only": True, "attention_dropout": 0.0}
+        options: dict[str, Any] = {"local_files_only": True}
+        if hasattr(self._transformers_config, "attention_dropout"):
+            # Activation checkpointing needs training mode, in which dropout must not act.
+            options["attention_dropout"] = 0.0
         if spread:
             options["device_map"] = DEVICE_MAP
         weight_format = self.weight_format

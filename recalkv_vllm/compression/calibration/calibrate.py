@@ -94,15 +94,23 @@ def draw(
     }
     # Last, as it takes minutes: a file that is missing shows before.
     if SELF in sizes:
-        drawn[SELF] = sample_self(
-            lambda: model.load(dtype, device),
-            tokenizer,
-            sizes[SELF],
-            options.seq_len,
-            options.seed,
-            cache_directory() / "self-text" / _key(model, dtype, device),
-        )
+        drawn[SELF] = draw_self(model, dtype, device, sizes[SELF], options.seq_len, options.seed)
     return interleave([drawn[dataset] for dataset in options.datasets])
+
+
+def draw_self(
+    model: BaseModel, dtype: torch.dtype, device: str, num_samples: int, seq_len: int, seed: int
+) -> torch.Tensor:
+    """Samples ``[num_samples, seq_len]`` of text that the model writes, in ``dtype`` on ``device``,
+    or has written before."""
+    return sample_self(
+        lambda: model.load(dtype, device),
+        model.tokenizer(),
+        num_samples,
+        seq_len,
+        seed,
+        cache_directory() / "self-text" / _key(model, dtype, device),
+    )
 
 
 def _key(model: BaseModel, dtype: torch.dtype, device: str, samples: str = "") -> str:

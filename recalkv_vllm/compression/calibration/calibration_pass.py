@@ -11,7 +11,7 @@ from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.attention import Attention, CausalLM, attention_modules
 from recalkv_vllm.compression.calibration.observers import Observer
 from recalkv_vllm.compression.calibration.sum_store import SumStore
-from recalkv_vllm.compression.progress import Forecast, track
+from recalkv_vllm.compression.progress import Stage
 
 #: Tokens whose logits exist at a time; vocabularies are wide.
 LOGIT_CHUNK = 128
@@ -37,20 +37,22 @@ def run_pass(
 
     todo = samples[store.samples_done :]
     preparing = sum(o.samples_to_prepare(samples, store.sums) for o in observers)
-    forecast = Forecast(
-        f"calibration: {len(samples)} samples of {samples.shape[1]} tokens",
-        steps=preparing + len(todo),
+    stage = Stage(
+        f"calibrating on {len(samples)} samples of {samples.shape[1]} tokens",
+        total=preparing + len(samples),
+        completed=store.samples_done,
     )
 
     def measure(sample: torch.Tensor, observers: list[Observer]) -> None:
         _run_sample(model, attention, sample, observers, store.sums, gradient)
-        forecast.step()
+        stage.step()
 
-    for observer in observers:
-        observer.prepare(samples, store.sums, measure)
-    for sample in track(todo, "calibrating", total=len(samples), completed=store.samples_done):
-        measure(sample, observers)
-        store.sample_done()
+    with stage:
+        for observer in observers:
+            observer.prepare(samples, store.sums, measure)
+        for sample in todo:
+            measure(sample, observers)
+            store.sample_done()
     store.finish(tokens=samples.numel())
 
 

@@ -19,7 +19,7 @@ import torch
 from recalkv_vllm.compression.base_model.attention import CausalLM
 from recalkv_vllm.compression.calibration.prompts import Prompts
 from recalkv_vllm.compression.errors import output_errors
-from recalkv_vllm.compression.progress import Forecast, track
+from recalkv_vllm.compression.progress import Stage
 
 #: Rows of a batch; more are faster per row, but few are needed: half of the default 64 samples,
 #: and some to hold out.
@@ -68,21 +68,19 @@ def sample_self(
         with _output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         model = load_model()
-        forecast = Forecast(
-            f"calibration: the model writes {ROWS * len(missing)} x {row_tokens} tokens",
-            steps=len(missing) * (row_tokens - 1),
-        )
-        for batch in missing:
-            rows = write_batch(model, prompts, batch, row_tokens, seed, forecast)
-            with _output_errors(folder):
-                _save(paths[batch], rows)
+        what = f"the model writes {ROWS * len(missing)} x {row_tokens} tokens"
+        with Stage(what, total=len(missing) * (row_tokens - 1)) as stage:
+            for batch in missing:
+                rows = write_batch(model, prompts, batch, row_tokens, seed, stage)
+                with _output_errors(folder):
+                    _save(paths[batch], rows)
     written = torch.cat([torch.from_numpy(np.load(path)) for path in paths])
     written = written[: num_samples * rows_per_sample]
     return written.reshape(num_samples, -1)[:, :seq_len].contiguous()
 
 
 def write_batch(
-    model: CausalLM, prompts: Prompts, batch: int, row_tokens: int, seed: int, forecast: Forecast
+    model: CausalLM, prompts: Prompts, batch: int, row_tokens: int, seed: int, stage: Stage
 ) -> torch.Tensor:
     """Write the rows of one batch.
 
@@ -92,7 +90,7 @@ def write_batch(
         batch: which batch; each has random numbers and prompts of its own.
         row_tokens: tokens per row.
         seed: of the random numbers.
-        forecast: told of every step.
+        stage: told of every step.
 
     Returns:
         ``[ROWS, row_tokens]`` int64, on the CPU.
@@ -107,14 +105,14 @@ def write_batch(
     tokens = [[text.first() for text in texts]]
     cache = None
     with torch.inference_mode():
-        for step in track(range(row_tokens - 1), "writing text", total=row_tokens - 1):
+        for step in range(row_tokens - 1):
             ids = torch.tensor(tokens[-1], device=device).unsqueeze(1)
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             logits = out.logits[:, -1].float()
             drawn = sample(logits / temperature.to(logits), uniform[step].to(logits)).tolist()
             tokens.append([text.next(token) for text, token in zip(texts, drawn, strict=True)])
-            forecast.step()
+            stage.step()
     return torch.tensor(tokens).T.contiguous()
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from recalkv_vllm.compression.calibration.builtin_text import builtin_documents
+from recalkv_vllm.compression.calibration.builtin_text import builtin_documents, source_documents
 from recalkv_vllm.compression.errors import InputError
 
 BUILTIN = "builtin"
+SOURCE = "builtin-source"
 #: Text that the model writes.
 SELF = "self"
 #: File endings that are tables; every other file is plain text.
@@ -19,9 +20,9 @@ def documents(dataset: str, text_column: str = "text") -> Iterator[str]:
     """Yield the documents of a dataset, in order.
 
     Args:
-        dataset: ``builtin``; a local ``.jsonl`` or ``.parquet`` table or any other file as plain
-            text (one document); or a ``datasets`` hub name ``NAME[:CONFIG[:SPLIT]]`` (split
-            ``train`` if not given), read as a stream.
+        dataset: ``builtin`` or ``builtin-source``; a local ``.jsonl`` or ``.parquet`` table or any
+            other file as plain text (one document); or a ``datasets`` hub name
+            ``NAME[:CONFIG[:SPLIT]]`` (split ``train`` if not given), read as a stream.
         text_column: the column of a table that holds the text.
 
     Raises:
@@ -29,6 +30,8 @@ def documents(dataset: str, text_column: str = "text") -> Iterator[str]:
     """
     if dataset == BUILTIN:
         return builtin_documents()
+    if dataset == SOURCE:
+        return source_documents()
     path = Path(dataset)
     if path.is_file():
         if path.suffix in TABLE_BUILDERS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,7 +88,6 @@ def train(
     else:
         log.info("healing: resuming after step %d of %d", state.step, steps)
     rate = LEARNING_RATE * math.sqrt(max(state.first_loss, 0.0))
-    resumed, began = state.step, time.monotonic()
     every = max(WARM_UP, steps // EVALUATIONS)
     order = _order(len(samples), steps, seed)
     for index in track(order[state.step :], "healing", total=steps, completed=state.step):
@@ -102,10 +100,8 @@ def train(
             loss = held_out_loss(student, held_out, expected)
             state.keep(parameters, loss)
             log.info(
-                "healing: step %d of %d: held-out loss %.4f nats, at best %.4f, at first %.4f; "
-                "%.0f s left",
+                "healing: step %d of %d: held-out loss %.4f nats, at best %.4f, at first %.4f",
                 state.step, steps, loss, state.best_loss, state.first_loss,
-                (time.monotonic() - began) / (state.step - resumed) * (steps - state.step),
             )  # fmt: skip
         if not math.isfinite(loss) or (evaluated and loss > DIVERGED * state.first_loss):
             log.warning(
@@ -162,7 +158,8 @@ def _step(
 
 def predictions(student: Student, samples: torch.Tensor) -> list[torch.Tensor]:
     """What the dense model makes of every sample: its last hidden states ``[tokens, H]``."""
-    return [hidden_states(student.model, sample, gradient=False) for sample in samples]
+    tracked = track(samples, "what the dense model predicts", total=len(samples))
+    return [hidden_states(student.model, sample, gradient=False) for sample in tracked]
 
 
 def held_out_loss(

@@ -188,6 +188,9 @@ class CudaLayer(CacheAndValues):
         shape = planner.shape(num_heads)
         return heuristics.prefers_cuda(shape, planner.target, queries, self.decode.for_hopper)
 
+    def prefers_dense(self, num_heads: int, queries: float) -> bool:
+        return self.triton is not None and self.triton.prefers_dense(num_heads, queries)
+
     def reserve(self, limits: BatchLimits) -> None:
         reserve_workspace(self.decode.device, self.decode.workspace_bytes(limits))
         if self.triton is not None:

@@ -72,6 +72,11 @@ class TritonAttention:
         """See :meth:`BoundLayer.reserve`."""
         reserve_workspace(self.device, self.planner.workspace_bytes(limits))
 
+    def prefers_dense(self, num_heads: int, queries: float) -> bool:
+        """See :meth:`BoundLayer.prefers_dense`."""
+        shape = self.planner.shape(num_heads)
+        return heuristics.prefers_dense(shape, self.planner.target, queries)
+
     def new_queries(self, tokens: int, num_heads: int) -> torch.Tensor:
         """Zeros ``[tokens, h_q, d]`` of the queries' dtype."""
         shape = (tokens, num_heads, self.constants["HEAD_DIM"])

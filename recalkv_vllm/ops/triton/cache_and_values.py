@@ -1,4 +1,4 @@
-"""Cache update and value up-projection of one layer in Triton."""
+"""Cache update, value up-projection and reconstruction of one layer in Triton."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Iterator
 import torch
 
 from recalkv_vllm.kernels import heuristics
-from recalkv_vllm.ops.contract import BatchLimits, BoundLayer, LatentLayer
+from recalkv_vllm.ops.contract import BatchLimits, BoundLayer, LatentLayer, Pieces
 from recalkv_vllm.ops.triton.cache_update import cache_update_launch
 from recalkv_vllm.ops.triton.launch import Launch
+from recalkv_vllm.ops.triton.reconstruction import Reconstruction
 from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
 
 
 class CacheAndValues(BoundLayer):
-    """Two of the ops of a layer; how it attends is left to the classes that inherit them."""
+    """What is Triton's whatever attends, which is left to the classes that inherit it."""
 
     def __init__(self, layer: LatentLayer):
         self._latent_format = layer.latent_format
         bias = None if layer.v_bias is None else layer.v_bias.contiguous()
         self.values = Values(layer.v_up.contiguous(), bias)
+        self._reconstruction = Reconstruction(layer)
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -34,10 +36,16 @@ class CacheAndValues(BoundLayer):
             value_up_launch(o_lat, self.values, out).run()
         return out
 
+    def reconstruct(
+        self, kv_cache: torch.Tensor, pieces: Pieces, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        if pieces.num_tokens:
+            self._reconstruction.launch(kv_cache, pieces, keys, values).run()
+
     def first_launches(
         self, kv_cache: torch.Tensor, limits: BatchLimits, *, of_triton: bool
     ) -> Iterator[Launch]:
-        """Every launch that the two can reach; they write to no slot of the cache.
+        """Every launch that these can reach; they write to no slot of the cache.
 
         Args:
             of_triton: whether value latents come from Triton's attention: in the queries' dtype or
@@ -48,6 +56,10 @@ class CacheAndValues(BoundLayer):
         nowhere = torch.full((1,), -1, dtype=torch.int64, device=v_up.device)
         yield cache_update_launch(v_up.new_zeros(1, rank), kv_cache, nowhere, self._latent_format)
         num_kv_heads, head_dim, v_width = v_up.shape
+        zeros = torch.zeros(2, dtype=torch.int32, device=v_up.device)
+        nothing = Pieces(zeros[None, :1], zeros[:1], zeros, 0)
+        keys = v_up.new_empty(0, num_kv_heads, head_dim)
+        yield self._reconstruction.launch(kv_cache, nothing, keys, keys)
         for tokens in heuristics.value_up_tokens(limits.num_heads // num_kv_heads):
             rows = (tokens, limits.num_heads)
             o_lat = v_up.new_zeros(*rows, v_width, dtype=torch.float32)

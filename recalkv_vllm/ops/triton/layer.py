@@ -43,6 +43,9 @@ class TritonLayer(CacheAndValues):
                     launch.run()
         return heads
 
+    def prefers_dense(self, num_heads: int, queries: float) -> bool:
+        return self.attention.prefers_dense(num_heads, queries)
+
     def reserve(self, limits: BatchLimits) -> None:
         self.attention.reserve(limits)
 

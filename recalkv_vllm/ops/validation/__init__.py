@@ -7,6 +7,7 @@ Constants are checked once, when a layer is bound; a call checks only what may c
 from recalkv_vllm.ops.validation.calls import (
     check_attend,
     check_heads,
+    check_reconstruct,
     check_update,
     check_value_up,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "check_attend",
     "check_heads",
     "check_layer",
+    "check_reconstruct",
     "check_update",
     "check_value_up",
 ]

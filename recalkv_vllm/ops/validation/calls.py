@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from recalkv_vllm.band_format import CacheFormat
-from recalkv_vllm.ops.contract import Batch
+from recalkv_vllm.ops.contract import Batch, Pieces
 from recalkv_vllm.ops.validation.layer import LayerSignature
 from recalkv_vllm.ops.validation.require import (
     DTYPES,
@@ -58,15 +58,10 @@ def check_attend(
         require(False, "q", f"a multiple of {layer.num_kv_heads} heads", q.shape[1])
     if q.shape[0] and (q.stride(2) != 1 or q.stride(1) != layer.head_dim):
         require(False, "q", "the heads of a token contiguous", f"strides {q.stride()}")
-    rank = _check_cache(kv_cache, layer.latent_format)
-    if layer.latent_format is None and kv_cache.dtype != layer.dtype:
-        require_dtype(kv_cache, "kv_cache", layer.dtype)
-    if rank < layer.rank:
-        require(False, "kv_cache", f"a rank of {layer.rank} or more, for spans", rank)
+    _check_layers_cache(layer, kv_cache)
     _check_batch(batch, layer.device)
-    if q.device != layer.device or kv_cache.device != layer.device:
+    if q.device != layer.device:
         require_device(q, "q", layer.device)
-        require_device(kv_cache, "kv_cache", layer.device)
     if layer.check_values:
         _check_values(batch, q.shape[0], kv_cache, layer.max_position)
 
@@ -95,6 +90,46 @@ def check_value_up(
         require_device(o_lat, "o_lat", layer.device)
     if out_dtype is not None and out_dtype not in DTYPES:
         raise TypeError(f"out_dtype: expected one of {DTYPES}, found {out_dtype}")
+
+
+def check_reconstruct(
+    layer: LayerSignature,
+    kv_cache: torch.Tensor,
+    pieces: Pieces,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Check the arguments of ``reconstruct``; raises as :func:`check_layer` does."""
+    _check_layers_cache(layer, kv_cache)
+    require_shape(pieces.block_table, "block_table", "num_seqs", "max_blocks")
+    num_seqs = pieces.block_table.shape[0]
+    require_shape(pieces.positions, "positions", num_seqs)
+    require_shape(pieces.start_loc, "start_loc", num_seqs + 1)
+    for name, tensor in (
+        ("block_table", pieces.block_table),
+        ("positions", pieces.positions),
+        ("start_loc", pieces.start_loc),
+    ):
+        _check_indices(tensor, name, layer.device)
+    for name, tensor in (("keys", keys), ("values", values)):
+        require_shape(tensor, name, "tokens", layer.num_kv_heads, layer.head_dim)
+        require_dtype(tensor, name, layer.dtype)
+        require_device(tensor, name, layer.device)
+        if not tensor.is_contiguous():
+            require(False, name, "contiguous", f"strides {tensor.stride()}")
+        if tensor.shape[0] < pieces.num_tokens:
+            require(False, name, f"{pieces.num_tokens} rows, as pieces", tensor.shape[0])
+
+
+def _check_layers_cache(layer: LayerSignature, kv_cache: torch.Tensor) -> None:
+    """Check that a cache is one of the layer's latents."""
+    rank = _check_cache(kv_cache, layer.latent_format)
+    if layer.latent_format is None and kv_cache.dtype != layer.dtype:
+        require_dtype(kv_cache, "kv_cache", layer.dtype)
+    if rank < layer.rank:
+        require(False, "kv_cache", f"a rank of {layer.rank} or more, for spans", rank)
+    if kv_cache.device != layer.device:
+        require_device(kv_cache, "kv_cache", layer.device)
 
 
 def _check_cache(kv_cache: torch.Tensor, latent_format: CacheFormat | None) -> int:
@@ -134,12 +169,16 @@ def _check_batch(batch: Batch, device: torch.device) -> None:
         ("seq_lens", batch.seq_lens),
         ("query_start_loc", batch.query_start_loc),
     ):
-        if tensor.dtype != torch.int32:
-            require_dtype(tensor, name, torch.int32)
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            require(False, name, "a contiguous last dimension", f"strides {tensor.stride()}")
-        if tensor.device != device:
-            require_device(tensor, name, device)
+        _check_indices(tensor, name, device)
+
+
+def _check_indices(tensor: torch.Tensor, name: str, device: torch.device) -> None:
+    if tensor.dtype != torch.int32:
+        require_dtype(tensor, name, torch.int32)
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        require(False, name, "a contiguous last dimension", f"strides {tensor.stride()}")
+    if tensor.device != device:
+        require_device(tensor, name, device)
 
 
 def _check_values(

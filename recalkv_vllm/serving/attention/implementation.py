@@ -7,6 +7,8 @@ from torch import nn
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer
 
 from recalkv_vllm.ops import BatchLimits, LatentLayer, bind
+from recalkv_vllm.serving.attention.dense_prefill import DensePrefill
+from recalkv_vllm.serving.attention.flash_attention import flash_attention
 from recalkv_vllm.serving.attention.metadata import LatentMetadata
 from recalkv_vllm.serving.attention.page_width import own_slots
 
@@ -38,7 +40,15 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         self._v_width = layer.v_width
         self._ops = bind(layer)
         self._ops.reserve(self._limits)
+        self._dense = self._dense_prefill(layer)
         self.bound = True
+
+    def _dense_prefill(self, layer: LatentLayer) -> DensePrefill | None:
+        flash = flash_attention(layer.k_up.dtype, layer.head_dim, layer.soft_cap is not None)
+        if flash is None:
+            return None
+        capacity = 2 * self._limits.num_tokens
+        return DensePrefill(self._ops, layer, flash, self.num_heads, capacity)
 
     def warm_up(self, kv_cache: torch.Tensor) -> int:
         """Compile and load all kernels of the layer for its cache; returns how many were run."""
@@ -75,8 +85,26 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
             # Memory profiling: take what a real step takes, so that it is counted.
             o_lat = query.new_zeros(*query.shape[:2], self._v_width, dtype=torch.float32)
             output.copy_(self._ops.value_up(o_lat))
+            if self._dense is not None:
+                self._dense.profile(query)
             return output
         tokens = attn_metadata.num_actual_tokens
-        paged = own_slots(kv_cache, self._slot_width)
-        self._ops.attend_heads(query[:tokens], paged, attn_metadata.batch, out=output[:tokens])
+        self._attend(query[:tokens], own_slots(kv_cache, self._slot_width), attn_metadata, output)
         return output
+
+    def _attend(
+        self, q: torch.Tensor, paged: torch.Tensor, metadata: LatentMetadata, out: torch.Tensor
+    ) -> None:
+        """Head outputs of ``q`` into the first rows of ``out``."""
+        batch, prefills = metadata.batch, metadata.prefills
+        slices = None
+        if self._dense is not None and prefills is not None:
+            slices = self._dense.slices(prefills)
+        if self._dense is None or prefills is None or slices is None:
+            self._ops.attend_heads(q, paged, batch, out=out[: len(q)])
+            return
+        decoded = batch.num_decode_tokens
+        if decoded:
+            decodes = batch.first(batch.num_decodes)
+            self._ops.attend_heads(q[:decoded], paged, decodes, out=out[:decoded])
+        self._dense.attend(q[decoded:], paged, prefills, slices, out[decoded : len(q)])

@@ -60,6 +60,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             num_seqs=vllm_config.scheduler_config.max_num_seqs,
             decode_query_len=max_decode_query_len(vllm_config),
             seq_len=vllm_config.model_config.max_model_len,
+            num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         )
         self.impl = LatentAttentionImpl(num_heads, head_dim, scale, limits, self.slot_width)
         #: ``[num_blocks, 1, block_size, page_width]``, the layout that KV connectors expect.

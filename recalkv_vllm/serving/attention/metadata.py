@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from recalkv_vllm.ops import Batch
+from recalkv_vllm.serving.attention.prefills import Prefills
 
 
 @dataclass(slots=True)
@@ -24,10 +25,13 @@ class LatentMetadata(AttentionMetadata):
     Args:
         batch: what the kernels are told of it.
         num_actual_tokens: its tokens without padding.
+        prefills: its sequences that are not decodes, if there are any and the host knows their
+            lengths.
     """
 
     batch: Batch
     num_actual_tokens: int
+    prefills: Prefills | None = None
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
@@ -80,6 +84,11 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
                 max_decode_query_len=threshold,
                 max_seq_len=common.max_seq_len,
             )
-            built = LatentMetadata(batch, common.num_actual_tokens)
+            prefills = None
+            if num_decodes < batch.num_seqs and common.seq_lens_cpu_upper_bound is not None:
+                # vLLM's bound is exact but for decodes.
+                lengths_cpu = common.seq_lens_cpu_upper_bound
+                prefills = Prefills(batch, common.query_start_loc_cpu, lengths_cpu)
+            built = LatentMetadata(batch, common.num_actual_tokens, prefills)
             common._recalkv_metadata = built
         return built

@@ -10,12 +10,16 @@ from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope impo
 )
 
 
-def position_table(rotary: Any) -> tuple[torch.Tensor, bool]:
+def position_table(rotary: Any) -> tuple[torch.Tensor | None, bool]:
     """``cos_sin_cache: [max_position, rot_dim]`` whose row is a position, and RoPE's pairing.
+
+    None in place of the table for a layer without RoPE.
 
     LongRoPE keeps a table for short and one for long contexts; vLLM fixes which by the longest
     request that it accepts, so that cached keys never change.
     """
+    if rotary is None:
+        return None, True
     if isinstance(rotary, Phi3LongRoPEScaledRotaryEmbedding):
         split, tables = rotary.original_max_position_embeddings, rotary.long_short_cos_sin_cache
         assert isinstance(tables, torch.Tensor)

@@ -7,17 +7,20 @@ vLLM's models to serve one would cost seconds in every process.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import (
+    get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.distributed.utils import get_pp_indices
 
 from recalkv_vllm.band_format import stored_format, token_bytes
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
@@ -31,13 +34,20 @@ from recalkv_vllm.serving.model.reload import (
     reloading,
 )
 from recalkv_vllm.serving.model.self_attention import LatentSelfAttention
+from recalkv_vllm.serving.model.stock_attention import StockParts, stock_parts
+from recalkv_vllm.serving.model.transformers_backend import (
+    RotaryTable,
+    TransformersSelfAttention,
+    of_transformers,
+    transformers_parts,
+)
 from recalkv_vllm.serving.model.weights import (
     base_weights,
     come_from_files,
     file_factors,
+    forget_fused_projections,
     in_factors_order,
     sent_weights,
-    without_kv_projections,
 )
 from recalkv_vllm.serving.names import ARCHITECTURES
 from recalkv_vllm.serving.sharding import shard_latent
@@ -84,11 +94,7 @@ class LatentAttentionMixin(_Stock):
     model: Any
 
     def __init_subclass__(cls) -> None:
-        cls.hf_to_vllm_mapper = without_kv_projections(cls.hf_to_vllm_mapper)
-        cls.packed_modules_mapping = {
-            fused: parts for fused, parts in cls.packed_modules_mapping.items()
-            if fused != "qkv_proj"
-        }  # fmt: skip
+        forget_fused_projections(cls)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         with _stock_attention_backend(vllm_config):
@@ -97,18 +103,21 @@ class LatentAttentionMixin(_Stock):
         self.recalkv_config = RecalkvConfig.from_hf_config(hf_config)
         self.recalkv_geometry = AttentionGeometry.from_hf_config(hf_config)
         self.recalkv_vllm_config = vllm_config
-        if mapper := getattr(self.model, "hf_to_vllm_mapper", None):
-            self.model.hf_to_vllm_mapper = without_kv_projections(mapper)
+        # Some classes make these for each model.
+        forget_fused_projections(self)
+        forget_fused_projections(self.model)
         served = served_config(
             self.recalkv_config,
             vllm_config.cache_config.cache_dtype,
             model_dtype(vllm_config.model_config),
         )
         widths = page_widths(served, self.recalkv_geometry, hf_config)
+        attention, parts_of = self._attention()
         for i in self._served_layers():
             layer = self.model.layers[i]
-            layer.self_attn = LatentSelfAttention(
+            layer.self_attn = attention(
                 layer.self_attn,
+                parts_of(layer.self_attn),
                 served.layers[i],
                 self.recalkv_geometry,
                 vllm_config,
@@ -147,7 +156,21 @@ class LatentAttentionMixin(_Stock):
                 layer.bind_factors(model_dtype(model_config))
         return loaded
 
+    def _attention(self) -> tuple[type[LatentSelfAttention], Callable[[Any], StockParts]]:
+        """The class that replaces attention modules, and what finds the parts of a stock one."""
+        head_dim = self.recalkv_geometry.head_dim
+        if not of_transformers(self.model):
+            return LatentSelfAttention, partial(stock_parts, head_dim=head_dim)
+        rotary = RotaryTable(self.model, self.recalkv_vllm_config.model_config.max_model_len)
+        return TransformersSelfAttention, partial(
+            transformers_parts, head_dim=head_dim, rotary=rotary
+        )
+
     def _served_layers(self) -> range:
+        if of_transformers(self.model):
+            group = get_pp_group()
+            num_layers = self.recalkv_geometry.num_layers
+            return range(*get_pp_indices(num_layers, group.rank_in_group, group.world_size))
         return range(self.model.start_layer, self.model.end_layer)
 
     def _open_factors(self) -> FactorReader:

@@ -21,6 +21,8 @@ from recalkv_vllm.ops import LatentLayer
 from recalkv_vllm.serving.attention.layer import LatentAttention
 from recalkv_vllm.serving.attention.rotary import position_table, rotate_queries
 from recalkv_vllm.serving.model.factor_layers import LatentDown, PerHead
+from recalkv_vllm.serving.model.stock_attention import StockParts
+from recalkv_vllm.serving.model.stock_layer import check_stock_layer
 from recalkv_vllm.serving.sharding import shard_latent
 
 
@@ -31,12 +33,15 @@ class LatentSelfAttention(nn.Module):
     before RoPE. It takes the stock module's parts and drops its fused ``qkv_proj``.
 
     Args:
+        stock: the module that it replaces.
+        parts: what that module's forward uses.
         uniform_format: how all layers' latents are stored, of a layout without bands.
     """
 
     def __init__(
         self,
         stock: Any,
+        parts: StockParts,
         layout: LatentLayout,
         geometry: AttentionGeometry,
         vllm_config: VllmConfig,
@@ -55,7 +60,8 @@ class LatentSelfAttention(nn.Module):
         qkv_bias = stock.qkv_proj.bias is not None
         self.shard = shard
         self.head_dim = head_dim
-        self.rotary_emb = stock.rotary_emb
+        # Some models have layers without RoPE.
+        self.rotary_emb = parts.rotary_emb
         self.o_proj = stock.o_proj
         self.q_proj = ColumnParallelLinear(
             hidden_size,
@@ -71,12 +77,13 @@ class LatentSelfAttention(nn.Module):
         self.k_bias = PerHead(heads, num_heads, head_dim) if qkv_bias else None
         self.v_bias = PerHead(heads, num_heads, head_dim) if qkv_bias else None
         # Norms of single heads, where the model has them: queries' runs here, keys' in attention.
-        self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+        self.q_norm, self.k_norm = parts.q_norm, parts.k_norm
         del vllm_config.compilation_config.static_forward_context[name]
         self.scale = stock.scaling
         self.soft_cap = vllm_config.model_config.hf_config.to_dict().get("attn_logit_softcapping")
+        check_stock_layer(stock.attn, self.scale, self.soft_cap)
         self.attn = LatentAttention(
-            stock.num_heads,
+            stock.attn.num_heads,
             head_dim,
             stock.scaling,
             shard.rank,
@@ -122,6 +129,8 @@ class LatentSelfAttention(nn.Module):
         latent, _ = self.down(hidden_states)
         if self.q_norm is not None:
             q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-        q = rotate_queries(self.rotary_emb, positions, q, self.head_dim)
-        output, _ = self.o_proj(self.attn(q, latent))
-        return output
+        if self.rotary_emb is not None:
+            q = rotate_queries(self.rotary_emb, positions, q, self.head_dim)
+        output = self.o_proj(self.attn(q, latent))
+        # vLLM's projections return a bias beside it, unless asked not to.
+        return output if isinstance(output, torch.Tensor) else output[0]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import GeneratorType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from vllm.model_executor.models.utils import WeightsMapper
@@ -41,9 +41,21 @@ def without_kv_projections(mapper: WeightsMapper) -> WeightsMapper:
             re.compile(r"\.self_attn\.(k|v)_proj\."): None,
         },
         orig_to_new_stacked={
-            old: new for old, new in mapper.orig_to_new_stacked.items() if new[0] != ".qkv_proj"
+            old: new
+            for old, new in mapper.orig_to_new_stacked.items()
+            if not new[0].endswith(".qkv_proj")
         },
     )
+
+
+def forget_fused_projections(owner: Any) -> None:
+    """Of a class or a model: queries, keys and values are not one ``qkv_proj`` any more."""
+    if mapper := getattr(owner, "hf_to_vllm_mapper", None):
+        owner.hf_to_vllm_mapper = without_kv_projections(mapper)
+    if packed := getattr(owner, "packed_modules_mapping", None):
+        owner.packed_modules_mapping = {
+            fused: parts for fused, parts in packed.items() if fused != "qkv_proj"
+        }
 
 
 def come_from_files(weights: Weights) -> bool:

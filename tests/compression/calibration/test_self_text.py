@@ -13,7 +13,7 @@ from recalkv_vllm.compression.calibration import self_text
 from recalkv_vllm.compression.calibration.prompts import Prompts
 from recalkv_vllm.compression.calibration.self_text import ROWS, sample, sample_self, write_batch
 from recalkv_vllm.compression.errors import InputError, OutputError
-from recalkv_vllm.compression.progress import Forecast
+from recalkv_vllm.compression.progress import Stage
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def prompts_of(*kinds: list[list[int]], end: int | None = None) -> Prompts:
 
 
 def rows_of(model, prompts: Prompts, tokens: int, seed: int = 0) -> list[list[int]]:
-    return write_batch(model, prompts, 0, tokens, seed, Forecast("", 1)).tolist()
+    return write_batch(model, prompts, 0, tokens, seed, Stage("", 1)).tolist()
 
 
 def test_same_seed_same_samples(load, tiny_tokenizer, tmp_path):
@@ -103,7 +103,7 @@ def test_ends_are_those_of_tokenizer_and_model(load):
 def test_long_samples_are_several_rows(tiny_tokenizer, monkeypatch, tmp_path, seq_len):
     written = []
 
-    def write(model, prompts, batch, row_tokens, seed, forecast):
+    def write(model, prompts, batch, row_tokens, seed, stage):
         written.append(row_tokens)
         first = batch * ROWS * row_tokens
         return torch.arange(first, first + ROWS * row_tokens).view(ROWS, row_tokens)

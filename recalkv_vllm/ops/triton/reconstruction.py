@@ -1,0 +1,76 @@
+"""From pieces of cached sequences to the launch that reconstructs their keys and values."""
+
+from __future__ import annotations
+
+import torch
+
+from recalkv_vllm.band_format import BandFormat
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.columns import runs_of_span, streams_of
+from recalkv_vllm.kernels.reconstruction import reconstruct_tokens
+from recalkv_vllm.ops.contract import LatentLayer, Pieces
+from recalkv_vllm.ops.triton.launch import Launch
+from recalkv_vllm.ops.triton.layout import kernel_constants, pack_heads
+
+#: Of what a layer fixes, that which the kernel takes.
+CONSTANTS = (
+    *("k_up", "k_bias", "k_norm_weight", "first_columns", "first_codes", "head_columns"),
+    *("rope_table", "stride_rope", "norm_eps", "HEAD_DIM", "DIM", "ROT_HALF", "K_WIDTH"),
+    *("V_WIDTH", "CODEC", "SCALE_SHIFT", "CODE_UNIT"),
+)
+
+
+class Reconstruction:
+    """Dense keys and values of one layer."""
+
+    def __init__(self, layer: LatentLayer):
+        constants = kernel_constants(layer)
+        dim, columns = constants["DIM"], torch.arange(layer.head_dim)
+        self.latent_format = layer.latent_format
+        self.num_kv_heads = layer.num_kv_heads
+        bands = layer.latent_format if isinstance(layer.latent_format, BandFormat) else None
+        self.config = heuristics.reconstruction_config(dim, layer.k_up.element_size())
+        self.constants = {name: constants[name] for name in CONSTANTS} | {
+            "v_up": pack_heads(layer.v_up, columns, dim),
+            "v_bias": None if layer.v_bias is None else pack_heads(layer.v_bias, columns, dim),
+            "NUM_KV_HEADS": layer.num_kv_heads,
+            "K_STREAMS": streams_of(runs_of_span(layer.k_spans[0], bands), self.config.stream),
+            "V_STREAMS": streams_of(runs_of_span(layer.v_spans[0], bands), self.config.stream),
+            "TILE": self.config.tile,
+            "STAGES": self.config.stages,
+        }
+
+    def launch(
+        self, kv_cache: torch.Tensor, pieces: Pieces, keys: torch.Tensor, values: torch.Tensor
+    ) -> Launch:
+        """See :meth:`BoundLayer.reconstruct`."""
+        codes, scales, rank = kv_cache, None, 0
+        if self.latent_format is not None:
+            codes, scales = self.latent_format.split_cache(kv_cache)
+            rank = self.latent_format.rank_of(kv_cache.shape[2])
+        num_pieces = pieces.positions.shape[0]
+        tiles = pieces.num_tokens // self.config.tile + num_pieces
+        return Launch(
+            reconstruct_tokens,
+            (tiles * self.num_kv_heads,),
+            {
+                **self.constants,
+                "kv_cache": codes,
+                "scales": scales,
+                "block_table": pieces.block_table,
+                "positions": pieces.positions,
+                "start_loc": pieces.start_loc,
+                "keys": keys,
+                "values": values,
+                "num_pieces": num_pieces,
+                "stride_block": codes.stride(0),
+                "stride_slot": codes.stride(1),
+                "stride_scale_block": 0 if scales is None else scales.stride(0),
+                "stride_scale_slot": 0 if scales is None else scales.stride(1),
+                "stride_table": pieces.block_table.stride(0),
+                "BLOCK_SIZE": kv_cache.shape[1],
+                "RANK": rank,
+            },
+            self.config.warps,
+            self.config.stages,
+        )

@@ -1,0 +1,96 @@
+"""Model types that vLLM serves and we do not, and why; the offline tool and the page say so."""
+
+from __future__ import annotations
+
+#: Reason, and the types of models that it holds for.
+REASONS = {
+    "norms over all heads of a token at once, which mix heads that are reconstructed separately": (
+        "flex_olmo",
+        "minimax_m2",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+    ),
+    "norms of queries and keys after RoPE": (
+        "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "nanochat",
+    ),
+    "attention sinks": ("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"),
+    "gates on what attention gives": ("afmoe", "laguna"),
+    "scales that depend on the position": ("llama4", "llama4_text", "ministral3"),
+    "a RoPE of its own for each kind of layer, in a model that vLLM runs by transformers": (
+        "mellum",
+    ),
+    "layers that share another layer's cache": (
+        "gemma3n",
+        "gemma3n_text",
+        "gemma4",
+        "gemma4_text",
+    ),
+    "layers without attention": (
+        "bamba",
+        "falcon_h1",
+        "granitemoehybrid",
+        "jamba",
+        "kimi_linear",
+        "lfm2",
+        "lfm2_moe",
+        "nemotron_h",
+        "olmo_hybrid",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+        "zamba2",
+    ),
+    "a cache of latents already (MLA)": (
+        "axk1",
+        "deepseek_v2",
+        "deepseek_v3",
+        "glm4_moe_lite",
+        "longcat_flash",
+        "minicpm3",
+        "mistral4",
+        "youtu",
+    ),
+    "language models within models of several modalities": (
+        "gemma3",
+        "glm4v",
+        "internvl",
+        "llava",
+        "llava_next",
+        "mistral3",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+    ),
+    "projections under other names than q_proj, k_proj, v_proj and o_proj": (
+        "bloom",
+        "dbrx",
+        "falcon",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gptj",
+        "mpt",
+        "opt",
+        "persimmon",
+        "phi",
+    ),
+    "code that comes with the model: transformers has no class, and none is downloaded": (
+        "bailing_moe",
+        "exaone",
+        "internlm2",
+        "internlm3",
+        "mimo",
+        "minicpm",
+        "orion",
+        "telechat2",
+    ),
+}
+
+#: By the ``model_type`` of a Hugging Face config.
+REFUSED = {
+    model_type: reason for reason, model_types in REASONS.items() for model_type in model_types
+}

@@ -1,0 +1,1 @@
+"""The page that ``recalkv report`` writes about a checkpoint."""
