@@ -101,6 +101,7 @@ setup(
         "recalkv_vllm.kernels",
         "recalkv_vllm.kernels.heuristics",
         "recalkv_vllm.benchmarks",
+        "recalkv_vllm.benchmarks.peers",
     ],
     # Top-level modules called "kernels" or "benchmarks" would shadow another project's.
     package_dir={"recalkv_vllm.kernels": "kernels", "recalkv_vllm.benchmarks": "benchmarks"},

@@ -28,11 +28,13 @@ class Row:
     compression: float
     latent_dtype: str = "bf16"
     k_group_size: int | None = None
+    heal: bool = False
 
     @property
     def name(self) -> str:
         size = "" if self.k_group_size is None else f"-s{self.k_group_size}"
-        return f"{self.method}{size}-{self.latent_dtype}-{self.compression}"
+        healed = "-healed" if self.heal else ""
+        return f"{self.method}{size}-{self.latent_dtype}-{self.compression}{healed}"
 
     def arguments(self) -> list[str]:
         options = ["--method", self.method, "--compression", str(self.compression)]
@@ -40,7 +42,7 @@ class Row:
         options += ["--latent-dtype", self.latent_dtype, "--target", "none"]
         if self.k_group_size is not None:
             options += ["--k-group-size", str(self.k_group_size)]
-        return options
+        return [*options, "--heal"] if self.heal else options
 
 
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)

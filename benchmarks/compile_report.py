@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -80,10 +81,10 @@ class Case:
 
 
 def falling_bands(latent: Latent) -> BandFormat:
-    """Bands of 6, 4, 3 and 2 bits in every span: both kinds with two planes, and many chunks."""
+    """Bands of 6, 4, 3 and 2 bits in every region: both kinds with two planes, and many chunks."""
     bands: list[Band] = []
-    for span in sorted({*latent.k_spans, *latent.v_spans}):
-        blocks = span.width // BLOCK_COLUMNS
+    for region in latent.regions:
+        blocks = region.width // BLOCK_COLUMNS
         bands += bands_of([(6, 4, 3, 2)[4 * i // blocks] for i in range(blocks)])
     return BandFormat(tuple(bands))
 
@@ -191,6 +192,16 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def tiles_per_round(loop: Loop, arguments: dict[str, Any]) -> int:
+    """How many tiles a round of the loop does: compilers for ``tcgen05`` do two at times, which
+    its products tell."""
+    heads, dim, v_block = (arguments[name] for name in ("HEADS", "DIM", "V_BLOCK"))
+    depth = arguments["STREAM"] or arguments["K_WIDTH"]
+    keys_and_scores = heads * (depth + dim) // 16
+    values = arguments["TILE"] // 16 * -(-v_block // 128)
+    return max(1, round(loop.thread_products / (keys_and_scores + values)))
+
+
 def compile_row(case: Case, mode: str, arch: int, launch: Launch) -> Row:
     compiled = launch.compile()
     cubin = compiled.asm["cubin"]
@@ -214,7 +225,9 @@ def compile_row(case: Case, mode: str, arch: int, launch: Launch) -> Row:
         spills,
         compiled.metadata.shared,
         ", ".join(name for name in TENSOR_CORE if name in ptx),
-        loop.instructions * launch.warps / tile if tile else 0.0,
+        loop.instructions * launch.warps / (tile * tiles_per_round(loop, launch.arguments))
+        if tile
+        else 0.0,
         loop.spills,
     )
 

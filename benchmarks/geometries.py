@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,10 @@ class Geometry:
         return context * batch * self.dense_width * dtype.itemsize
 
 
-SPANS = ("split", "shared-v", "joint")
+SPANS = ("split", "shared-v", "joint", "nested")
+#: Columns that keys read of a nested span: this share of them, and this many at most.
+NESTED_SHARE = 0.75
+NESTED_KEYS = 192
 GEOMETRIES = {
     geometry.name: geometry
     for geometry in (
@@ -62,6 +66,12 @@ class Latent:
     def v_width(self) -> int:
         return self.v_spans[0].width
 
+    @property
+    def regions(self) -> tuple[Span, ...]:
+        """Disjoint and sorted: columns that the same spans read."""
+        cuts = sorted({edge for span in (*self.k_spans, *self.v_spans) for edge in span})
+        return tuple(Span(a, b) for a, b in itertools.pairwise(cuts))
+
 
 def _row(groups: int, width: int, start: int) -> tuple[Span, ...]:
     return tuple(Span(start + i * width, start + (i + 1) * width) for i in range(groups))
@@ -73,7 +83,7 @@ def latent_of(geometry: Geometry, compression: float, group_size: int, spans: st
     Args:
         spans: ``split`` gives keys and values half of the latent each, ``shared-v`` the same with
             one V span that all heads read; with ``joint`` a group's keys and values read the same,
-            twice as wide span.
+            twice as wide span, of which ``nested`` keys read the first columns only.
     """
     groups = geometry.num_kv_heads // group_size
 
@@ -81,9 +91,13 @@ def latent_of(geometry: Geometry, compression: float, group_size: int, spans: st
         elements = (1 - compression) * geometry.dense_width * share / count
         return max(1, int(elements / SPAN_MULTIPLE + 1e-9)) * SPAN_MULTIPLE
 
-    if spans == "joint":
+    if spans in ("joint", "nested"):
         both = _row(groups, width(groups, 1.0), 0)
-        return Latent(both[-1].end, both, both)
+        keys = both[0].width
+        if spans == "nested":
+            share = int(NESTED_SHARE * keys) // SPAN_MULTIPLE * SPAN_MULTIPLE
+            keys = max(SPAN_MULTIPLE, min(NESTED_KEYS, share))
+        return Latent(both[-1].end, tuple(Span(a, a + keys) for a, _ in both), both)
     k_spans = _row(groups, width(groups, 0.5), 0)
     v_count = 1 if spans == "shared-v" else groups
     v_spans = _row(v_count, width(v_count, 0.5), k_spans[-1].end)

@@ -19,6 +19,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from recalkv_vllm.band_format import BLOCK_COLUMNS
+from recalkv_vllm.cost import GPUS
+from recalkv_vllm.cost.gpu import issue_seconds, memory_seconds
 from recalkv_vllm.ops.cuda.hopper import HOPPER_COLUMN_TILES, HOPPER_V_TILES
 from recalkv_vllm.ops.cuda.plan import HEAD_DIMS
 
@@ -27,12 +30,6 @@ from .sass_paths import Code
 
 ELEMENTS = ("BFloat16", "Float16")
 ARCH = "sm_90a"
-#: Of an H100 by its data sheet: bytes from memory per clock and multiprocessor.
-BYTES_PER_CLOCK = 3.35e12 / 132 / 1.755e9
-#: What predictions assume: the share of that rate which is reached, and instructions per clock that
-#: each of a multiprocessor's four schedulers issues.
-MEMORY_SHARE = 0.87
-ISSUE_RATE = 0.6
 #: Copies that a tile at an edge of what is seen takes: with a predicate, by which they are zeros,
 #: and of scales one by one.
 EDGE_COPY = re.compile(r"LDGSTS.*, !?P\d|STS\.U8")
@@ -98,6 +95,13 @@ class Layout:
     k_bits: tuple[int, ...] = ()
     v_bits: tuple[int, ...] = ()
 
+    @property
+    def own_columns(self) -> int:
+        """Of the V span, those that K does not read."""
+        if self.kernel.bands:
+            return BLOCK_COLUMNS * len(self.v_bits)
+        return self.row_bytes // 2 - self.k_width
+
 
 PLAIN = HopperInstantiation("BFloat16", 128, 1, 8, True, False)
 CODED = HopperInstantiation("BFloat16", 128, 1, 8, True, True)
@@ -128,11 +132,10 @@ def predicted_time(layout: Layout, instructions: int) -> float:
 
     The larger one of the times that memory and issuing take; nothing of it was measured.
     """
-    scales = len(layout.k_bits) + len(layout.v_bits)
-    rate = BYTES_PER_CLOCK * MEMORY_SHARE
-    memory = 64 * (layout.row_bytes + scales) / rate
-    dense = 64 * 2 * 2 * layout.kernel.head_dim / rate
-    return max(memory, instructions / 4 / ISSUE_RATE) / dense
+    gpu, scales = GPUS["h100"], len(layout.k_bits) + len(layout.v_bits)
+    memory = memory_seconds(64 * (layout.row_bytes + scales), gpu)
+    dense = memory_seconds(64 * 2 * 2 * layout.kernel.head_dim, gpu)
+    return max(memory, issue_seconds(instructions, gpu)) / dense
 
 
 def instantiations() -> Iterator[HopperInstantiation]:

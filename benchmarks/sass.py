@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -15,12 +16,27 @@ LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 
 
+#: Matrix products of a warp, of a group of four, and of one thread for all.
+WARP_PRODUCT = "HMMA.16816."
+GROUP_PRODUCT = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\.")
+THREAD_PRODUCT = "UTCHMMA"
+
+
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """The longest loop: instructions of one round, and those of them that reach for spills."""
+    """The longest loop: what one round of it consists of.
+
+    Args:
+        instructions: all.
+        spills: of them, those that reach for spills.
+        warp_flop: of matrix products, those of four warps counted a quarter for each.
+        thread_products: matrix products that one thread issues, whose sizes are not told.
+    """
 
     instructions: int
     spills: int
+    warp_flop: float = 0.0
+    thread_products: int = 0
 
 
 def longest_loop(sass: str) -> Loop:
@@ -33,7 +49,19 @@ def longest_loop(sass: str) -> Loop:
         target = int(found[1], 16) if found else address
         if target < address and i - place[target] >= len(longest):
             longest = [each for _, each in code[place[target] : i + 1]]
-    return Loop(len(longest), sum("LDL" in each or "STL" in each for each in longest))
+    return Loop(
+        len(longest),
+        sum("LDL" in each or "STL" in each for each in longest),
+        sum(map(_product_flop, longest)),
+        sum(THREAD_PRODUCT in each for each in longest),
+    )
+
+
+def _product_flop(text: str) -> float:
+    if WARP_PRODUCT in text:
+        return 2.0 * 16 * 8 * 16
+    found = GROUP_PRODUCT.search(text)
+    return 2 * math.prod(map(int, found.groups())) / 4 if found else 0.0
 
 
 @cache

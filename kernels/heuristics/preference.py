@@ -1,4 +1,4 @@
-"""Which kernel decodes a layer where both can: the CUDA C++ one or Triton's."""
+"""Whether the CUDA C++ kernel that all devices have decodes a layer, or Triton's."""
 
 from __future__ import annotations
 
@@ -10,23 +10,15 @@ from recalkv_vllm.kernels.heuristics.targets import WIDE_MMA, Target
 WIDE_TILE = 64
 
 
-def prefers_cuda(shape: AttentionShape, target: Target, queries: int, for_hopper: bool) -> bool:
+def prefers_cuda(shape: AttentionShape, target: Target, queries: int) -> bool:
     """Whether CUDA C++ decodes a layer, ``queries`` per sequence at most.
 
-    Args:
-        for_hopper: by its kernel for Hopper. That one reads a latent once per KV head and so is for
-            K groups of one head, for which it issues less than half of Triton's instructions, or
-            a quarter of them where latents are in bands.
-
-    The other kernel multiplies by ``mma.sync``, whose operands every warp loads into registers, and
+    Its kernel multiplies by ``mma.sync``, whose operands every warp loads into registers, and
     so does Triton up to sm_89 and on sm_120. From sm_90 on, Triton's ``wgmma`` and ``tcgen05`` read
     them from shared memory, which takes fewer instructions per token; but not in the narrow tiles
     of spans too wide for it, where eight warps issue several times as many. They are counted by
-    ``python -m recalkv_vllm.benchmarks.compile_report`` and ``hopper_report``; no kernel has been
-    timed.
+    ``python -m recalkv_vllm.benchmarks.compile_report``; no kernel has been timed.
     """
-    if for_hopper:
-        return shape.k_group_size == 1
     if target.family not in WIDE_MMA:
         return True
     return attention_config(shape, target, queries).tile < WIDE_TILE

@@ -151,13 +151,17 @@ def _fits_ragged_widths(shape: AttentionShape, config: AttentionConfig, rule: Ru
 
 
 def _fits_hopper(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:
-    """Where the tile-local rotation costs 8 to 88 bytes with the ptxas of Triton 3.7."""
+    """Where the tile-local rotation costs 8 to 88 bytes with the ptxas of Triton 3.7 or 3.9."""
     if not rule.local_rope:
         return True
     joint = shape.shared_columns == shape.k_width == config.v_block
     if joint and ragged(config.v_block) and shape.k_width * shape.dim >= 96 * 128:
         return False
     if joint and shape.code_bits is not None and shape.k_width > 64:
+        return False
+    # Nested spans whose keys end within wgmma's 64 columns, the chunks of which are not V's.
+    nested = 0 < shape.shared_columns == shape.k_width < config.v_block
+    if nested and ragged(shape.k_width) and shape.code_bits is None:
         return False
     return not shape.key_norm or tile_columns(shape, config) <= 256
 

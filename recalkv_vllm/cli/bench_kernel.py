@@ -38,10 +38,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--spans",
         nargs="+",
-        choices=("split", "shared-v", "joint"),
+        choices=("split", "shared-v", "joint", "nested"),
         default=["split"],
         help="how K and V groups share a latent; split: disjoint spans; shared-v: disjoint spans, "
-        "and all heads read one V span; joint: K and V read the same span",
+        "and all heads read one V span; joint: K and V read the same span; nested: K reads the "
+        "first columns of V's span",
     )
     add(
         "--latent-dtype",

@@ -43,7 +43,7 @@ def run_perplexity(options: argparse.Namespace, directory: Path) -> dict[str, An
         part = slice(begin, begin + len(own))
         begin += len(own)
         found, *base = (
-            describe_losses(model, of[part]) for model, of in zip(models, losses, strict=True)
+            describe_losses(f"model {model}", of[part]) for model, of in zip(models, losses, strict=True)
         )
         compared = compare_losses(found, base[0]) if base else found
         results.append({"dataset": name, "seq_len": options.seq_len, **compared})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from recalkv_vllm.compression.errors import check_least
     from recalkv_vllm.compression.explore import explore
     from recalkv_vllm.compression.output.figure import check_plot
-    from recalkv_vllm.compression.ranks.decode_time import ridge_of
 
     began = time.monotonic()
     check_least(options, block_size=1)
@@ -82,11 +80,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         compress_options(options, **others), options.compression, options.latent_dtype
     )
     job = explored[0].job
-    ridge = ridge_of(job.target)
     result = {
         "model": options.model,
-        "target": job.target,
-        "flop_per_byte": ridge if math.isfinite(ridge) else None,
+        "target": str(job.target),
         "dense": dense,
         "rows": [row_of(options, each) for each in explored],
         "command": compress_command(

@@ -24,7 +24,7 @@ def plot_front(result: dict[str, Any], path: Path) -> None:
     """
     rows = result["rows"]
     panels = {"removed": "KV cache removed, %"}
-    if result["flop_per_byte"] is not None:
+    if rows[0]["relative_decode_time"] is not None:
         panels["relative_decode_time"] = "predicted decode time of attention, % of dense"
     figure = new_figure(figsize=(5.5 * len(panels) + 1, 5.5))
     formats = list(dict.fromkeys(row["latent_dtype"] for row in rows))

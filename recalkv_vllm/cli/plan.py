@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "plan",
         help="show how many tokens and requests fit, dense and compressed",
         description="Compute KV-cache capacity from the config.json of a model or checkpoint. "
-        "No weights are loaded.",
+        "No weights are loaded. Decode time is that of attention at 32k tokens, predicted.",
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
@@ -45,6 +45,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         default="auto",
         help="dtype of weights and unquantized caches; auto: the model's own",
     )
+    add(
+        "--target",
+        default="auto",
+        metavar="NAME",
+        help="device to predict decode time for: h100, h200, a100, l40s, b200, cpu-amx or cpu; "
+        "auto: the one at hand, a CPU by its measured rates; none: no prediction",
+    )
     return parser
 
 
@@ -58,10 +65,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from recalkv_vllm.compression.base_model.find import find_model
     from recalkv_vllm.compression.errors import InputError, check_least
     from recalkv_vllm.compression.ranks.cpu_rates import cpu_rates
-    from recalkv_vllm.compression.ranks.targets import chosen_target
+    from recalkv_vllm.compression.ranks.decode_time import model_decode_time
+    from recalkv_vllm.compression.ranks.targets import parse_target
+    from recalkv_vllm.cost import Cpu
     from recalkv_vllm.serving import capacity
 
     check_least(options, max_model_len=1, tensor_parallel_size=1, block_size=1)
+    target = parse_target(options.target)
+    device, rates = target.device, None
+    if options.target == "auto" and isinstance(device, Cpu):
+        rates = cpu_rates()
+        device = Cpu(rates.flop_per_s, rates.bytes_per_s, device.stock_flop_per_byte)
     directory = find_model(options.model)
     hf_config = read_hf_config(directory)
     geometry = AttentionGeometry.from_hf_config(hf_config)
@@ -99,14 +113,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 )
             ),
         }
-    target = chosen_target("auto")
+    supposed = recalkv is not None and "recalkv" not in hf_config
+    time = None
+    if recalkv is not None and device is not None and not supposed:
+        time = model_decode_time(recalkv.layers, recalkv.latent_format, geometry, device)
     return {
         "model": options.model,
-        "target": target,
-        "cpu": asdict(cpu_rates()) if target.startswith("cpu") else None,
+        "target": target.name,
+        "cpu": asdict(rates) if rates is not None else None,
+        "relative_decode_time": time,
         "max_model_len": options.max_model_len,
         "tensor_parallel_size": tp_size,
-        "supposed": recalkv is not None and "recalkv" not in hf_config,
+        "supposed": supposed,
         **{key: {kind: plan[key] for kind, plan in plans.items()} for key in plans["dense"]},
     }
 
@@ -133,11 +151,16 @@ def show(result: dict[str, Any]) -> None:
     for label, cells in rows.items():
         table.add_row(label, *cells)
     Console().print(table)
-    print(f"this machine: --target {result['target']}{_rates(result['cpu'])}")
+    print(f"--target {result['target']}{_rates(result['cpu'])}{_time(result)}")
     if result["supposed"]:
         print("compressed: an estimate; this model has not been compressed yet")
     elif "compressed" not in result["kv_cache_tokens"]:
         print("compressed: pass --compression, or a compressed checkpoint")
+
+
+def _time(result: dict[str, Any]) -> str:
+    time = result["relative_decode_time"]
+    return "" if time is None else f": decoding takes {time:.2f} of the dense cache's time"
 
 
 def _rates(cpu: dict[str, float] | None) -> str:

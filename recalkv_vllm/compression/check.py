@@ -17,7 +17,7 @@ from recalkv_vllm.compression.methods import METHODS, KfacBands, Method, MethodO
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.output.atomic_directory import check_absent
 from recalkv_vllm.compression.plan import Budget, ModelPlan
-from recalkv_vllm.compression.ranks.targets import chosen_target, flop_per_byte
+from recalkv_vllm.compression.ranks.targets import Target, parse_target
 
 #: What a budget of loss chooses from.
 LOSS_BUDGET_COMPRESSIONS = tuple(percent / 100 for percent in range(1, 100))
@@ -40,7 +40,7 @@ class Job:
         method: with the options' settings.
         budget: of the compressed cache.
         device: where to calibrate.
-        target: the device that reconstruction is limited for.
+        target: the device to serve on, and how long decoding may take there.
     """
 
     options: CompressOptions
@@ -49,7 +49,7 @@ class Job:
     method: Method[Any]
     budget: Budget
     device: str
-    target: str
+    target: Target
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,7 +108,7 @@ def check_inputs(options: CompressOptions) -> Job:
     model.architecture  # noqa: B018 (refuses what is not supported)
     if model.weight_format is not None:
         check_weights_stay(options)
-    target = chosen_target(options.target)
+    target = parse_target(options.target)
     method = choose_method(
         options, compression, model.geometry, target, model.weight_format is None
     )
@@ -193,7 +193,7 @@ def choose_method(
     options: CompressOptions,
     compression: float,
     geometry: AttentionGeometry,
-    target: str,
+    target: Target,
     allow_head_reordering: bool = True,
 ) -> Method[Any]:
     """The method that the options name, its settings checked against the model.
@@ -202,7 +202,7 @@ def choose_method(
         options: of the command line.
         compression: fraction of the KV cache to remove.
         geometry: of the model.
-        target: as :func:`chosen_target` gives it.
+        target: as :func:`parse_target` gives it.
         allow_head_reordering: see :class:`MethodOptions`.
 
     Raises:
@@ -217,7 +217,7 @@ def choose_method(
         options.v_groups,
         options.rank_allocation,
         options.spans,
-        flop_per_byte(target),
+        target,
         allow_head_reordering,
     )
     method = KfacBands if latent_dtype(options, compression) == "bands" else METHODS[options.method]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,6 @@ from recalkv_vllm.compression.methods.base import divisors
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.pipeline import load_layers
 from recalkv_vllm.compression.plan import ModelPlan
-from recalkv_vllm.compression.ranks.decode_time import relative_decode_time, ridge_of
 from recalkv_vllm.compression.ranks.front import on_front
 
 log = logging.getLogger(__name__)
@@ -108,7 +106,7 @@ def reachable_jobs(
                     compression=compression,
                     latent_dtype=latent_dtype,
                     k_group_size=size,
-                    target=base.target,
+                    target=str(base.target),
                 )
                 method = choose_method(own, compression, geometry, base.target, keeps_order)
                 job = replace(base, options=own, compression=compression, method=method)
@@ -139,11 +137,7 @@ def _leave_out(job: Job, error: InputError) -> None:
 
 
 def _compared(planned: Sequence[tuple[Job, ModelPlan]]) -> list[Explored]:
-    ridge = ridge_of(planned[0][0].target)
-    times = [
-        relative_decode_time(plan, job.model.geometry, ridge) if math.isfinite(ridge) else None
-        for job, plan in planned
-    ]
+    times = [job.method.decode_time(plan) for job, plan in planned]
     costs = [
         (plan.token_bytes(2), float(f"{plan.expected_loss:.9g}"), time or 0.0)
         for (_, plan), time in zip(planned, times, strict=True)

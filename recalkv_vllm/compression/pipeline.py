@@ -163,7 +163,7 @@ def describe(made: Made, calibration: Calibration | None) -> RecalkvConfig:
         settings={
             "base_model": job.model.name,
             **job.method.settings(plan),
-            **({"target": job.target} if job.method.knows_loss else {}),
+            **({"target": str(job.target)} if job.method.knows_loss else {}),
             "output_refit": job.refits_output(plan),
             "rank_allocation": job.method.rank_allocation if job.compression else "full",
             "relative_error": made.errors,

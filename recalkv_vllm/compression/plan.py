@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from recalkv_vllm.band_format import CacheFormat, stored_format, token_bytes
 from recalkv_vllm.checkpoint import LatentLayout
-from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.latent_format import SCALE_BYTES, LatentFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,14 @@ class Budget:
     compression: float
     latent_format: LatentFormat | None = None
     latent_error: float = 0.0
+
+    @property
+    def removed(self) -> float:
+        """Fraction of a 16-bit cache's bytes that is removed."""
+        if self.latent_format is None:
+            return self.compression
+        bits = self.latent_format.bits + 8 * SCALE_BYTES / self.latent_format.group_size
+        return 1 - (1 - self.compression) * bits / 16
 
 
 @dataclass(frozen=True, slots=True)

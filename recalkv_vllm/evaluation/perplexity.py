@@ -56,11 +56,11 @@ def write_windows(model: BaseModel, count: int, seq_len: int, seed: int) -> list
     return draw_self(model, dtype, device, count, seq_len, seed).tolist()
 
 
-def describe_losses(model: Path, losses: list[list[float]]) -> dict[str, Any]:
+def describe_losses(what: str, losses: list[list[float]]) -> dict[str, Any]:
     """Mean negative log-likelihood (nats) per predicted token, and its exponential.
 
     Args:
-        model: whose losses they are.
+        what: has these losses; an error's message begins so.
         losses: nats of each window's tokens but its first.
 
     Returns:
@@ -68,12 +68,12 @@ def describe_losses(model: Path, losses: list[list[float]]) -> dict[str, Any]:
         :func:`recalkv_vllm.evaluation.positions.by_position` gives them.
 
     Raises:
-        InputError: the model's likelihoods are not finite.
+        InputError: they are not finite.
     """
     tokens = sum(map(len, losses))
     nll = math.fsum(each for window in losses for each in window) / tokens
     if not math.isfinite(nll):
-        raise InputError(f"model {model}: gives log-likelihoods that are not finite")
+        raise InputError(f"{what}: gives log-likelihoods that are not finite")
     return {
         "nll": nll,
         "perplexity": math.exp(nll),

@@ -23,10 +23,14 @@ def load_served(model: Path) -> CausalLM:
     return network
 
 
-@torch.inference_mode()
 def score_windows(model: Path, windows: list[list[int]]) -> list[list[float]]:
     """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
-    network = load_served(model)
+    return score(load_served(model), windows)
+
+
+@torch.inference_mode()
+def score(network: CausalLM, windows: list[list[int]]) -> list[list[float]]:
+    """As :func:`score_windows`, of a model that is loaded."""
     scores = []
     for window in track(windows, "evaluating", total=len(windows)):
         ids = torch.tensor([window], device=network.device)

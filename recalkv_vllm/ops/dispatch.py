@@ -20,7 +20,7 @@ logger = logging.getLogger("recalkv_vllm.ops")
 
 MODULES = {name: f"{__package__}.{name}" for name in ("reference", "cpu", "triton", "cuda")}
 #: Tried in order when nothing is forced. The reference is never picked silently: it is slow. Layers
-#: bound by ``cuda`` run Triton's kernels where ``kernels/heuristics/preference.py`` prefers them.
+#: bound by ``cuda`` run Triton's kernels where its ``DecodeAttention.preferred`` says no.
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 

@@ -36,9 +36,9 @@ def test_schema_and_meaning(tiny, capsys):
     size = ("--kv-cache-memory-bytes", "1MiB")
     result = explore(capsys, tiny, "--target", "cpu", "--compression", 0.5, 0.8, *size)
     assert set(result) == {
-        "model", "target", "flop_per_byte", "dense", "rows", "command", "seconds"
+        "model", "target", "dense", "rows", "command", "seconds"
     }  # fmt: skip
-    assert (result["model"], result["target"], result["flop_per_byte"]) == (str(tiny), "cpu", 32)
+    assert (result["model"], result["target"]) == (str(tiny), "cpu")
     assert result["dense"] == {"bytes_per_token": 512, "tokens": 2048}
     rows = result["rows"]
     # 0.8 is too much for 16 bits and one head or two per group.
@@ -79,7 +79,6 @@ def test_commands_make_what_was_promised(tiny, capsys, tmp_path, monkeypatch):
 
 def test_without_a_memory_or_a_device(tiny, capsys):
     result = explore(capsys, tiny, "--target", "none", "--compression", 0.5)
-    assert result["flop_per_byte"] is None
     assert {row["tokens"] for row in result["rows"]} == {None}
     assert {row["relative_decode_time"] for row in result["rows"]} == {None}
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from recalkv_vllm.cli import main
 from recalkv_vllm.cli.sizes import size
-from recalkv_vllm.compression.ranks.targets import chosen_target
+from recalkv_vllm.compression.ranks.targets import parse_target
 
 FEW = ["--num-samples", "4", "--seq-len", "32"]
 
@@ -56,7 +56,8 @@ def test_tokens_are_vllms_own_count(tmp_path, capsys):
     assert result["supposed"]
     # 134.5 million parameters, known from the model's card.
     assert result["weight_bytes"]["dense"] == pytest.approx(134.5e6 * 4, rel=0.01)
-    assert result["target"] == chosen_target("auto")
+    assert result["target"] == parse_target("auto").name
+    assert result["relative_decode_time"] is None  # what compress would choose is not known
     if result["target"].startswith("cpu"):
         assert result["cpu"].keys() == {"flop_per_s", "bytes_per_s"}
 
@@ -66,7 +67,15 @@ def test_checkpoint_weighs_what_a_server_loads(tiny, tmp_path, capsys):
     arguments = ["compress", tiny, "-o", out, "--compression", 0.5, "--method", "svd", *FEW]
     assert main([*map(str, arguments)]) == 0
     capsys.readouterr()
-    result = plan(capsys, out, "--memory", "1GiB", "--overhead", "0", "--max-model-len", 64)
+    size = ("--memory", "1GiB", "--overhead", "0", "--max-model-len", 64)
+    times = [
+        plan(capsys, out, *size, "--target", target)["relative_decode_time"]
+        for target in ("cpu", "l40s", "none")
+    ]
+    assert times[0] > 0.5
+    assert times[1] >= 0.5
+    assert times[2] is None
+    result = plan(capsys, out, *size)
     assert not result["supposed"]
     weights = load_file(out / "model.safetensors")
     kept = {k: v for k, v in weights.items() if "k_proj.w" not in k and "v_proj.w" not in k}

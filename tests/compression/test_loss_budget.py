@@ -109,7 +109,7 @@ def test_what_is_written_loses_what_was_measured(
         return
     (windows,) = held_out
     dense, compressed = (
-        describe_losses(path, transformers_engine.score_windows(path, windows.tolist()))["nll"]
+        describe_losses(str(path), transformers_engine.score_windows(path, windows.tolist()))["nll"]
         for path in (base, out)
     )
     assert compressed - dense == pytest.approx(result["loss"], abs=1e-4)

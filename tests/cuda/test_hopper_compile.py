@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from recalkv_vllm.benchmarks import cuda_compiler, hopper_report
+from recalkv_vllm.benchmarks import cuda_compiler, hopper_counts, hopper_report
 from recalkv_vllm.benchmarks.hopper_report import LAYOUTS, HopperInstantiation, HopperRow
 from recalkv_vllm.benchmarks.sass_paths import Code
+from recalkv_vllm.cost.hopper import TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,12 @@ def test_predicted_times_follow_the_slower_of_both() -> None:
     joint = LAYOUTS[0]
     assert hopper_report.predicted_time(joint, 100) == 0.5
     assert hopper_report.predicted_time(joint, 100_000) > 10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_cost_model_knows_what_is_issued(
+    layout: hopper_report.Layout, rows: dict[HopperInstantiation, HopperRow]
+) -> None:
+    consumer, *producers = hopper_report.instructions_per_tile(rows[layout.kernel].code, layout)
+    counted = 4 * consumer + sum(producers)
+    assert hopper_counts.modelled(layout) == pytest.approx(counted, rel=TOLERANCE)

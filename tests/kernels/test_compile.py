@@ -66,7 +66,7 @@ SASS = """
 
 
 def test_the_longest_loop_is_read() -> None:
-    assert longest_loop(SASS) == Loop(instructions=5, spills=1)
+    assert longest_loop(SASS) == Loop(instructions=5, spills=1, warp_flop=2 * 16 * 8 * 16)
     straight = SASS.replace("BRA 0x10", "BRA 0x60").replace("BRA 0x20", "BRA 0x60")
     assert longest_loop(straight) == Loop(0, 0)
 

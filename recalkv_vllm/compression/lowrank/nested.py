@@ -47,21 +47,26 @@ def nested_latent(
 def nested_losses(
     svd: TwoSidedSvd, output_metric: torch.Tensor, k_widths: np.ndarray, widths: np.ndarray
 ) -> np.ndarray:
-    """Expected loss of :func:`nested_latent` for pairs of widths, ascending."""
+    """Expected loss of :func:`nested_latent` for pairs of widths."""
     losses = svd.losses(widths)
-    narrow = np.flatnonzero(k_widths < np.minimum(widths, len(svd.up) // 2))
-    if len(narrow):
-        at = narrow[np.linspace(0, len(narrow) - 1, SAMPLED_RANKS).round().astype(int)]
-        at = np.unique(at)
-        dropped = [_dropped(svd, output_metric, int(k_widths[i]), int(widths[i])) for i in at]
-        losses[narrow] += np.interp(widths[narrow], widths[at], dropped)
+    narrow = k_widths < np.minimum(widths, len(svd.up) // 2)
+    if not narrow.any():
+        return losses
+    found = np.unique(widths[narrow])
+    at = found[np.unique(np.linspace(0, len(found) - 1, SAMPLED_RANKS).round().astype(int))]
+    energies = [_energies(svd, output_metric, int(width)) for width in at]
+    for k_width in np.unique(k_widths[narrow]):
+        own = narrow & (k_widths == k_width)
+        dropped = [energy[max(0, len(energy) - 1 - k_width)] for energy in energies]
+        losses[own] += np.interp(widths[own], at, dropped)
     return losses
 
 
-def _dropped(svd: TwoSidedSvd, output_metric: torch.Tensor, k_width: int, width: int) -> float:
+def _energies(svd: TwoSidedSvd, output_metric: torch.Tensor, width: int) -> np.ndarray:
+    """``[width + 1]``: what is lost if keys do not read that many directions of a latent."""
     whitened = svd.up[:, :width] * latent_scale(svd, width)
-    energy = torch.linalg.eigvalsh(_key_energy(whitened, output_metric))
-    return float(energy[: width - k_width].clamp(min=0).sum())
+    energy = torch.linalg.eigvalsh(_key_energy(whitened, output_metric)).clamp(min=0)
+    return np.concatenate(([0.0], energy.cumsum(0).numpy()))
 
 
 def without_keys(up: torch.Tensor, output_metric: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +14,28 @@ from recalkv_vllm.compression.lowrank.layer_metric import BOTH, KEYS, VALUES, La
 from recalkv_vllm.compression.lowrank.regions import GroupLatent
 from recalkv_vllm.compression.lowrank.two_sided import TwoSidedSvd
 from recalkv_vllm.compression.methods.measured_layer import consecutive_groups
-from recalkv_vllm.compression.ranks.bands import RegionBits, band_choices, unbeaten
+from recalkv_vllm.compression.ranks.bands import (
+    BandChoice,
+    RegionBits,
+    band_choices,
+    stored_as,
+    unbeaten,
+)
+from recalkv_vllm.compression.ranks.decode_time import LayerTimes
+from recalkv_vllm.compression.ranks.widths import falling_steps
 
-#: Widths of the region that keys read, at most, that are looked at.
-KEY_REGIONS = 4
+
+class BandShape(NamedTuple):
+    """What a layer is cut into.
+
+    Args:
+        key_region: columns that keys might read, of a nested latent before any were dropped; None
+            if keys and values read all of it, or have latents of their own.
+        regions: what is kept: of all columns, of the two regions, or of keys and of values.
+    """
+
+    key_region: int | None
+    regions: tuple[RegionBits, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,30 +43,39 @@ class BandedWay:
     """One way to store a layer.
 
     Args:
-        key_region: columns that keys might read, of a nested latent before any were dropped; None
-            if keys and values read all of it, or have latents of their own.
-        regions: what is kept: of all columns, of the two regions, or of keys and of values.
+        shape: what it is cut into.
         token_bytes: stored per token.
         loss: in the unit of squared singular values.
+        time: predicted, as a fraction of the dense layer's.
     """
 
-    key_region: int | None
-    regions: tuple[RegionBits, ...]
+    shape: BandShape
     token_bytes: int
     loss: float
-
-    @property
-    def k_width(self) -> int:
-        """Columns that a K group reads."""
-        return self.regions[0].width
+    time: float
 
 
 @dataclass(frozen=True, slots=True)
 class BandedLayer:
-    """All ways to store a layer with its heads in one order, none beaten in bytes and loss."""
+    """All ways to store a layer with its heads in one order.
+
+    Args:
+        head_order: of the KV heads.
+        ways: those that no other beats in all of bytes, loss and time.
+        parts: of each region that keys might read, spectra of all regions, and the loss of taking
+            the others from the keys.
+        times: predicted, of the layer's spans.
+    """
 
     head_order: tuple[int, ...]
     ways: list[BandedWay]
+    parts: dict[int | None, tuple[list[np.ndarray], float]] = field(compare=False)
+    times: LayerTimes = field(compare=False)
+
+    def stored_as(self, shape: BandShape) -> BandedWay:
+        """The layer in a shape, which may be another layer's."""
+        spectra, dropped = self.parts[shape.key_region]
+        return _way(shape.key_region, stored_as(spectra, shape.regions), dropped, self.times)
 
 
 def measure_bands(
@@ -56,7 +84,7 @@ def measure_bands(
     k_group_size: int,
     v_groups: int,
     spans: str,
-    widest_keys: float,
+    times: LayerTimes,
 ) -> BandedLayer:
     """Ways to store a layer.
 
@@ -66,25 +94,45 @@ def measure_bands(
         k_group_size: KV heads per K group.
         v_groups: V groups, of ``split`` spans.
         spans: one of :data:`recalkv_vllm.names.SPAN_KINDS`.
-        widest_keys: columns that a K group may read, at least 32.
+        times: predicted, of the layer's spans.
     """
     groups = consecutive_groups(head_order, k_group_size)
-    ways: list[BandedWay] = []
+    parts: dict[int | None, tuple[list[np.ndarray], float]] = {}
     if spans == "split":
         v_size = len(head_order) // v_groups
         keys = [metric.svd(group, KEYS) for group in groups]
         values = [metric.svd(group, VALUES) for group in consecutive_groups(head_order, v_size)]
-        spectra = [_spectra(keys), _spectra(values)]
-        ways = _ways(None, spectra, (True, True), 0.0)
-    else:
-        latents = [group_latent(metric, group) for group in groups]
-        for key_region in _key_regions(metric, k_group_size, spans, widest_keys):
-            parts = [latent.regions(key_region) for latent in latents]
-            spectra = [
-                _spectra([part.regions[i] for part in parts]) for i in range(len(parts[0].regions))
-            ]
-            ways += _ways(key_region, spectra, (True, False), sum(p.dropped for p in parts))
-    return BandedLayer(head_order, unbeaten(way for way in ways if way.k_width <= widest_keys))
+        parts[None] = [_spectra(keys), _spectra(values)], 0.0
+        return banded_layer(head_order, parts, (True, True), times)
+    latents = [group_latent(metric, group) for group in groups]
+    for key_region in _key_regions(metric, k_group_size, spans):
+        cut = [latent.regions(key_region) for latent in latents]
+        regions = range(len(cut[0].regions))
+        spectra = [_spectra([part.regions[i] for part in cut]) for i in regions]
+        parts[key_region] = spectra, sum(part.dropped for part in cut)
+    return banded_layer(head_order, parts, (True, False), times)
+
+
+def banded_layer(
+    head_order: tuple[int, ...],
+    parts: dict[int | None, tuple[list[np.ndarray], float]],
+    required: Sequence[bool],
+    times: LayerTimes,
+) -> BandedLayer:
+    """All ways to store a layer of known spectra.
+
+    Args:
+        head_order: see :class:`BandedLayer`, as ``parts`` and ``times``.
+        parts: of each region that keys might read.
+        required: of each region, whether it must keep a block.
+        times: predicted.
+    """
+    ways = [
+        _way(key_region, choice, dropped, times)
+        for key_region, (spectra, dropped) in parts.items()
+        for choice in band_choices(spectra, required[: len(spectra)])
+    ]
+    return BandedLayer(head_order, unbeaten(ways, lambda way: way.time), parts, times)
 
 
 def group_latent(metric: LayerMetric, group: Sequence[int]) -> GroupLatent:
@@ -94,21 +142,15 @@ def group_latent(metric: LayerMetric, group: Sequence[int]) -> GroupLatent:
     return GroupLatent(svd, metric.group_metric(group, BOTH), width)
 
 
-def _key_regions(
-    metric: LayerMetric, k_group_size: int, spans: str, widest_keys: float
-) -> list[int | None]:
+def _key_regions(metric: LayerMetric, k_group_size: int, spans: str) -> list[int | None]:
     """None for a joint latent, and for nested ones some widths that keys might read."""
     if spans == "joint":
         return [None]
     rows = k_group_size * metric.head_dim
     blocks = _whole_blocks(2 * rows, metric.weight.shape[1]) // BLOCK_COLUMNS
     needed = -(-rows // BLOCK_COLUMNS)  # keys of n elements need no more than n columns
-    most = int(min(needed, blocks - 1, widest_keys // BLOCK_COLUMNS))
-    if most < 1:
-        return [None]
-    fractions = np.arange(1, KEY_REGIONS + 1) / KEY_REGIONS
-    widths = {max(1, round(most * fraction)) for fraction in fractions}
-    return [None, *(BLOCK_COLUMNS * width for width in sorted(widths))]
+    most = min(needed, blocks - 1)
+    return [None, *(BLOCK_COLUMNS * width for width in falling_steps(most))]
 
 
 def _whole_blocks(rows: int, inputs: int) -> int:
@@ -121,10 +163,12 @@ def _spectra(svds: Sequence[TwoSidedSvd]) -> np.ndarray:
     return torch.stack([svd.squares[:width].sqrt() for svd in svds]).numpy()
 
 
-def _ways(
-    key_region: int | None, spectra: list[np.ndarray], required: Sequence[bool], dropped: float
-) -> list[BandedWay]:
-    return [
-        BandedWay(key_region, choice.regions, choice.token_bytes, choice.loss + dropped)
-        for choice in band_choices(spectra, required[: len(spectra)])
-    ]
+def _way(
+    key_region: int | None, choice: BandChoice, dropped: float, times: LayerTimes
+) -> BandedWay:
+    k_width, *others = (region.width for region in choice.regions)
+    v_width = others[0] if times.split else k_width + sum(others)
+    bits = max(bits for region in choice.regions for bits in region.bits)
+    time = times(k_width, v_width, choice.token_bytes, bits)
+    shape = BandShape(key_region, choice.regions)
+    return BandedWay(shape, choice.token_bytes, choice.loss + dropped, time)

@@ -12,6 +12,8 @@ from recalkv_vllm.compression.calibration.statistics import Statistics
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.layer import LayerFactors, LayerInputs
 from recalkv_vllm.compression.plan import Budget, ModelPlan
+from recalkv_vllm.compression.ranks.decode_time import model_decode_time
+from recalkv_vllm.compression.ranks.targets import ANYWHERE, Target
 
 #: What a method measures of a model, for plans to be made of.
 Measured = TypeVar("Measured")
@@ -26,7 +28,7 @@ class MethodOptions:
         v_groups: V groups; divides ``h_kv``.
         rank_allocation: one of the method's :attr:`Method.allocations`.
         spans: one of the method's :attr:`Method.span_kinds`.
-        flop_per_byte: most reconstruction FLOP per cached byte of any layer.
+        target: device to serve on, and how long decoding may take there.
         allow_head_reordering: groups may be of any heads; else of neighbors, as for quantized
             projections.
     """
@@ -35,7 +37,7 @@ class MethodOptions:
     v_groups: int | None = None
     rank_allocation: str | None = None
     spans: str | None = None
-    flop_per_byte: float = float("inf")
+    target: Target = ANYWHERE
     allow_head_reordering: bool = True
 
 
@@ -83,6 +85,7 @@ class Method(ABC, Generic[Measured]):
         self.rank_allocation = options.rank_allocation or self.allocations[0]
         self.spans = options.spans or self.span_kinds[0]
         self.allow_head_reordering = options.allow_head_reordering
+        self.target = options.target
 
     @abstractmethod
     def observers(self, compression: float) -> set[str]:
@@ -121,6 +124,13 @@ class Method(ABC, Generic[Measured]):
     def settings(self, plan: ModelPlan) -> dict[str, Any]:
         """What to record of a plan in the checkpoint's provenance."""
         return {"k_group_size": plan.k_group_size, "v_groups": plan.v_groups}
+
+    def decode_time(self, plan: ModelPlan) -> float | None:
+        """Predicted for the target, as a fraction of the dense cache's; None without a device."""
+        device = self.target.device
+        if device is None:
+            return None
+        return model_decode_time(plan.layouts, plan.latent_format, self.geometry, device)
 
 
 def divisors(number: int) -> list[int]:

@@ -3,15 +3,19 @@
 Low-rank factors are chosen under a metric on a projection's input and one on its output
 (:mod:`..calibration.kronecker`), so that squared singular values are expected increases of the
 model's loss, in one unit for all layers. Ranks, and the group size, are what makes their sum least
-within a budget of cached elements and one of reconstruction.
+within a budget of cached elements and one of decode time.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from recalkv_vllm.band_format import token_bytes
 from recalkv_vllm.checkpoint import SPAN_MULTIPLE, AttentionGeometry, LatentLayout, rank_budget
 from recalkv_vllm.compression.calibration.statistics import Statistics
 from recalkv_vllm.compression.errors import InputError
@@ -37,10 +41,19 @@ from recalkv_vllm.compression.methods.measured_layer import (
 from recalkv_vllm.compression.methods.measured_sizes import HeadGrouping, measure_sizes
 from recalkv_vllm.compression.plan import Budget, ModelPlan
 from recalkv_vllm.compression.progress import track
-from recalkv_vllm.compression.ranks.least_loss import allocate_choices
+from recalkv_vllm.compression.ranks.decode_time import LayerTimes, most_code_bits
+from recalkv_vllm.compression.ranks.few_shapes import (
+    Allocation,
+    Candidates,
+    Shape,
+    allocate_few,
+)
 from recalkv_vllm.compression.ranks.reachable import check_budget, check_compression
+from recalkv_vllm.compression.ranks.two_budgets import LayerWays
 from recalkv_vllm.compression.ranks.widths import Widths, candidate_widths
 from recalkv_vllm.names import SPAN_KINDS
+
+log = logging.getLogger(__name__)
 
 #: Measured layers by group size.
 MeasuredSizes = dict[int, list[MeasuredLayer]]
@@ -54,10 +67,11 @@ class KfacMethod(Method[Measured]):
     span_kinds = SPAN_KINDS
     refits_output = True
     knows_loss = True
+    #: Whether latents are in bands.
+    bands = False
 
     def __init__(self, geometry: AttentionGeometry, options: MethodOptions):
         super().__init__(geometry, options)
-        self.flop_per_byte = options.flop_per_byte
         self.k_group_size = options.k_group_size  # None: a plan chooses one
         self.v_groups = options.v_groups or 1  # of split spans
         self._names_v_groups = options.v_groups is not None
@@ -70,8 +84,8 @@ class KfacMethod(Method[Measured]):
         return {
             **super().settings(plan),
             "spans": plan.spans,
-            "flop_per_byte": self.flop_per_byte if math.isfinite(self.flop_per_byte) else None,
             "expected_loss": plan.expected_loss,
+            "relative_decode_time": self.decode_time(plan),
         }
 
     def check_groups(self) -> None:
@@ -98,6 +112,48 @@ class KfacMethod(Method[Measured]):
             layout,
         )
 
+    def times(self, k_group_size: int) -> LayerTimes:
+        """Predicted times of a layer in groups of a size."""
+        return LayerTimes(
+            self.geometry, self.spans, k_group_size, self.v_groups, self.target, self.bands
+        )
+
+    def choose(
+        self, sizes: Mapping[int, Candidates[Shape]], steps: int, limit: float
+    ) -> tuple[int, Allocation[Shape]] | None:
+        """The group size of least loss within both budgets, and the shapes of all layers; None if
+        not even the budget of bytes can be met.
+
+        If none is fast enough, one head or as few as there are in a group, as fast as it may be.
+
+        Args:
+            sizes: ways to store all layers, by group size.
+            steps: of the budget of bytes.
+            limit: of decode time.
+        """
+        chosen = {
+            size: allocation
+            for size, candidates in sizes.items()
+            if (allocation := allocate_few(candidates, steps, limit)) is not None
+        }
+        for size, candidates in sorted(sizes.items()):
+            if chosen:
+                break
+            if (allocation := allocate_few(candidates, steps, math.inf)) is not None:
+                chosen[size] = allocation
+                log.warning(
+                    "--target %s: no choice of spans decodes in %.2f of the dense cache's time; "
+                    "taking %d KV heads per group, whatever time that takes",
+                    self.target,
+                    limit,
+                    size,
+                )
+        if not chosen:
+            return None
+        # Of losses that differ by rounding only, the smaller group: it is cheaper to reconstruct.
+        best = min(chosen, key=lambda size: (float(f"{chosen[size].loss:.9g}"), size))
+        return best, chosen[best]
+
     def _sizes(self) -> list[int]:
         """Group sizes to choose from."""
         if self.k_group_size is not None:
@@ -109,7 +165,7 @@ class Kfac(KfacMethod[MeasuredSizes]):
     """Two-sided Kronecker-factored metric, ranks by expected loss.
 
     Span kinds: ``nested`` (one latent per group; keys read as many of its first columns as the
-    reconstruction budget pays for and keys need), ``joint`` (keys and values read all of it),
+    budget of time pays for and keys need), ``joint`` (keys and values read all of it),
     ``split`` (latents of their own).
     """
 
@@ -118,16 +174,10 @@ class Kfac(KfacMethod[MeasuredSizes]):
             check_compression(compression, self.geometry, self._full_rank_size(), self.v_groups)
             return
         self.check_groups()
-        sizes = [size for size in self._sizes() if self._widths(size)]
-        if not sizes:
-            raise InputError(
-                f"--target: no choice of {self.spans} spans reconstructs keys with as little as "
-                f"{self.flop_per_byte:g} FLOP per cached byte; expected a larger budget, a "
-                "smaller --k-group-size or --spans nested"
-            )
-        k_groups = self.geometry.num_kv_heads // max(sizes)
+        largest = max(self._sizes())
+        k_groups = self.geometry.num_kv_heads // largest
         if self.spans == "split":
-            check_compression(compression, self.geometry, max(sizes), self.v_groups)
+            check_compression(compression, self.geometry, largest, self.v_groups)
         else:
             check_budget(compression, self.geometry, f"{k_groups} joint", k_groups)
 
@@ -141,7 +191,10 @@ class Kfac(KfacMethod[MeasuredSizes]):
         """All widths of all layers, for every group size; nothing for full rank."""
         if compression == 0:
             return {}
-        widths_of = {size: widths for size in self._sizes() if (widths := self._widths(size))}
+        widths_of = {
+            size: candidate_widths(self.spans, self.geometry, size, self.v_groups)
+            for size in self._sizes()
+        }
 
         def measure_layer(metric: LayerMetric, order: tuple[int, ...], size: int) -> MeasuredLayer:
             if self.spans == "split":
@@ -156,27 +209,25 @@ class Kfac(KfacMethod[MeasuredSizes]):
         if budget.compression == 0:
             return self._full_rank_plan(budget)
         elements = rank_budget(budget.compression, self.geometry)
-        chosen = {
-            size: allocate_choices(
-                [layer.choices(budget.latent_error) for layer in layers], elements
-            )
+        sizes = {
+            size: WidthCandidates(layers, [self._ways(layer, size, budget) for layer in layers])
             for size, layers in measured.items()
-            if sum(min(widths.rank for widths in layer.widths) for layer in layers) <= elements
         }
-        if not chosen:
+        limit = self.target.limit_at(budget.removed, coded=budget.latent_format is not None)
+        found = self.choose(sizes, elements // SPAN_MULTIPLE, limit)
+        if found is None:
             raise InputError(
                 f"compression {budget.compression:g}: leaves {elements} cached elements per token, "
-                f"less than the narrowest {self.spans} spans that --target allows; expected a "
-                "lower --compression, a larger --target, or another --k-group-size"
+                f"less than the narrowest {self.spans} spans; expected a lower --compression or "
+                "another --k-group-size"
             )
-        losses = {size: sum(choice.loss for choice in choices) for size, choices in chosen.items()}
-        # Of losses that differ by rounding only, the smaller group: it is cheaper to reconstruct.
-        best = min(chosen, key=lambda size: (float(f"{losses[size]:.9g}"), size))
+        best, allocation = found
         layouts = (
-            self._layout(layer.head_order, best, choice.widths)
-            for layer, choice in zip(measured[best], chosen[best], strict=True)
+            self._layout(layer.head_order, best, widths)
+            for layer, widths in zip(measured[best], allocation.shapes, strict=True)
         )
-        return ModelPlan(tuple(layouts), self.spans, budget.latent_format, losses[best] / 2)
+        loss = allocation.loss / 2
+        return ModelPlan(tuple(layouts), self.spans, budget.latent_format, loss)
 
     def factor(self, inputs: LayerInputs, plan: ModelPlan) -> LayerFactors:
         layout = plan.layouts[inputs.index]
@@ -231,5 +282,45 @@ class Kfac(KfacMethod[MeasuredSizes]):
         fitting = [n for n in self._sizes() if n * head_dim % SPAN_MULTIPLE == 0]
         return min(fitting, default=self._sizes()[-1])
 
-    def _widths(self, size: int) -> list[Widths]:
-        return candidate_widths(self.spans, self.geometry, size, self.v_groups, self.flop_per_byte)
+    def _ways(self, layer: MeasuredLayer, size: int, budget: Budget) -> LayerWays:
+        """What the widths of a layer cost."""
+        losses = layer.totals(budget.latent_error)
+        if not np.isfinite(losses).all():
+            raise InputError("rank allocation: the expected losses of some ranks are not finite")
+        times, stored = self.times(size), budget.latent_format
+        return LayerWays(
+            costs=np.array([w.rank // SPAN_MULTIPLE for w in layer.widths]),
+            losses=losses,
+            times=np.array(
+                [
+                    times(
+                        w.k_width,
+                        w.v_width,
+                        token_bytes(stored, w.rank, 2),
+                        most_code_bits(stored),
+                    )
+                    for w in layer.widths
+                ]
+            ),
+        )
+
+
+class WidthCandidates:
+    """Widths of all layers in groups of one size.
+
+    Args:
+        measured: layers, all of the same widths.
+        layers: what they cost.
+    """
+
+    def __init__(self, measured: Sequence[MeasuredLayer], layers: Sequence[LayerWays]):
+        self.layers, self._widths = layers, measured[0].widths
+
+    def shape(self, layer: int, way: int) -> Widths:
+        """See :class:`..ranks.few_shapes.Candidates`."""
+        return self._widths[way]
+
+    def at(self, shapes: Sequence[Widths]) -> list[LayerWays]:
+        """See :class:`..ranks.few_shapes.Candidates`."""
+        at = [self._widths.index(shape) for shape in shapes]
+        return [LayerWays(w.costs[at], w.losses[at], w.times[at]) for w in self.layers]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from recalkv_vllm.band_format import BLOCK_COLUMNS, PLANES, Band, BandFormat
 from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
 from recalkv_vllm.compression.calibration.statistics import Statistics
@@ -21,6 +23,7 @@ from recalkv_vllm.compression.lowrank.regions import stack_regions
 from recalkv_vllm.compression.methods.banded_layer import (
     BandedLayer,
     BandedWay,
+    BandShape,
     group_latent,
     measure_bands,
 )
@@ -29,8 +32,8 @@ from recalkv_vllm.compression.methods.measured_layer import consecutive_groups
 from recalkv_vllm.compression.methods.measured_sizes import measure_sizes
 from recalkv_vllm.compression.plan import Budget, ModelPlan
 from recalkv_vllm.compression.progress import track
-from recalkv_vllm.compression.ranks.least_loss import least_total
 from recalkv_vllm.compression.ranks.reachable import largest_compression
+from recalkv_vllm.compression.ranks.two_budgets import LayerWays
 
 #: Steps of the budget of bytes, at most, that layers are chosen in.
 BUDGET_STEPS = 8192
@@ -46,7 +49,7 @@ class BandedPlan(ModelPlan):
     """A plan of layouts with bands.
 
     Args:
-        key_regions: of all layers, see :class:`BandedWay`.
+        key_regions: of all layers, see :class:`BandShape`.
     """
 
     key_regions: tuple[int | None, ...]
@@ -56,17 +59,13 @@ class KfacBands(KfacMethod[MeasuredBands]):
     """As ``Kfac``, with every block of columns in as many bits as it is worth.
 
     Span kinds as there. ``nested`` latents are in two regions, one that keys and values read and
-    one of the values' own; a layer that keys can afford to read whole may have a joint one.
+    one of the values' own; a layer whose keys can afford to read all of it may have a joint one.
     """
+
+    bands = True
 
     def check(self, compression: float) -> None:
         self.check_groups()
-        if self._widest < BLOCK_COLUMNS:
-            raise InputError(
-                f"--target: latents in bands reconstruct keys from {BLOCK_COLUMNS} columns or "
-                f"more, with as many FLOP per byte of half the dense cache; expected a budget of "
-                f"{BLOCK_COLUMNS} or more, found {self.flop_per_byte:g}"
-            )
         geometry = self.geometry
         # One block of the fewest bits in every group.
         groups = min(geometry.num_kv_heads // size for size in self._sizes())
@@ -92,7 +91,8 @@ class KfacBands(KfacMethod[MeasuredBands]):
         """All ways to store all layers, for every group size."""
 
         def measure_layer(metric: LayerMetric, order: tuple[int, ...], size: int) -> BandedLayer:
-            return measure_bands(metric, order, size, self.v_groups, self.spans, self._widest)
+            times = self.times(size)
+            return measure_bands(metric, order, size, self.v_groups, self.spans, times)
 
         grouping = self.head_grouping(min(1.0, COLUMNS_PER_16_BITS * (1 - compression)))
         tracked = track(layers, "choosing bits", total=len(layers))
@@ -100,29 +100,31 @@ class KfacBands(KfacMethod[MeasuredBands]):
 
     def plan(self, measured: MeasuredBands, budget: Budget) -> BandedPlan:
         token_bytes = budget_bytes(budget.compression, self.geometry)
-        chosen = {
-            size: ways
+        step = -(-token_bytes // BUDGET_STEPS)
+        sizes = {
+            size: BandCandidates(layers, step)
             for size, layers in measured.items()
-            if (ways := _allocate(layers, token_bytes)) is not None
+            if all(layer.ways for layer in layers)
         }
-        if not chosen:
+        limit = self.target.limit_at(budget.removed, coded=True)
+        found = self.choose(sizes, token_bytes // step, limit)
+        if found is None:
             raise InputError(
                 f"compression {budget.compression}: leaves {token_bytes} bytes per token, less "
                 f"than the narrowest bands of {self.spans} spans take; expected a lower "
                 "--compression, or another --k-group-size"
             )
-        losses = {size: sum(way.loss for way in ways) for size, ways in chosen.items()}
-        # Of losses that differ by rounding only, the smaller group: it is cheaper to reconstruct.
-        best = min(chosen, key=lambda size: (float(f"{losses[size]:.9g}"), size))
+        best, allocation = found
+        shapes = allocation.shapes
         layouts = (
-            self._banded_layout(layer.head_order, best, way)
-            for layer, way in zip(measured[best], chosen[best], strict=True)
+            self._banded_layout(layer.head_order, best, shape)
+            for layer, shape in zip(measured[best], shapes, strict=True)
         )
         return BandedPlan(
             tuple(layouts),
             self.spans,
-            expected_loss=losses[best] / 2,
-            key_regions=tuple(way.key_region for way in chosen[best]),
+            expected_loss=allocation.loss / 2,
+            key_regions=tuple(shape.key_region for shape in shapes),
         )
 
     def factor(self, inputs: LayerInputs, plan: ModelPlan) -> LayerFactors:
@@ -140,28 +142,18 @@ class KfacBands(KfacMethod[MeasuredBands]):
         ]
         return nested_factors(latents, layout)
 
-    @property
-    def _widest(self) -> float:
-        """Columns that a K group may read, for reconstruction to hide behind half the reads of the
-        dense cache: ``2 · w_k · h_kv · d`` FLOP for ``2 · h_kv · d`` of its bytes.
-
-        Not behind those of the latent: the fewer bits it has, the less would be left for the
-        keys, and a cache that is small enough is fast enough.
-        """
-        return self.flop_per_byte
-
     def _banded_layout(
-        self, head_order: tuple[int, ...], k_group_size: int, way: BandedWay
+        self, head_order: tuple[int, ...], k_group_size: int, shape: BandShape
     ) -> LatentLayout:
-        first, *rest = way.regions
+        first, *rest = shape.regions
         if self.spans == "split":
             (values,) = rest
             layout = split_layout(
                 head_order, k_group_size, self.v_groups, first.width, values.width
             )
             return replace(layout, bands=first.bands * first.groups + values.bands * values.groups)
-        width = sum(region.width for region in way.regions)
-        bands = tuple(band for region in way.regions for band in region.bands)
+        width = sum(region.width for region in shape.regions)
+        bands = tuple(band for region in shape.regions for band in region.bands)
         layout = nested_layout(head_order, k_group_size, first.width, width)
         return replace(layout, bands=bands * first.groups)
 
@@ -172,14 +164,31 @@ def budget_bytes(compression: float, geometry: AttentionGeometry) -> int:
     return int((1 - compression) * 2 * geometry.dense_width * geometry.num_layers + 1e-9)
 
 
-def _allocate(layers: Sequence[BandedLayer], token_bytes: int) -> list[BandedWay] | None:
-    """A way to store each layer, of the least loss together; None if none are small enough."""
-    if not all(layer.ways for layer in layers):
-        return None
-    step = -(-token_bytes // BUDGET_STEPS)
-    costs = [[-(-way.token_bytes // step) for way in layer.ways] for layer in layers]
-    if sum(map(min, costs)) > token_bytes // step:
-        return None
-    losses = [[way.loss for way in layer.ways] for layer in layers]
-    picked = least_total(costs, losses, token_bytes // step)
-    return [layer.ways[i] for layer, i in zip(layers, picked, strict=True)]
+class BandCandidates:
+    """Ways to store all layers in groups of one size.
+
+    Args:
+        measured: layers.
+        step: bytes of a step of the budget.
+    """
+
+    def __init__(self, measured: Sequence[BandedLayer], step: int):
+        self._measured, self._step = measured, step
+        self.layers = [self._ways(layer.ways) for layer in measured]
+
+    def shape(self, layer: int, way: int) -> BandShape:
+        """See :class:`..ranks.few_shapes.Candidates`."""
+        return self._measured[layer].ways[way].shape
+
+    def at(self, shapes: Sequence[BandShape]) -> list[LayerWays]:
+        """See :class:`..ranks.few_shapes.Candidates`."""
+        return [
+            self._ways([layer.stored_as(shape) for shape in shapes]) for layer in self._measured
+        ]
+
+    def _ways(self, ways: Sequence[BandedWay]) -> LayerWays:
+        return LayerWays(
+            costs=np.array([-(-way.token_bytes // self._step) for way in ways]),
+            losses=np.array([way.loss for way in ways]),
+            times=np.array([way.time for way in ways]),
+        )

@@ -9,7 +9,6 @@ import numpy as np
 
 from recalkv_vllm.compression.lowrank.layer_metric import BOTH, KEYS, VALUES, LayerMetric
 from recalkv_vllm.compression.lowrank.nested import nested_losses
-from recalkv_vllm.compression.ranks.least_loss import Choice, cheapest
 from recalkv_vllm.compression.ranks.widths import Widths
 
 
@@ -29,10 +28,9 @@ class MeasuredLayer:
     losses: np.ndarray
     noises: np.ndarray
 
-    def choices(self, latent_error: float) -> list[Choice]:
-        """The best widths of every rank, for latents stored with this relative error."""
-        totals = self.losses + latent_error * self.noises
-        return cheapest([Choice(w, float(t)) for w, t in zip(self.widths, totals, strict=True)])
+    def totals(self, latent_error: float) -> np.ndarray:
+        """Losses of latents stored with this relative error, of all widths."""
+        return self.losses + latent_error * self.noises
 
 
 def measure_split(

@@ -8,8 +8,10 @@ what it stores: with ``√S`` on both sides a latent has covariance ``S`` and it
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -73,6 +75,7 @@ class BandChoice:
     loss: float
 
 
+@functools.cache
 def quantizer_error(bits: int) -> float:
     """Mean squared error of a block in ``bits`` bits, relative to what it stores; 1 in none."""
     return 1.0 if bits == 0 else rounding_error(BandFormat((Band(BLOCK_COLUMNS, bits),)))
@@ -153,10 +156,39 @@ def _choice(
     return BandChoice(tuple(kept), stored.slot_bytes(stored.rank), loss)
 
 
-def unbeaten(ways: Iterable[Way]) -> list[Way]:
-    """Those that no other beats in both bytes and loss, from fewest bytes to most."""
+def stored_as(spectra: Sequence[np.ndarray], regions: Sequence[RegionBits]) -> BandChoice:
+    """A layer stored in given bits, of the first blocks of each region.
+
+    Args:
+        spectra: as those of :func:`band_choices`.
+        regions: bits of each region; the last may be left out altogether.
+    """
+    loss = 0.0
+    for i, values in enumerate(spectra):
+        bits = regions[i].bits if i < len(regions) else ()
+        blocks = values.reshape(len(values), -1, BLOCK_COLUMNS)
+        if len(bits) > blocks.shape[1]:
+            raise ValueError(f"bits: expected {blocks.shape[1]} blocks at most, found {len(bits)}")
+        noise = np.square(blocks.sum(axis=2)).sum(axis=0) / BLOCK_COLUMNS
+        loss += sum(noise[b] * quantizer_error(width) for b, width in enumerate(bits))
+        loss += float(np.square(blocks[:, len(bits) :]).sum())
+    stored = BandFormat(tuple(band for region in regions for band in region.bands * region.groups))
+    return BandChoice(tuple(regions), stored.slot_bytes(stored.rank), float(loss))
+
+
+def unbeaten(ways: Iterable[Way], time: Callable[[Way], float] = lambda way: 0.0) -> list[Way]:
+    """Those that no other beats in bytes, loss and time, from fewest bytes to most."""
     best: list[Way] = []
-    for way in sorted(ways, key=lambda each: (each.token_bytes, each.loss)):
-        if not best or way.loss < best[-1].loss:
-            best.append(way)
+    times: list[float] = []  # of the fastest so far, with what they lose: ever slower and better
+    losses: list[float] = []
+    for way in sorted(ways, key=lambda each: (each.token_bytes, each.loss, time(each))):
+        at = bisect.bisect_right(times, time(way))
+        if at and losses[at - 1] <= way.loss:
+            continue
+        best.append(way)
+        at = bisect.bisect_left(times, time(way))
+        end = at
+        while end < len(losses) and losses[end] >= way.loss:
+            end += 1
+        times[at:end], losses[at:end] = [time(way)], [way.loss]
     return best

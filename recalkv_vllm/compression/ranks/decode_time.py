@@ -1,52 +1,116 @@
-"""Time that attention takes to decode, against the dense cache: a roofline of each layer.
-
-Per cached token a layer reads ``B`` bytes and spends ``F`` FLOP, which takes ``max(B, F / ridge)``
-in the unit of reading a byte. ``ridge`` is the FLOP that kernels do while memory gives them a byte:
-
-* dense, 16 bits: ``B = 4 · h_kv · d``, ``F = 4 · h_q · d`` (scores, and sums of values);
-* compressed: ``B`` as the latent is stored, ``F = 2 · w_k · h_kv · d`` to reconstruct keys and
-  ``2 · h_q · (d + w_v)`` for scores and sums of value latents.
-
-Unpacking of codes, launches, and what runs beside attention are not in it.
-"""
+"""Time that attention takes to decode, predicted for what a layer or a model is to be cut into."""
 
 from __future__ import annotations
 
-from recalkv_vllm.band_format import token_bytes
-from recalkv_vllm.checkpoint import AttentionGeometry
-from recalkv_vllm.compression.plan import ModelPlan
-from recalkv_vllm.compression.ranks.targets import flop_per_byte
+from collections.abc import Callable, Sequence
 
-#: FLOP per byte, of attention kernels, by target. H100 and A100 (80 GB): two thirds of the peak
-#: matrix rate over that of memory, 990 TFLOP/s over 3.35 TB/s and 312 over 2.04; not measured. CPU:
-#: from times against vLLM's kernel (docs/performance.md), which it gives within a tenth; with AMX
-#: four times that, not measured.
-RIDGES = {"h100": 200.0, "a100": 102.0, "cpu-amx": 128.0, "cpu": 32.0}
-
-
-def ridge_of(target: str) -> float:
-    """Of a target as :func:`chosen_target` gives it; a number is taken for the ridge itself, and
-    ``none`` has none: infinite.
-
-    Raises:
-        InputError: neither a known name nor a positive number.
-    """
-    return RIDGES[target] if target in RIDGES else flop_per_byte(target)
+from recalkv_vllm.band_format import BandFormat, CacheFormat, token_bytes
+from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
+from recalkv_vllm.compression.ranks.targets import Target
+from recalkv_vllm.cost import (
+    Device,
+    LayerCost,
+    decode_seconds,
+    dense_seconds,
+    relative_decode_time,
+)
 
 
-def relative_decode_time(plan: ModelPlan, geometry: AttentionGeometry, ridge: float) -> float:
-    """Time of all layers' attention over a long context, as a fraction of the dense cache's.
+def layer_cost(
+    layout: LatentLayout, latent_format: CacheFormat | None, geometry: AttentionGeometry
+) -> LayerCost:
+    """A layer as its decode time depends on it; plain elements have 16 bits."""
+    heads = geometry.num_kv_heads
+    return LayerCost(
+        num_heads=geometry.num_heads,
+        num_kv_heads=heads,
+        head_dim=geometry.head_dim,
+        k_group_size=layout.k_group_size,
+        v_group_size=heads // len(layout.v_spans),
+        k_width=layout.k_width,
+        v_width=layout.v_width,
+        shared=_shared_columns(layout),
+        token_bytes=token_bytes(latent_format, layout.rank, 2),
+        code_bits=most_code_bits(latent_format),
+        bands=isinstance(latent_format, BandFormat),
+    )
+
+
+def most_code_bits(latent_format: CacheFormat | None) -> int | None:
+    """Bits of the widest codes; None of plain elements."""
+    if isinstance(latent_format, BandFormat):
+        return max(band.bits for band in latent_format.bands)
+    return None if latent_format is None else latent_format.bits
+
+
+def _shared_columns(layout: LatentLayout) -> int:
+    """Columns of the first K span that the V span of the same heads has too."""
+    (k_start, k_end), (v_start, v_end) = layout.k_spans[0], layout.v_spans[0]
+    return max(0, min(k_end, v_end) - max(k_start, v_start))
+
+
+def model_decode_time(
+    layouts: Sequence[LatentLayout],
+    format_of: Callable[[int], CacheFormat | None],
+    geometry: AttentionGeometry,
+    device: Device,
+) -> float:
+    """Time of all layers' attention, as a fraction of the dense cache's.
 
     Args:
-        plan: of the compressed cache; plain elements have 16 bits.
+        layouts: of all layers.
+        format_of: how a layer's latents are stored.
         geometry: of the model.
-        ridge: FLOP per byte, finite.
+        device: to serve on.
     """
-    h_q, d = geometry.num_heads, geometry.head_dim
-    dense = max(2 * geometry.dense_width, 4 * h_q * d / ridge)
-    compressed = 0.0
-    for layer, layout in enumerate(plan.layouts):
-        read = token_bytes(plan.latent_format(layer), layout.rank, 2)
-        flop = layout.reconstruct_flop(geometry) + 2 * h_q * (d + layout.v_width)
-        compressed += max(read, flop / ridge)
-    return compressed / (dense * geometry.num_layers)
+    layers = (layer_cost(layout, format_of(i), geometry) for i, layout in enumerate(layouts))
+    return relative_decode_time(layers, device)
+
+
+class LayerTimes:
+    """Predicted times of the ways to cut up one layer, as fractions of the dense cache's.
+
+    Args:
+        geometry: of the model.
+        spans: one of :data:`recalkv_vllm.names.SPAN_KINDS`.
+        k_group_size: KV heads per K group.
+        v_groups: V groups, of ``split`` spans.
+        target: device to serve on; without one, nothing takes time.
+        bands: whether latents are in bands.
+    """
+
+    def __init__(
+        self,
+        geometry: AttentionGeometry,
+        spans: str,
+        k_group_size: int,
+        v_groups: int,
+        target: Target,
+        bands: bool,
+    ):
+        self.split = spans == "split"
+        self._geometry = geometry
+        self._k_group_size = k_group_size
+        heads = geometry.num_kv_heads
+        self._v_group_size = heads // v_groups if self.split else k_group_size
+        self._device = target.device
+        self._bands = bands
+
+    def __call__(self, k_width: int, v_width: int, nbytes: int, code_bits: int | None) -> float:
+        """Of a layer with such spans that takes ``nbytes`` per cached token."""
+        if self._device is None:
+            return 0.0
+        layer = LayerCost(
+            num_heads=self._geometry.num_heads,
+            num_kv_heads=self._geometry.num_kv_heads,
+            head_dim=self._geometry.head_dim,
+            k_group_size=self._k_group_size,
+            v_group_size=self._v_group_size,
+            k_width=k_width,
+            v_width=v_width,
+            shared=0 if self.split else k_width,
+            token_bytes=nbytes,
+            code_bits=code_bits,
+            bands=self._bands,
+        )
+        return decode_seconds(layer, self._device) / dense_seconds(layer, self._device)

@@ -1,9 +1,8 @@
 """The ops in CUDA C++ (``csrc/cuda``), for decode on NVIDIA GPUs; the rest is Triton's.
 
 Decode attention (up to 16 queries per sequence) runs here, by a kernel for Hopper or by one for all
-devices, where the launch rules prefer it
-(``kernels/heuristics/preference.py``). Prefill, cache update and the value up-projection run the
-Triton kernels.
+devices, where :meth:`~.attention.DecodeAttention.preferred` says so. Prefill, cache update and the
+value up-projection run the Triton kernels.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     target = heuristics.target_of(device)
     where = ""
     if target.arch == HOPPER_ARCH:
-        where = " of K groups of one head, and of layers that Triton has only narrow tiles for"
+        where = " of K groups of one head, of bands, and of layers that Triton has narrow tiles for"
     elif target.family in heuristics.WIDE_MMA:
         where = " of layers that Triton has only narrow tiles for"
     return f"CUDA C++ for decode{where} on sm_{target.arch}, Triton for the rest"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.heuristics import AttentionShape, Target
 from recalkv_vllm.ops.contract import Batch, BatchLimits, KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda.hopper_layout import HopperLayer
 from recalkv_vllm.ops.cuda.layout import PackedLayer, pack_layer, tile_columns
@@ -48,8 +49,6 @@ class DecodeAttention:
     #: Formats of latents that the kernel reads.
     formats: tuple[type, ...] = (type(None),)
     format_names: tuple[str, ...] = ("None",)
-    #: Whether the kernel is the one that only Hopper has.
-    for_hopper = False
     packed: PackedLayer | HopperLayer
 
     def __init__(self, layer: LatentLayer):
@@ -93,6 +92,10 @@ class DecodeAttention:
     def op(self) -> Any:
         """The torch op that starts the kernel."""
         return torch.ops.recalkv_cuda.decode
+
+    def preferred(self, shape: AttentionShape, target: Target, queries: int) -> bool:
+        """Whether this kernel and not Triton's decodes, ``queries`` per sequence at most."""
+        return heuristics.prefers_cuda(shape, target, queries)
 
     def run(
         self,
@@ -186,7 +189,7 @@ class CudaLayer(CacheAndValues):
             return True
         planner = self.triton.planner
         shape = planner.shape(num_heads)
-        return heuristics.prefers_cuda(shape, planner.target, queries, self.decode.for_hopper)
+        return self.decode.preferred(shape, planner.target, queries)
 
     def prefers_dense(self, num_heads: int, queries: float) -> bool:
         return self.triton is not None and self.triton.prefers_dense(num_heads, queries)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
 
 from recalkv_vllm.band_format import BandFormat
+from recalkv_vllm.cost import GPUS
+from recalkv_vllm.cost.gpu import fastest_kernel
+from recalkv_vllm.cost.hopper import KERNEL
+from recalkv_vllm.kernels.heuristics import AttentionShape, Target
 from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.cuda.attention import DecodeAttention
+from recalkv_vllm.ops.cuda.cost import layer_cost
 from recalkv_vllm.ops.cuda.hopper_bands import BandTables, band_tables
 from recalkv_vllm.ops.cuda.hopper_layout import SWIZZLED_COLUMNS, TILE, pack_hopper_layer
 from recalkv_vllm.ops.cuda.plan import tile_spans, v_blocks
@@ -123,7 +128,15 @@ class HopperAttention(DecodeAttention):
 
     formats = (type(None), BandFormat)
     format_names = ("None", "bands")
-    for_hopper = True
+
+    def __init__(self, layer: LatentLayer):
+        super().__init__(layer)
+        self.cost = layer_cost(layer)
+
+    def preferred(self, shape: AttentionShape, target: Target, queries: int) -> bool:
+        num_heads = shape.queries_per_kv * shape.num_kv_heads
+        cost = replace(self.cost, num_heads=num_heads, queries=queries)
+        return fastest_kernel(cost, GPUS["h100"]) == KERNEL
 
     def prepare(self, layer: LatentLayer, shape: LayerShape) -> dict[int, Plan | None]:
         self.packed = packed = pack_hopper_layer(layer)

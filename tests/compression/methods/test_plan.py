@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -18,6 +17,7 @@ from recalkv_vllm.compression.lowrank.layer_metric import BOTH, LayerMetric
 from recalkv_vllm.compression.methods import METHODS, KfacBands, MethodOptions
 from recalkv_vllm.compression.plan import Budget
 from recalkv_vllm.compression.ranks.bands import quantizer_error
+from recalkv_vllm.compression.ranks.targets import Target, parse_target
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.names import METHOD_NAMES
 
@@ -119,15 +119,15 @@ def test_each_format_has_its_own_group_size(layers):
 @pytest.mark.parametrize(
     ("spans", "size", "target"),
     [
-        *(("nested", size, target) for size in (2, 4) for target in (40.0, math.inf)),
-        *(("split", size, target) for size in (2, 4) for target in (40.0, math.inf)),
-        ("joint", 2, 40.0),
-        ("joint", 4, math.inf),
+        *(("nested", size, target) for size in (2, 4) for target in ("cpu:1.2", "none")),
+        *(("split", size, target) for size in (2, 4) for target in ("cpu:1.2", "none")),
+        ("joint", 2, "cpu:2.5"),
+        ("joint", 4, "none"),
     ],
 )
 def test_bands_within_both_budgets(layers, spans, size, target):
     geometry = layers.geometry
-    options = MethodOptions(k_group_size=size, spans=spans, flop_per_byte=target)
+    options = MethodOptions(k_group_size=size, spans=spans, target=parse_target(target))
     method = KfacBands(geometry, options)
     method.check(0.7)
     measured = method.measure(0.7, layers, layers.statistics)
@@ -141,13 +141,14 @@ def test_bands_within_both_budgets(layers, spans, size, target):
             layout.validate(geometry, spans)
             latent_format = plan.latent_format(layer.index)
             stored += latent_format.slot_bytes(layout.rank)
-            assert layout.reconstruct_flop(geometry) <= target * geometry.dense_width
             factors = method.factor(layer, plan)
             shapes = layout.factor_shapes(geometry)
             for name, shape in shapes.items():
                 assert tuple(getattr(factors, name).shape) == shape
         dense = 2 * geometry.dense_width * geometry.num_layers
         assert stored <= (1 - compression) * dense
+        time, limit = method.decode_time(plan), method.target.limit_at(compression, coded=True)
+        assert time is None if target == "none" else time <= limit
         losses.append(plan.expected_loss)
     assert losses == sorted(losses)
 
@@ -173,19 +174,32 @@ def test_expected_loss_of_bands_is_that_of_the_factors(layers):
     assert plan.expected_loss == pytest.approx(lost / 2)
 
 
-def test_bands_that_reconstruct_too_much(layers):
-    method = KfacBands(layers.geometry, MethodOptions(flop_per_byte=24))
-    with pytest.raises(InputError, match=r"--target: .* expected a budget of 32 or more, found 24"):
-        method.check(0.7)
+@pytest.mark.parametrize("name", ["kfac", "bands"])
+def test_where_nothing_is_fast_enough_groups_are_small(layers, name, caplog):
+    kind = KfacBands if name == "bands" else METHODS[name]
+    method = kind(layers.geometry, MethodOptions(target=Target("cpu", 0.01)))
+    measured = method.measure(0.5, layers, layers.statistics)
+    plan = method.plan(measured, Budget(0.5))
+    free = kind(layers.geometry, MethodOptions(k_group_size=1))
+    own = free.measure(0.5, layers, layers.statistics)
+    assert plan.k_group_size == 1
+    assert plan.expected_loss == pytest.approx(free.plan(own, Budget(0.5)).expected_loss)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("--target cpu:0.01: no choice of spans decodes in 0.01 of")
 
 
-def test_too_few_elements_for_the_target(layers):
-    """Keys that may read a few columns only need a latent of more than the least rank."""
-    method = METHODS["kfac"](layers.geometry, MethodOptions(k_group_size=4, flop_per_byte=16))
-    method.check(0.85)
-    measured = method.measure(0.85, layers, layers.statistics)
-    with pytest.raises(InputError, match=r"compression 0\.85: leaves 32 cached elements"):
-        method.plan(measured, Budget(0.85))
+def test_less_time_costs_accuracy(layers):
+    losses, times, limit = [], [], 100.0
+    for _ in range(3):
+        method = METHODS["kfac"](layers.geometry, MethodOptions(target=Target("cpu", limit)))
+        plan = method.plan(method.measure(0.5, layers, layers.statistics), Budget(0.5))
+        losses.append(plan.expected_loss)
+        times.append(method.decode_time(plan))
+        assert times[-1] <= limit
+        limit = 0.85 * times[-1]
+    assert losses == sorted(losses)
+    assert losses[0] < losses[-1]
+    assert times[0] > times[-1]
 
 
 def test_too_few_bytes_for_bands(layers):

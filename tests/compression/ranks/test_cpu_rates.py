@@ -43,7 +43,6 @@ def test_what_they_choose(monkeypatch, amx, flop_per_byte, target):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "amx_bf16": amx})
     monkeypatch.setattr(targets, "cpu_rates", lambda: CpuRates(flop_per_byte * 2e10, 2e10))
-    assert targets.chosen_target("auto") == target
-    assert targets.flop_per_byte(target) == {"cpu": 64, "cpu-amx": 256}[target]
+    assert targets.parse_target("auto") == targets.Target(target)
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)
-    assert targets.chosen_target("auto") == "h100"
+    assert targets.parse_target("auto:0.5") == targets.Target("h100", 0.5)

@@ -1,0 +1,127 @@
+"""What the CUDA C++ kernel for sm_90a spends on a cached token.
+
+A block of threads has up to eight query rows of one KV head and up to 256 columns of its V span. It
+reconstructs keys 64 tokens at a time with ``wgmma``; blocks of heads that share latents read them
+from L2 after the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recalkv_vllm.cost.kernel import Spent
+from recalkv_vllm.cost.layer import LayerCost
+
+KERNEL = "cuda"
+#: The compute capability, without the dot.
+ARCH = 90
+TILE = 64
+HEAD_DIMS = (64, 96, 128)
+#: V tiles, of 16 columns, and tiles of query rows that the kernel is compiled for.
+V_TILES = (8, 16)
+ROWS = 4
+ROW_TILES = 2
+#: Shared memory of a block (CUDA C++ Programming Guide, compute capability 9.0).
+SHARED_BYTES = 227 << 10
+#: Warps that keep values of codes in rows of their own.
+CONSUMER_WARPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Instructions:
+    """Warp instructions of a block in the loop over tiles, per tile of 64 tokens.
+
+    Args:
+        fixed: whatever the sizes.
+        per_dim: for each element of a key.
+        per_row_tile: for four query rows.
+        per_v_tile: for each V tile of the compiled kernel.
+        per_k_column: for each column of the K span.
+        per_v_column: for each other column of the V span.
+    """
+
+    fixed: float
+    per_dim: float
+    per_row_tile: float
+    per_v_tile: float
+    per_k_column: float
+    per_v_column: float
+
+
+#: By whether latents are codes: least squares over the loops of the lean kernels in bfloat16, which
+#: ``python -m recalkv_vllm.benchmarks.hopper_counts`` counts and fits again; a kernel that is not
+#: lean takes more. Each count is within :data:`TOLERANCE`.
+COUNTED = {
+    False: Instructions(36.6, 4.617, 278.7, 15.95, 3.294, 1.480),
+    True: Instructions(207.5, 5.013, 280.2, 22.35, 14.218, 11.892),
+}
+TOLERANCE = 0.15
+
+
+def hopper_spends(layer: LayerCost, arch: int) -> Spent | None:
+    """None where the kernel does not run."""
+    # Elements only of groups of one head: others read them from L2 once for each.
+    readable = layer.bands if layer.coded else layer.k_group_size == 1
+    if arch != ARCH or layer.head_dim not in HEAD_DIMS or not readable or not _fits(layer):
+        return None
+    dim, v_tiles, row_tiles = layer.head_dim, compiled_v_tiles(layer), compiled_row_tiles(layer)
+    row_blocks = -(-layer.rows // (ROWS * row_tiles))
+    v_blocks = -(-layer.v_width // (16 * v_tiles))
+    v_width = layer.v_width / v_blocks
+    blocks = layer.num_kv_heads * row_blocks * v_blocks
+    # Each row takes two columns of the scores' product: its value and its derivative.
+    flop = 2 * (dim * (layer.k_width + 8 * row_tiles) + 8 * v_width)
+    counted = COUNTED[layer.coded]
+    per_tile = (
+        counted.fixed
+        + counted.per_dim * dim
+        + counted.per_row_tile * row_tiles
+        + counted.per_v_tile * v_tiles
+        + counted.per_k_column * layer.k_width
+        + counted.per_v_column * (v_width - layer.shared)
+    )
+    return Spent(
+        KERNEL,
+        blocks * flop,
+        blocks * _shared_bytes(layer, v_width, row_tiles),
+        blocks * per_tile / TILE,
+    )
+
+
+def compiled_v_tiles(layer: LayerCost) -> int:
+    """Of the kernel that a layer takes."""
+    return next((tiles for tiles in V_TILES if 16 * tiles >= layer.v_width), V_TILES[-1])
+
+
+def compiled_row_tiles(layer: LayerCost) -> int:
+    """Of the kernel that a layer takes."""
+    return 1 if layer.rows <= ROWS else ROW_TILES
+
+
+def _row_bytes(layer: LayerCost) -> float:
+    """Of a token in a tile: what one head reads."""
+    return layer.columns * layer.token_bytes / layer.columns_of_all
+
+
+def _shared_bytes(layer: LayerCost, v_width: float, row_tiles: int) -> float:
+    """Of a block per cached token: latents written and read, and values of codes once more; queries
+    written by one warp and read by four; the factor and the rotation, read once for 64 tokens."""
+    row = _row_bytes(layer)
+    latents = row + (row + 4 * v_width if layer.coded else 2 * (layer.k_width + v_width))
+    queries = 16 * row_tiles * layer.head_dim * (1 + 4) / TILE
+    factor = 2 * layer.head_dim * layer.k_width / TILE
+    return latents + queries + factor + _rotation_bytes(layer) / TILE
+
+
+def _rotation_bytes(layer: LayerCost) -> int:
+    """The table by which a lean kernel turns half of a key's pairs."""
+    return 128 * layer.head_dim
+
+
+def _fits(layer: LayerCost) -> bool:
+    """Whether the factor fits beside two tiles and their queries."""
+    factor = 2 * layer.head_dim * -(-layer.k_width // 64) * 64
+    queries = 16 * compiled_row_tiles(layer) * layer.head_dim
+    tiles = 2 * (TILE * (_row_bytes(layer) + 16) + queries)
+    values = CONSUMER_WARPS * 16 * (32 * compiled_v_tiles(layer) + 16) if layer.coded else 0
+    return factor + _rotation_bytes(layer) + tiles + values <= SHARED_BYTES
