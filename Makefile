@@ -89,7 +89,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu --output $(OUT) --model $(MODEL) --minutes $(MINUTES) --skip $(SKIP)
 
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 install: $(PACKAGE)
 

@@ -64,5 +64,7 @@ def _cleaned(words: list[str]) -> tuple[str, ...]:
         words = words[1:]
     if any(word.startswith("[") for word in words):  # what may be left out
         words = [word.strip("[]") for word in words]
+    if ">" in words:  # where its output goes
+        words = words[: words.index(">")]
     words = [PLACEHOLDERS.get(word, word) for word in words]
     return tuple(word for word in words if word)

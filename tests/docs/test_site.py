@@ -9,7 +9,7 @@ from tests.docs.pages import ROOT
 def test_builds_without_a_warning(tmp_path):
     site = tmp_path / "site"
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", site],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -10,11 +10,26 @@ import pytest
 
 from tests.e2e.conftest import EXAMPLES, run_example, run_recalkv
 
-TESTED = {"offline_inference.py", "openai_client.py", "factors_only.py", "benchmark.sh"}
+TESTED = {
+    "benchmark.sh",
+    "compress_from_python.py",
+    "factors_only.py",
+    "offline_inference.py",
+    "openai_client.py",
+}
 
 
 def test_every_example_is_run():
     assert {path.name for path in EXAMPLES.iterdir()} == {*TESTED, "README.md"}
+
+
+@pytest.mark.slow
+def test_compress_from_python(small, tmp_path):
+    """On a small model, for speed: the others need what it writes to answer well."""
+    out = tmp_path / "out"
+    printed = run_example(sys.executable, EXAMPLES / "compress_from_python.py", small, out)
+    assert f"{out}: " in printed
+    assert (out / "recalkv.safetensors").is_file()
 
 
 @pytest.mark.slow
