@@ -19,7 +19,7 @@ def add_target_option(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="kfac only: the device that will serve (h100, h200, a100, l40s, b200, cpu-amx or "
         "cpu; auto: the one at hand), for which predicted decode time is limited; LIMIT is a "
-        "fraction of the dense cache's (default where 75%% is removed: of bands 0.87 on a GPU and "
+        "fraction of the dense cache's (default where 75%% is removed: of bands 1 on a GPU and "
         "1.03 on a CPU); none: the best accuracy at any speed",
     )
 

@@ -21,9 +21,9 @@ NAMES = (*GPUS, *CPUS)
 Limits = tuple[tuple[float, float], ...]
 #: On a GPU time of elements follows bytes: 0.67 at 50 %, 0.45 at 75 %, one line.
 GPU_ELEMENT_LIMITS: Limits = ((0.125, 1.0), (0.5, 0.67), (0.75, 0.45), (1.0, 0.23))
-#: Codes take as long as their columns take to unpack, however few their bytes are. What SmolLM2
-#: takes on an H100 with the least loss where groups have one head.
-GPU_CODE_LIMITS: Limits = ((0.75, 0.87), (0.86, 0.67))
+#: Codes take as long as their columns take to unpack, however few their bytes are; no longer than
+#: the dense cache.
+GPU_CODE_LIMITS: Limits = ((0.0, 1.0),)
 #: On a CPU arithmetic is the limit, and fewer bytes in codes save no time. What SmolLM2 takes with
 #: the least loss where keys read up to 64 columns, or with AMX 256.
 CODE_LIMITS: dict[str, Limits] = {

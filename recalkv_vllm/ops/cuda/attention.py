@@ -103,7 +103,8 @@ class DecodeAttention:
         if splits == 1:
             self._start(q, kv_cache, batch, o_lat, lse)
             return
-        out, out_lse = partial_results(splits, *o_lat.shape, q.device)
+        tokens, num_heads, _ = q.shape
+        out, out_lse = partial_results(splits, tokens, num_heads, self.v_width, q.device)
         self._start(q, kv_cache, batch, out, out_lse)
         torch.ops.recalkv_cuda.merge(out, out_lse, o_lat, lse, splits)
 
@@ -134,7 +135,7 @@ class DecodeAttention:
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """Launch attention into ``out`` and ``lse``; their first axis is splits if there are some."""
+        """Launch attention into ``out`` and ``lse``; a split call's have an axis of splits first."""
         chosen, columns, splits = self._plan(q, kv_cache, batch)
         kv_cache = self.elements(kv_cache)
         if kv_cache.data_ptr() % 16 or kv_cache.stride(0) % 8 or kv_cache.stride(1) % 8:
