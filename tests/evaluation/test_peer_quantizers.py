@@ -57,6 +57,13 @@ def test_lloyd_max_of_a_normal_density(count: int, distortion: float) -> None:
     assert torch.allclose(levels, -levels.flip(0), atol=1e-3)
 
 
+def test_lloyd_max_of_many_levels() -> None:
+    """Panter and Dite (1951): the distortion of many levels."""
+    for count, rel in ((6, 0.04), (8, 0.02)):
+        expected = 3**0.5 * torch.pi / 2 * 4.0**-count
+        assert gaussian_distortion(count) == pytest.approx(expected, rel=rel)
+
+
 def test_lloyd_max_without_bits_is_the_mean() -> None:
     assert gaussian_levels(0).item() == pytest.approx(0, abs=1e-6)
     assert gaussian_distortion(0) == pytest.approx(1, rel=1e-6)
