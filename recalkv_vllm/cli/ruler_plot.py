@@ -31,10 +31,13 @@ def plot_depths(result: dict[str, Any], path: Path) -> None:
     for row, (name, label) in zip(grid, names.items(), strict=True):
         for axes, task in zip(row, tasks, strict=True):
             values = [[found[task, n, d][name] for n in lengths] for d in depths]
-            image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
             for y, line in enumerate(values):
                 for x, value in enumerate(line):
-                    axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
+                    style = {"ha": "center", "va": "center", "fontsize": 8}
+                    # Black on yellow, white on blue.
+                    color = "black" if value > 0.6 else "white"
+                    axes.text(x, y, f"{value:.0%}", color=color, **style)
             axes.set_title(f"{task}, {label}", fontsize=9)
             axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
             axes.set_yticks(range(len(depths)), [f"{d:g}" for d in depths], fontsize=8)

@@ -23,6 +23,8 @@ CONCURRENT_PROMPTS = 4
 #: Prompts after which answers are handed out.
 PROMPTS_AT_ONCE = 16
 FLOAT32_BYTES = 4
+#: Tokens of a block on a CPU; elsewhere blocks are smaller.
+LARGEST_BLOCK = 128
 
 
 @contextmanager
@@ -42,7 +44,9 @@ def _load(model: Path, length: int) -> LLM:
     config = read_hf_config(model)
     geometry = AttentionGeometry.from_hf_config(config)
     # The dense size is enough for every checkpoint; one more prompt pays for rounding up to blocks.
-    prompt_bytes = length * geometry.dense_width * geometry.num_layers * FLOAT32_BYTES
+    prompt_bytes = (
+        max(length, LARGEST_BLOCK) * geometry.dense_width * geometry.num_layers * FLOAT32_BYTES
+    )
     with _stdout_to_stderr():
         return LLM(
             str(model),
