@@ -135,7 +135,7 @@ class DecodeAttention:
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """Launch attention into ``out`` and ``lse``; a split call's have an axis of splits first."""
+        """Launch attention into ``out`` and ``lse``, which have splits in front if it is split."""
         chosen, columns, splits = self._plan(q, kv_cache, batch)
         kv_cache = self.elements(kv_cache)
         if kv_cache.data_ptr() % 16 or kv_cache.stride(0) % 8 or kv_cache.stride(1) % 8:
