@@ -15,7 +15,8 @@ PAGES = sorted(
 SHELL = {"", "sh", "bash"}
 _FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 #: What stands for a value in the pages, and a value for it.
-PLACEHOLDERS = {"C": "0.5", "M": "kfac", "N": "8", "STEPS": "10", "OPTIONS": "", "...": ""}
+PLACEHOLDERS = {"C": "0.5", "D": "0.5", "M": "kfac", "N": "8", "STEPS": "10"}
+PLACEHOLDERS |= {"OPTIONS": "", "...": ""}
 
 
 @dataclass(frozen=True)
