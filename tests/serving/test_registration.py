@@ -10,6 +10,7 @@ import pytest
 import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import recalkv_vllm
@@ -74,3 +75,11 @@ def test_entry_point_imports_nothing_heavy():
     code = "import sys, recalkv_vllm; print(any(m in sys.modules for m in ('torch', 'vllm')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_engine_arguments_can_be_made_again_from_their_attributes():
+    """As ``vllm bench throughput`` and ``vllm bench latency`` make them."""
+    recalkv_vllm.register()
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    made = EngineArgs.from_cli_args(parser.parse_args(["--model", "a-model"]))
+    assert EngineArgs(**vars(made)).model == "a-model"

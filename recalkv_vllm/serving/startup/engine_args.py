@@ -29,7 +29,9 @@ def check_engine_config(engine_args: Any) -> bool:
     def from_cli_args(cls, args):
         made = parse(cls, args)
         # Adapters that the server loads at its start; vLLM keeps them from the engine's arguments.
-        made.recalkv_adapters = [module.path for module in getattr(args, "lora_modules", ()) or ()]
+        # None is no attribute: "vllm bench" takes every attribute for an argument of the engine.
+        if adapters := [module.path for module in getattr(args, "lora_modules", ()) or ()]:
+            made.recalkv_adapters = adapters
         return made
 
     @functools.wraps(create)
