@@ -39,7 +39,7 @@ def add_ruler_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="ruler, passkey: prompts per task, length and depth",
     )
-    add("--seed", type=int, default=0, metavar="N", help="ruler, passkey: random seed")
+    add("--seed", type=int, default=0, metavar="N", help="of ruler, passkey and --dataset self")
     add(
         "--answers",
         type=Path,
