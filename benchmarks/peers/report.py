@@ -34,18 +34,22 @@ def table(result: dict[str, Any]) -> str:
     dense, ours = result["dense_bytes"], _points(result, OURS)
     lines = [
         f"| row | method | removed | bytes per token | in a long context | loss, nats "
-        f"| {OURS} in the same bytes | {OURS} / row |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {OURS} in the same bytes | {OURS} / row | {OURS} in those of a long context |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
-        size, loss = row["bytes_per_token"], row["loss"]
-        same = None if row["family"] in OWN else loss_at(ours, size)
-        cells = ("", "") if same is None else (f"{same:+.4f}", _ratio(same, loss))
+        loss, sizes = row["loss"], (row["bytes_per_token"], row["long_context_bytes_per_token"])
+        own = row["family"] in OWN
+        same, long = (None if own else loss_at(ours, size) for size in sizes)
+        cells = [""] * 3
+        if same is not None:
+            cells[:2] = f"{same:+.4f}", _ratio(same, loss)
+        if long is not None:
+            cells[2] = f"{long:+.4f}"
         family = row["family"] + (" (storage only)" if row["storage_only"] else "")
         lines.append(
-            f"| {row['name']} | {family} | {1 - size / dense:.1%} | {size:,.0f} "
-            f"| {row['long_context_bytes_per_token']:,.0f} | {loss:+.4f} "
-            f"| {cells[0]} | {cells[1]} |"
+            f"| {row['name']} | {family} | {1 - sizes[0] / dense:.1%} | {sizes[0]:,.0f} "
+            f"| {sizes[1]:,.0f} | {loss:+.4f} | {' | '.join(cells)} |"
         )
     return "\n".join([*lines, "", *_best_peers(result)]) + "\n"
 

@@ -180,8 +180,8 @@ def test_the_table_names_the_winner(tmp_path) -> None:
         pytest.approx(0.2),
     )
     lines = table(result).splitlines()
-    assert "| a-4 | A | 60.0% | 400 | 400 | +0.1000 | +0.0500 | 0.500 |" in lines
-    assert "| c-1 | C (storage only) | 95.0% | 50 | 50 | +0.0000 |  |  |" in lines
+    assert "| a-4 | A | 60.0% | 400 | 400 | +0.1000 | +0.0500 | 0.500 | +0.0500 |" in lines
+    assert "| c-1 | C (storage only) | 95.0% | 50 | 50 | +0.0000 |  |  |  |" in lines
     assert "| 80.0% | 200 | ours-2 | +0.0500 | A | +0.2000 | 0.250 |" in lines
     assert "| 90.0% | 100 | ours-1 | +0.5000 | A | +0.4000 | 1.250 (the peer wins) |" in lines
     assert "| 94.0% | 60 | ours-3 | +0.9000 | none; A in 100 | +0.4000 | 2.250 |" in lines
