@@ -52,7 +52,8 @@ def test_scripts_and_modules_are_there(program):
         script = command.words[1]
         if script == "-m":
             name = command.words[2].replace("recalkv_vllm.benchmarks", "benchmarks")
-            script = "tests/__init__.py" if name == "pytest" else f"{name.replace('.', '/')}.py"
+            path = "tests/__init__" if name == "pytest" else name.replace(".", "/")
+            script = f"{path}/__main__.py" if (ROOT / path).is_dir() else f"{path}.py"
         assert (ROOT / script).is_file(), command
 
 
