@@ -169,9 +169,7 @@ def test_quantized_weights_that_are_not_read(compress_fails, copy, settings, mes
 
 
 def test_quantized_weights_that_are_fused(compress_fails, copy):
-    directory = copy(
-        model_type="phi3", architectures=["Phi3ForCausalLM"], quantization_config=GPTQ
-    )
+    directory = copy(model_type="phi3", architectures=["Phi3ForCausalLM"], quantization_config=GPTQ)
     assert "found quantized ones fused" in compress_fails(directory, "--compression", 0.5)
 
 
