@@ -11,7 +11,10 @@ from recalkv_vllm.ops.triton.plan import most_code_bits
 def layer_cost(layer: LatentLayer) -> LayerCost:
     """Sizes of a layer's attention, for one query head to a KV head."""
     keys, values = layer.k_spans[0], layer.v_spans[0]
-    rank = max(span.end for span in (*layer.k_spans, *layer.v_spans))
+    bands = layer.latent_format if isinstance(layer.latent_format, BandFormat) else None
+    # Nobody may read the last columns; only the format of bands tells of them.
+    read = max(span.end for span in (*layer.k_spans, *layer.v_spans))
+    rank = read if bands is None else bands.rank
     return LayerCost(
         num_heads=layer.num_kv_heads,
         num_kv_heads=layer.num_kv_heads,
@@ -23,5 +26,5 @@ def layer_cost(layer: LatentLayer) -> LayerCost:
         shared=max(0, min(keys.end, values.end) - max(keys.start, values.start)),
         token_bytes=token_bytes(layer.latent_format, rank, layer.k_up.element_size()),
         code_bits=most_code_bits(layer.latent_format),
-        bands=isinstance(layer.latent_format, BandFormat),
+        bands=bands is not None,
     )
