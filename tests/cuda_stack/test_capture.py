@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.heuristics import choice
-from recalkv_vllm.ops.cuda.attention import CudaLayer
+from recalkv_vllm.ops.cuda import CudaLayer
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.serving.attention.implementation import LatentAttentionImpl
 from recalkv_vllm.serving.attention.layer import LatentAttention
