@@ -10,7 +10,7 @@ import torch
 import triton
 
 from recalkv_vllm.benchmarks.compile_report import Case, CompileOnlyDriver, compile_row
-from recalkv_vllm.ops import Batch
+from recalkv_vllm.ops import Batch, Pieces
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.plan import Part
@@ -42,6 +42,10 @@ def prefill_launches(layer: object) -> Iterator[Launch]:
         part = Part.rest(batch, PREFILL_TOKENS)
         cache = own_slots(layer.kv_cache, layer.slot_width)
         yield from attention.launches(part, q, cache, batch, o_lat, o_lat[..., 0])
+        heads, _, head_dim = bound.values.up.shape
+        dense = torch.zeros(PREFILL_TOKENS, heads, head_dim)
+        pieces = Pieces(index[None], index[:1], index, PREFILL_TOKENS)
+        yield bound._reconstruction.launch(cache, pieces, dense, dense)
 
 
 def with_memory(launch: Launch) -> Launch:
