@@ -207,10 +207,12 @@ def compile_row(case: Case, mode: str, arch: int, launch: Launch) -> Row:
     cubin = compiled.asm["cubin"]
     registers, spills = resources(cubin)
     tile = launch.arguments.get("TILE")
+    loop, tiles = Loop(0, 0), 1
     if launch.kernel is reconstruct_tokens:  # its loops are over columns of a tile
         loop = whole_of(cubin)
-    else:
-        loop = loop_of(cubin) if tile else Loop(0, 0)
+    elif tile:
+        loop = loop_of(cubin)
+        tiles = tiles_per_round(loop, launch.arguments)
     ptx = compiled.asm["ptx"]
     keys = ("HEADS", "V_BLOCK", "ROWS", "TILE", "LOCAL_ROPE", "STREAM", "COLUMNS", "DEPTH")
     config = {k.lower(): int(v) for k, v in launch.arguments.items() if k in keys}
@@ -225,9 +227,7 @@ def compile_row(case: Case, mode: str, arch: int, launch: Launch) -> Row:
         spills,
         compiled.metadata.shared,
         ", ".join(name for name in TENSOR_CORE if name in ptx),
-        loop.instructions * launch.warps / (tile * tiles_per_round(loop, launch.arguments))
-        if tile
-        else 0.0,
+        loop.instructions * launch.warps / (tile * tiles) if tile else 0.0,
         loop.spills,
     )
 
