@@ -62,15 +62,22 @@ def read_result(path: Path) -> Result:
 def _eval(raw: dict[str, Any]) -> Result:
     title, found = describe_result(raw)
     title = f"{Path(raw['model']).name}: {title}"
-    if raw["metric"] != "passkey":
+    if raw["metric"] not in ("passkey", "ruler"):
         return Result(title, found)
-    accuracy = {(row["length"], row["depth"]): row["accuracy"] for row in raw["rows"]}
-    depths = sorted({depth for _, depth in accuracy})
+    columns = {"score": "found", "base_score": "by the base model", "retained": "retained"}
+    columns = {name: heading for name, heading in columns.items() if name in raw["rows"][0]}
     rows = [
-        [f"{length:,}", *(f"{accuracy[length, depth]:.0%}" for depth in depths)]
-        for length in sorted({length for length, _ in accuracy})
+        [
+            row["task"],
+            f"{row['length']:,}",
+            *(
+                "too few to compare" if row[name] is None else f"{row[name]:.0%}"
+                for name in columns
+            ),
+        ]
+        for row in raw["rows"]
     ]
-    return Result(title, found, ["tokens", *(f"depth {depth:g}" for depth in depths)], rows)
+    return Result(title, found, ["task", "tokens", *columns.values()], rows)
 
 
 def _kernel(raw: dict[str, Any]) -> Result:

@@ -152,8 +152,12 @@ def test_foreign_factors_record_no_errors(copy, tmp_path) -> None:
 
 def test_results(checkpoints, tmp_path, capsys) -> None:
     model = str(checkpoints["bands"])
-    passkey = {"metric": "passkey", "engine": "vllm", "model": model, "accuracy": 0.5, "prompts": 4}
-    passkey["rows"] = [{"length": 512, "depth": d, "accuracy": d} for d in (0.0, 1.0)]
+    ruler = {"metric": "ruler", "engine": "vllm", "model": model, "score": 0.5, "prompts": 4}
+    row = {"length": 1024, "score": 0.25, "base_score": 0.5}
+    ruler["rows"] = [
+        {"task": "vt", **row, "retained": 0.5},
+        {"task": "cwe", **row, "retained": None},
+    ]
     ppl = {"metric": "ppl", "engine": "transformers", "model": model, "perplexity": 22.25}
     ppl |= {"nll": 3.1, "tokens": 99, "dataset": "text.txt", "seq_len": 64}
     kernel = {"geometry": "g", "compression": 0.5, "ratio": 0.875, "kernel": "C++"}
@@ -167,13 +171,14 @@ def test_results(checkpoints, tmp_path, capsys) -> None:
     assert main([*plan]) == 0
     planned = json.loads(capsys.readouterr().out) | {"relative_decode_time": 0.625}
     paths = []
-    for number, raw in enumerate((passkey, ppl, kernels, offline, planned)):
+    for number, raw in enumerate((ruler, ppl, kernels, offline, planned)):
         paths.append(tmp_path / f"{number}.json")
         paths[-1].write_text(json.dumps(raw))
     page = report(checkpoints["bands"], tmp_path / "page.html", *paths)
     for expected in (
-        "pass keys (512 tokens, vllm)",
-        "<td>100%</td>",
+        "RULER (1024 tokens, vllm)",
+        "<td>50%</td>",
+        "<td>too few to compare</td>",
         "22.2500 (nll 3.10000)",
         "<td>0.88</td>",
         "a device",

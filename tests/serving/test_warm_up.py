@@ -18,7 +18,7 @@ def layers(monkeypatch) -> dict[str, LatentAttention]:
     """Layers of one model beside one of another kind, as vLLM knows them."""
     config = SimpleNamespace(
         model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=4096),
-        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64),
         speculative_config=None,
         compilation_config=SimpleNamespace(static_forward_context={"draft": object()}),
     )

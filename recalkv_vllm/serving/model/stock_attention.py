@@ -171,7 +171,7 @@ class StockRun:
 
     def _rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> Any:
         self.calls.append(ROTARY)
-        if positions.tolist() != list(POSITIONS):
+        if not torch.equal(positions, torch.tensor(POSITIONS)):
             raise self.refusal("it changes positions")
         return q + 2, k + 2
 
