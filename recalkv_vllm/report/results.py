@@ -59,6 +59,10 @@ def read_result(path: Path) -> Result:
     )
 
 
+#: Where the base model's score is no measure.
+TOO_LOW = "base too low to compare"
+
+
 def _eval(raw: dict[str, Any]) -> Result:
     title, found = describe_result(raw)
     title = f"{Path(raw['model']).name}: {title}"
@@ -70,10 +74,7 @@ def _eval(raw: dict[str, Any]) -> Result:
         [
             row["task"],
             f"{row['length']:,}",
-            *(
-                "too few to compare" if row[name] is None else f"{row[name]:.0%}"
-                for name in columns
-            ),
+            *(TOO_LOW if row[name] is None else f"{row[name]:.0%}" for name in columns),
         ]
         for row in raw["rows"]
     ]

@@ -154,10 +154,8 @@ def test_results(checkpoints, tmp_path, capsys) -> None:
     model = str(checkpoints["bands"])
     ruler = {"metric": "ruler", "engine": "vllm", "model": model, "score": 0.5, "prompts": 4}
     row = {"length": 1024, "score": 0.25, "base_score": 0.5}
-    ruler["rows"] = [
-        {"task": "vt", **row, "retained": 0.5},
-        {"task": "cwe", **row, "retained": None},
-    ]
+    shares = (("vt", 0.5), ("cwe", None))
+    ruler["rows"] = [{"task": task, **row, "retained": share} for task, share in shares]
     ppl = {"metric": "ppl", "engine": "transformers", "model": model, "perplexity": 22.25}
     ppl |= {"nll": 3.1, "tokens": 99, "dataset": "text.txt", "seq_len": 64}
     kernel = {"geometry": "g", "compression": 0.5, "ratio": 0.875, "kernel": "C++"}
@@ -178,7 +176,7 @@ def test_results(checkpoints, tmp_path, capsys) -> None:
     for expected in (
         "RULER (1024 tokens, vllm)",
         "<td>50%</td>",
-        "<td>too few to compare</td>",
+        "<td>base too low to compare</td>",
         "22.2500 (nll 3.10000)",
         "<td>0.88</td>",
         "a device",
