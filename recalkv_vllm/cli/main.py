@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(logging.Formatter("recalkv: %(message)s"))
     logger = logging.getLogger("recalkv_vllm")
     logger.addHandler(handler)
+    level = logger.level
     logger.setLevel(logging.WARNING if options.quiet else logging.INFO)
     # Handled like Ctrl-C: partial output is removed and servers stop. By default, neither happens.
     on_main_thread = threading.current_thread() is threading.main_thread()
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if on_main_thread:
             signal.signal(signal.SIGTERM, before)
         logger.removeHandler(handler)
+        logger.setLevel(level)
     if options.json:
         print(json.dumps(result))
     else:

@@ -68,7 +68,8 @@ def render(directory: Path, results: Sequence[Result] = ()) -> str:
 
 def _losses(settings: dict[str, Any]) -> list[tuple[str, float, str]]:
     """What the checkpoint records of loss: name, nats per token, and what it means."""
-    healing = settings.get("healing") or {}
+    recorded = settings.get("healing")
+    healing = recorded if isinstance(recorded, dict) else {}  # settings may hold anything
     known = [
         ("expected", settings.get("expected_loss"), "by the Kronecker metric, before any healing"),
         ("measured", settings.get("loss"), "on held-out calibration text, above the dense model"),

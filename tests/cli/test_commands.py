@@ -1,6 +1,7 @@
 """The commands as a script uses them: one JSON object on stdout, everything else on stderr."""
 
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def test_progress_is_on_stderr_unless_quiet(tiny, tmp_path, capsys, text):
         assert f"recalkv: {stage}: 0 of " in told
     assert main([*map(str, line), str(tmp_path / "quiet"), "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+    assert logging.getLogger("recalkv_vllm").level == logging.NOTSET
 
 
 def test_text_output(tiny, tmp_path, capsys):

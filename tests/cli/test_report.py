@@ -18,6 +18,7 @@ from recalkv_vllm.band_format import token_bytes
 from recalkv_vllm.checkpoint import AttentionGeometry, RecalkvConfig, read_hf_config
 from recalkv_vllm.cli import main
 from recalkv_vllm.report.layer_map import layer_rows
+from recalkv_vllm.report.results import SERVE_COLUMNS
 from recalkv_vllm.report.spectra import SHARES, singular_values, spectrum
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -143,7 +144,7 @@ def test_names_are_text(copy, tmp_path) -> None:
 def test_foreign_factors_record_no_errors(copy, tmp_path) -> None:
     path = copy / "config.json"
     config = json.loads(path.read_text())
-    config["recalkv"] |= {"settings": {}, "calibration": {}}
+    config["recalkv"] |= {"settings": {"healing": "by time"}, "calibration": {}}
     path.write_text(json.dumps(config))
     page = report(copy, tmp_path / "page.html")
     assert "error of keys" not in page
@@ -164,12 +165,14 @@ def test_results(checkpoints, tmp_path, capsys) -> None:
     bench |= {"versions": {"vllm": "0.32.0"}}
     row = {"system": "stock", "round": 0, "requests_per_second": 1.5, "tokens_per_second": 1234.5}
     offline = {**bench, "rows": [{**row, "latency_s": 0.25}]}
+    row = dict.fromkeys(SERVE_COLUMNS, 0) | {"server": "stock", "ttft_ms_p50": 12.5}
+    served = {**bench, "partial": True, "rows": [row]}
     capsys.readouterr()
     plan = ("plan", model, "--kv-cache-memory-bytes", "1MiB", "--max-model-len", "64", "--json")
     assert main([*plan]) == 0
     planned = json.loads(capsys.readouterr().out) | {"relative_decode_time": 0.625}
     paths = []
-    for number, raw in enumerate((ruler, ppl, kernels, offline, planned)):
+    for number, raw in enumerate((ruler, ppl, kernels, offline, served, planned)):
         paths.append(tmp_path / f"{number}.json")
         paths[-1].write_text(json.dumps(raw))
     page = report(checkpoints["bands"], tmp_path / "page.html", *paths)
@@ -181,6 +184,8 @@ def test_results(checkpoints, tmp_path, capsys) -> None:
         "<td>0.88</td>",
         "a device",
         "<td>1234</td>",
+        "<td>12.5</td>",
+        "<p>partial; 1,048,576 bytes",
         "1,048,576 bytes of KV cache each; vllm 0.32.0",
         "predicted decode time 0.62 of the dense cache",
         f"<td>{planned['kv_cache_tokens']['compressed']:,}</td>",

@@ -88,7 +88,7 @@ def test_work_that_fails_ends_its_lines(caplog):
 
 @pytest.mark.parametrize("level", ["INFO", "WARNING"])
 def test_a_terminal_gets_a_bar_unless_quiet(level, monkeypatch, caplog):
-    caplog.set_level(level)
+    caplog.set_level(level, progress.__name__)
     assert ("factoring" in on_a_terminal(monkeypatch)) == (level == "INFO")
     assert not caplog.messages
 
