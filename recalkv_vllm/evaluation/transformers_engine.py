@@ -28,7 +28,7 @@ def score_windows(model: Path, windows: list[list[int]]) -> list[list[float]]:
     return score(load_served(model), windows)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(network: CausalLM, windows: list[list[int]]) -> list[list[float]]:
     """As :func:`score_windows`, of a model that is loaded."""
     scores = []
