@@ -93,14 +93,16 @@ def shared_engines() -> EngineProcess:
 
 def run_engines(*jobs, **environment):
     """Run engine jobs (see ``engine.py``) one after the other in one process."""
-    engines = EngineProcess(**environment) if environment else shared_engines()
+    # vLLM 0.32's n-gram proposer ends a process that has had another engine.
+    alone = environment or any("speculative_config" in job["engine"] for job in jobs)
+    engines = EngineProcess(**environment) if alone else shared_engines()
     try:
         return engines.run(jobs)
     except AssertionError:
         shared_engines.cache_clear()
         raise
     finally:
-        if environment:
+        if alone:
             engines.close()
 
 

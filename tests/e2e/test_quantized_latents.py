@@ -107,7 +107,7 @@ def test_capacity_of_bands(runs, bands, compressed, small):
     assert tokens["bands"] / tokens["plain"] == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("latents", ["int4", "bands"])
+@pytest.mark.parametrize("latents", ["int4", pytest.param("bands", marks=pytest.mark.slow)])
 def test_perplexity_is_that_of_rounded_latents(half, model, quantize, bands, latents, tmp_path):
     checkpoint = quantize(half, INT4) if latents == "int4" else bands(model)
     text = tmp_path / "text.txt"

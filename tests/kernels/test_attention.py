@@ -248,7 +248,7 @@ def test_workspace_covers_every_batch(bounded: bool, monkeypatch: pytest.MonkeyP
         index = torch.zeros(count + 4, dtype=torch.int32, device=DEVICE)
         table = torch.zeros(count + 3, 50, dtype=torch.int32, device=DEVICE)
         out = torch.zeros(len(q), 4, 32, device=DEVICE)
-        batch = Batch(table, index[1:], index, max_seq_len=100_000, num_tokens=2000)
+        batch = Batch(table, index[1:], index, max_seq_len=100_000)
         lse = out[:, :, 0].contiguous()
         list(attention.launches(part, q, inputs.kv_cache, batch, out, lse))
     assert len(asked) > 20
