@@ -179,7 +179,7 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     if mode == "decode":  # as good a place as any, for it knows no queries
         dense = layer.v_up.new_empty(16, geometry.num_kv_heads, head_dim)
         pieces = Pieces(index[None], index[:1], index[:2], 16)
-        yield Reconstruction(layer).launch(cache, pieces, dense, dense)
+        yield Reconstruction(layer, attention.constants).launch(cache, pieces, dense, dense)
 
 
 @cache

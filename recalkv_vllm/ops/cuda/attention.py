@@ -99,13 +99,14 @@ class DecodeAttention:
         lse: torch.Tensor,
     ) -> None:
         """Attend all of a batch, whatever its query lengths; writes ``o_lat`` and ``lse``."""
-        splits = self._plan(q, kv_cache, batch)[2]
+        chosen = self._plan(q, kv_cache, batch)
+        splits = chosen[2]
         if splits == 1:
-            self._start(q, kv_cache, batch, o_lat, lse)
+            self._start(chosen, q, kv_cache, batch, o_lat, lse)
             return
         tokens, num_heads, _ = q.shape
         out, out_lse = partial_results(splits, tokens, num_heads, self.v_width, q.device)
-        self._start(q, kv_cache, batch, out, out_lse)
+        self._start(chosen, q, kv_cache, batch, out, out_lse)
         torch.ops.recalkv_cuda.merge(out, out_lse, o_lat, lse, splits)
 
     def partial(
@@ -118,17 +119,20 @@ class DecodeAttention:
             that is not split, ``[tokens, h_q, v_width]`` and None.
         """
         tokens, num_heads, _ = q.shape
-        splits = self._plan(q, kv_cache, batch)[2]
+        chosen = self._plan(q, kv_cache, batch)
+        splits = chosen[2]
         if splits > 1:
             out, lse = partial_results(splits, tokens, num_heads, self.v_width, q.device)
-            self._start(q, kv_cache, batch, out, lse)
+            self._start(chosen, q, kv_cache, batch, out, lse)
             return out, lse
         o_lat = q.new_empty(tokens, num_heads, self.v_width, dtype=torch.float32)
-        self._start(q, kv_cache, batch, o_lat, q.new_empty(tokens, num_heads, dtype=torch.float32))
+        lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
+        self._start(chosen, q, kv_cache, batch, o_lat, lse)
         return o_lat, None
 
     def _start(
         self,
+        chosen: tuple[Plan, torch.Tensor, int],
         q: torch.Tensor,
         kv_cache: torch.Tensor,
         batch: Batch,
@@ -136,7 +140,7 @@ class DecodeAttention:
         lse: torch.Tensor,
     ) -> None:
         """Launch attention into ``out`` and ``lse``, which have splits in front if it is split."""
-        chosen, columns, splits = self._plan(q, kv_cache, batch)
+        plan, columns, splits = chosen
         kv_cache = self.elements(kv_cache)
         if kv_cache.data_ptr() % 16 or kv_cache.stride(0) % 8 or kv_cache.stride(1) % 8:
             raise ValueError(
@@ -155,7 +159,7 @@ class DecodeAttention:
             out,
             lse,
             packed.sizes,
-            chosen.kernel_shape(splits),
+            plan.kernel_shape(splits),
             *packed.scalars,
             *self.last_arguments(),
         )

@@ -12,6 +12,7 @@ from recalkv_vllm.ops.cuda.attention import DecodeAttention
 from recalkv_vllm.ops.cuda.plan import MAX_QUERIES
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.cache_and_values import CacheAndValues
+from recalkv_vllm.ops.triton.layout import kernel_constants
 from recalkv_vllm.ops.triton.plan import Part
 from recalkv_vllm.ops.triton.value_up import value_up_launch
 from recalkv_vllm.ops.triton.warm_up import head_launches, run_all
@@ -25,7 +26,7 @@ class CudaLayer(CacheAndValues):
     """
 
     def __init__(self, layer: LatentLayer, decode: DecodeAttention, triton: TritonAttention | None):
-        super().__init__(layer)
+        super().__init__(layer, kernel_constants(layer) if triton is None else triton.constants)
         self.decode, self.triton = decode, triton
 
     def decodes(self, num_heads: int, queries: int) -> bool:
@@ -85,8 +86,7 @@ class CudaLayer(CacheAndValues):
         tokens, num_heads, _ = q.shape
         heads = torch.empty_like(q) if out is None else out
         if self.triton is not None and not self.decodes(num_heads, batch.max_decode_query_len):
-            for part in (Part.decodes(batch), Part.rest(batch, tokens)):
-                self.triton.run_heads(part, q, kv_cache, batch, self.values, heads)
+            self.triton.attend_heads(q, kv_cache, batch, self.values, heads)
             return heads
         batch = self._with_decodes(tokens, batch)
         owned = slice(batch.num_decode_tokens)

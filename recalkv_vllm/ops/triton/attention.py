@@ -10,7 +10,7 @@ from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.attention import latent_attention
 from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
 from recalkv_vllm.ops.triton.launch import Launch
-from recalkv_vllm.ops.triton.layout import kernel_constants, local_rotation
+from recalkv_vllm.ops.triton.layout import cache_arguments, kernel_constants, local_rotation
 from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import AttentionPlanner, LaunchPlan, Part
 from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
@@ -51,6 +51,18 @@ class TritonAttention:
         self.run(Part.decodes(batch), q, kv_cache, batch, o_lat, lse)
         self.run(Part.rest(batch, tokens), q, kv_cache, batch, o_lat, lse)
         return o_lat, lse
+
+    def attend_heads(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        values: Values,
+        heads: torch.Tensor,
+    ) -> None:
+        """See :meth:`BoundLayer.attend_heads`; writes ``heads: [tokens, h_q, d]``."""
+        for part in (Part.decodes(batch), Part.rest(batch, len(q))):
+            self.run_heads(part, q, kv_cache, batch, values, heads)
 
     def run(
         self,
@@ -167,18 +179,13 @@ class TritonAttention:
     ) -> Iterator[Launch]:
         """Launches into ``out: [splits, rows, h_q, v_width]`` and ``lse: [splits, rows, h_q]``,
         whose rows are the part's."""
-        planner, latent_format, config = self.planner, self.latent_format, plan.config
-        num_heads, block_size = q.shape[1], kv_cache.shape[1]
+        planner, config, num_heads = self.planner, plan.config, q.shape[1]
         is_split = plan.splits > 1
-        codes, scales = kv_cache, None
-        if latent_format is not None:
-            codes, scales = latent_format.split_cache(kv_cache)
         head_blocks = planner.num_kv_heads // config.heads
         arguments = {
             **self.constants,
+            **cache_arguments(kv_cache, self.latent_format),
             "q": q,
-            "kv_cache": codes,
-            "scales": scales,
             "block_table": batch.block_table[part.first :],
             "seq_lens": batch.seq_lens[part.first :],
             "query_start_loc": batch.query_start_loc[part.first :],
@@ -191,10 +198,6 @@ class TritonAttention:
             "end_token": part.tokens.stop,
             "stride_q_token": q.stride(0),
             "stride_q_head": q.stride(1),
-            "stride_block": codes.stride(0),
-            "stride_slot": codes.stride(1),
-            "stride_scale_block": 0 if scales is None else scales.stride(0),
-            "stride_scale_slot": 0 if scales is None else scales.stride(1),
             "stride_table": batch.block_table.stride(0),
             "stride_out_split": out.stride(0) if is_split else 0,
             "stride_lse_split": lse.stride(0) if is_split else 0,
@@ -206,8 +209,6 @@ class TritonAttention:
             "QUERY_BLOCK": config.query_block,
             "ROWS": config.rows,
             "TILE": config.tile,
-            "BLOCK_SIZE": block_size,
-            "RANK": 0 if latent_format is None else latent_format.rank_of(kv_cache.shape[2]),
             "LOCAL_ROPE": config.local_rope,
             "SEARCH": plan.search,
             "STREAM": config.stream,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -15,13 +16,17 @@ from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
 
 
 class CacheAndValues(BoundLayer):
-    """What is Triton's whatever attends, which is left to the classes that inherit it."""
+    """What is Triton's whatever attends, which is left to the classes that inherit it.
 
-    def __init__(self, layer: LatentLayer):
+    Args:
+        constants: of the layer, as :func:`~.layout.kernel_constants` packs them.
+    """
+
+    def __init__(self, layer: LatentLayer, constants: dict[str, Any]):
         self._latent_format = layer.latent_format
         bias = None if layer.v_bias is None else layer.v_bias.contiguous()
         self.values = Values(layer.v_up.contiguous(), bias)
-        self._reconstruction = Reconstruction(layer)
+        self._reconstruction = Reconstruction(layer, constants)
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor

@@ -9,7 +9,6 @@ import torch
 from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.cache_and_values import CacheAndValues
-from recalkv_vllm.ops.triton.plan import Part
 from recalkv_vllm.ops.triton.warm_up import head_launches, run_all
 
 
@@ -17,8 +16,8 @@ class TritonLayer(CacheAndValues):
     """A layer's constants packed; see :class:`BoundLayer`."""
 
     def __init__(self, layer: LatentLayer):
-        super().__init__(layer)
         self.attention = TritonAttention(layer)
+        super().__init__(layer, self.attention.constants)
 
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
@@ -33,8 +32,7 @@ class TritonLayer(CacheAndValues):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         heads = torch.empty_like(q) if out is None else out
-        for part in (Part.decodes(batch), Part.rest(batch, len(q))):
-            self.attention.run_heads(part, q, kv_cache, batch, self.values, heads)
+        self.attention.attend_heads(q, kv_cache, batch, self.values, heads)
         return heads
 
     def prefers_dense(self, num_heads: int, queries: float) -> bool:

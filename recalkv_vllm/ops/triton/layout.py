@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from recalkv_vllm.band_format import BLOCK_COLUMNS, CODE_ALIGNMENT, BandFormat
+from recalkv_vllm.band_format import BLOCK_COLUMNS, CODE_ALIGNMENT, BandFormat, CacheFormat
 from recalkv_vllm.kernels.columns import next_power_of_2
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops.contract import LatentLayer
@@ -74,6 +74,24 @@ def format_constants(layer: LatentLayer) -> dict[str, Any]:
         constants["SCALE_SHIFT"] = BLOCK_COLUMNS.bit_length() - 1
         constants["CODE_UNIT"] = unit
     return constants
+
+
+def cache_arguments(kv_cache: torch.Tensor, latent_format: CacheFormat | None) -> dict[str, Any]:
+    """Arguments of a kernel that reads the cache ``[num_blocks, block_size, width]``, by name."""
+    codes, scales, rank = kv_cache, None, 0
+    if latent_format is not None:
+        codes, scales = latent_format.split_cache(kv_cache)
+        rank = latent_format.rank_of(kv_cache.shape[2])
+    return {
+        "kv_cache": codes,
+        "scales": scales,
+        "stride_block": codes.stride(0),
+        "stride_slot": codes.stride(1),
+        "stride_scale_block": 0 if scales is None else scales.stride(0),
+        "stride_scale_slot": 0 if scales is None else scales.stride(1),
+        "BLOCK_SIZE": kv_cache.shape[1],
+        "RANK": rank,
+    }
 
 
 def padded_head_dim(layer: LatentLayer) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from recalkv_vllm.band_format import BandFormat
@@ -10,7 +12,7 @@ from recalkv_vllm.kernels.columns import runs_of_span, streams_of
 from recalkv_vllm.kernels.reconstruction import reconstruct_tokens
 from recalkv_vllm.ops.contract import LatentLayer, Pieces
 from recalkv_vllm.ops.triton.launch import Launch
-from recalkv_vllm.ops.triton.layout import kernel_constants, pack_heads
+from recalkv_vllm.ops.triton.layout import cache_arguments, pack_heads
 
 #: Of what a layer fixes, that which the kernel takes.
 CONSTANTS = (
@@ -21,10 +23,13 @@ CONSTANTS = (
 
 
 class Reconstruction:
-    """Dense keys and values of one layer."""
+    """Dense keys and values of one layer.
 
-    def __init__(self, layer: LatentLayer):
-        constants = kernel_constants(layer)
+    Args:
+        constants: of the layer, as :func:`~.layout.kernel_constants` packs them.
+    """
+
+    def __init__(self, layer: LatentLayer, constants: dict[str, Any]):
         dim, columns = constants["DIM"], torch.arange(layer.head_dim)
         self.latent_format = layer.latent_format
         self.num_kv_heads = layer.num_kv_heads
@@ -44,10 +49,6 @@ class Reconstruction:
         self, kv_cache: torch.Tensor, pieces: Pieces, keys: torch.Tensor, values: torch.Tensor
     ) -> Launch:
         """See :meth:`BoundLayer.reconstruct`."""
-        codes, scales, rank = kv_cache, None, 0
-        if self.latent_format is not None:
-            codes, scales = self.latent_format.split_cache(kv_cache)
-            rank = self.latent_format.rank_of(kv_cache.shape[2])
         num_pieces = pieces.positions.shape[0]
         tiles = pieces.num_tokens // self.config.tile + num_pieces
         return Launch(
@@ -55,21 +56,14 @@ class Reconstruction:
             (tiles * self.num_kv_heads,),
             {
                 **self.constants,
-                "kv_cache": codes,
-                "scales": scales,
+                **cache_arguments(kv_cache, self.latent_format),
                 "block_table": pieces.block_table,
                 "positions": pieces.positions,
                 "start_loc": pieces.start_loc,
                 "keys": keys,
                 "values": values,
                 "num_pieces": num_pieces,
-                "stride_block": codes.stride(0),
-                "stride_slot": codes.stride(1),
-                "stride_scale_block": 0 if scales is None else scales.stride(0),
-                "stride_scale_slot": 0 if scales is None else scales.stride(1),
                 "stride_table": pieces.block_table.stride(0),
-                "BLOCK_SIZE": kv_cache.shape[1],
-                "RANK": rank,
             },
             self.config.warps,
             self.config.stages,

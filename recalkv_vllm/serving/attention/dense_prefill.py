@@ -71,7 +71,7 @@ class DensePrefill:
                 keys,
                 values,
                 (prefills.query_start_loc, part.pieces.start_loc),
-                (max(prefills.queries), part.longest),
+                (prefills.longest, part.longest),
                 self._logits,
                 causal=result is None,
             )

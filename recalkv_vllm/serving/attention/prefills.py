@@ -90,11 +90,16 @@ class Prefills:
         batch = self._batch
         return batch.query_start_loc[batch.num_decodes :] - batch.num_decode_tokens
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(self.queries)
 
-    @property
+    @cached_property
+    def longest(self) -> int:
+        """Queries of the sequence that has most."""
+        return max(self.queries)
+
+    @cached_property
     def mean_queries(self) -> float:
         """Queries of a sequence that has any, on average."""
         return self.num_tokens / max(1, sum(count > 0 for count in self.queries))
