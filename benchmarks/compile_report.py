@@ -29,10 +29,12 @@ from triton.backends.compiler import GPUTarget
 from recalkv_vllm.band_format import BLOCK_COLUMNS, Band, BandFormat, CacheFormat, bands_of
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.reconstruction import reconstruct_tokens
+from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops import Batch, Pieces
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.cache_update import cache_update_launch
+from recalkv_vllm.ops.triton.key_scales import KeyScales
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import Part
@@ -40,7 +42,7 @@ from recalkv_vllm.ops.triton.reconstruction import Reconstruction
 from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
 
 from .geometries import GEOMETRIES, SPANS, Latent, group_sizes, latent_of
-from .inputs import latent_layer
+from .inputs import empty_cache, latent_layer
 from .sass import Loop, cuobjdump, loop_of, whole_of
 
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
@@ -160,9 +162,7 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     queries, dtype = MODES[mode], torch.bfloat16
     layer = latent_layer(geometry, latent, POSITIONS, dtype, latent_format=latent_format)
     attention = TritonAttention(layer, target)
-    cache = z = torch.zeros(2, 16, latent.rank, dtype=dtype)
-    if latent_format is not None:
-        cache = torch.zeros(2, 16, latent_format.slot_bytes(latent.rank), dtype=torch.uint8)
+    z, cache = torch.zeros(2, latent.rank, dtype=dtype), empty_cache(2, 16, latent.rank, layer)
     q = torch.zeros(queries, heads, head_dim, dtype=dtype)
     o_lat = torch.zeros(queries, heads, latent.v_width)
     lse = torch.zeros(queries, heads)
@@ -174,7 +174,10 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     if mode == "prefill":
         return
     yield merge_launch(o_lat[None], lse[None], o_lat, lse)
-    yield cache_update_launch(z[0, :1], cache, torch.zeros(1, dtype=torch.int64), latent_format)
+    slots, (latents, _) = torch.zeros(1, dtype=torch.int64), split_pages(cache, layer.key_scales)
+    yield cache_update_launch(z[:1], latents, slots, latent_format)
+    if layer.key_scales:
+        yield KeyScales(layer).launch(cache, slots)
     yield value_up_launch(o_lat[None], values, heads, lse[None])
     if mode == "decode":  # as good a place as any, for it knows no queries
         dense = layer.v_up.new_empty(16, geometry.num_kv_heads, head_dim)

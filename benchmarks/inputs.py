@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from recalkv_vllm.band_format import CacheFormat
+from recalkv_vllm.band_format import CacheFormat, token_bytes
 from recalkv_vllm.ops import CheckedLayer, LatentLayer
 
 from .geometries import Geometry, Latent
@@ -48,21 +48,26 @@ def latent_cache(
     block_size: int,
     rank: int,
     like: torch.Tensor,
-    latent_format: CacheFormat | None,
+    layer: LatentLayer,
     bound: CheckedLayer,
 ) -> torch.Tensor:
     """A paged cache of random latents, of ``like``'s dtype if they are not quantized.
 
     Args:
-        bound: writes quantized latents.
+        bound: writes them.
     """
     z = like.new_empty(num_blocks * block_size, rank).normal_()
-    if latent_format is None:
-        return z.view(num_blocks, block_size, rank)
-    slot_bytes = latent_format.slot_bytes(rank)
-    cache = z.new_empty(num_blocks, block_size, slot_bytes, dtype=torch.uint8)
+    cache = empty_cache(num_blocks, block_size, rank, layer)
     bound.update_cache(z, cache, torch.arange(len(z), device=z.device))
     return cache
+
+
+def empty_cache(num_blocks: int, block_size: int, rank: int, layer: LatentLayer) -> torch.Tensor:
+    """A paged cache for a layer's latents and key scales."""
+    dtype = layer.k_up.dtype if layer.latent_format is None else torch.uint8
+    width = token_bytes(layer.latent_format, rank, dtype.itemsize, layer.key_scales)
+    shape = (num_blocks, block_size, width // dtype.itemsize)
+    return torch.empty(shape, dtype=dtype, device=layer.k_up.device)
 
 
 def _rope(geometry: Geometry, positions: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from recalkv_vllm.band_format import CacheFormat
+from recalkv_vllm.band_format import CacheFormat, token_bytes
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.progress import track
 
@@ -158,11 +158,9 @@ def _measure(
     stocks = dict(zip(runs.stock, baselines, strict=True))
     best = min(stocks, key=lambda name: stocks[name].median)
     stock = stocks[best]
-    if latent_format is None:
-        latent_bytes = latent.rank * dtype.itemsize
-    else:
-        latent_bytes = latent_format.slot_bytes(latent.rank)
-    work = attention_work(geometry, latent, context, batch, options.queries, latent_bytes)
+    key_scales = geometry.num_kv_heads if geometry.key_norm else 0
+    nbytes = token_bytes(latent_format, latent.rank, dtype.itemsize, key_scales)
+    work = attention_work(geometry, latent, context, batch, options.queries, nbytes)
     row = {
         "kernel": runs.kernel,
         "rank": latent.rank,

@@ -63,7 +63,7 @@ def build(
     layer = latent_layer(geometry, latent, context, dtype, latent_format=latent_format)
     ours, slow = ops.bind(layer), reference.bind(layer)
     # One random layer, copied: only where the bytes lie matters.
-    one = latent_cache(blocks * num_seqs, BLOCK_SIZE, latent.rank, q, latent_format, ours)
+    one = latent_cache(blocks * num_seqs, BLOCK_SIZE, latent.rank, q, layer, ours)
     caches = itertools.cycle([one.clone() for _ in range(layers)])
     return Runs(
         kernel=f"cpu {instruction_set(dtype)}",

@@ -103,7 +103,7 @@ def build(
     layer = latent_layer(geometry, latent, context, dtype, device, latent_format)
     ours, slow = ops.bind(layer), reference.bind(layer)
     ours.reserve(BatchLimits(geometry.num_heads, num_seqs, queries, context, num_seqs * queries))
-    one = latent_cache(blocks * num_seqs, BLOCK_SIZE, latent.rank, q, latent_format, ours)
+    one = latent_cache(blocks * num_seqs, BLOCK_SIZE, latent.rank, q, layer, ours)
     layers = cache_copies(
         geometry.layers,
         geometry.cache_bytes(context, num_seqs, dtype),

@@ -54,7 +54,7 @@ def smoke(
         shape = (sum(queries), geometry.num_heads, geometry.head_dim)
         q = torch.randn(shape, device=device).to(dtype)
         slow = reference.bind(layer)
-        cache = latent_cache(table.numel(), BLOCK_SIZE, latent.rank, q, layer.latent_format, slow)
+        cache = latent_cache(table.numel(), BLOCK_SIZE, latent.rank, q, layer, slow)
         expected = slow.attend_heads(q, cache, batch).float()
         for kernel in KERNELS:
             if kernel == "cuda" and latent_dtype != "auto":

@@ -33,10 +33,10 @@ import triton.language as tl
 from recalkv_vllm.kernels.keys import (
     load_factors,
     load_rotation,
-    normalize_keys,
     reconstruct_keys,
     reconstruct_streaming,
     rotate_pairs,
+    scale_keys,
     turn_queries_back,
 )
 from recalkv_vllm.kernels.latents import (
@@ -81,12 +81,12 @@ def latent_attention(
     q,
     kv_cache,
     scales,
+    key_scales,
     block_table,
     seq_lens,
     query_start_loc,
     k_up,
     k_bias,
-    k_norm_weight,
     first_columns,
     first_codes,
     head_columns,
@@ -104,13 +104,14 @@ def latent_attention(
     stride_slot,
     stride_scale_block,
     stride_scale_slot,
+    stride_key_block,
+    stride_key_slot,
     stride_table,
     stride_rope,
     stride_out_split,
     stride_lse_split,
     scale,
     soft_cap,
-    norm_eps,
     NUM_HEADS: tl.constexpr,
     QUERIES_PER_KV: tl.constexpr,
     HEADS: tl.constexpr,
@@ -134,6 +135,7 @@ def latent_attention(
     RANK: tl.constexpr,
     SCALE_SHIFT: tl.constexpr,
     CODE_UNIT: tl.constexpr,
+    KEY_SCALES: tl.constexpr,
     WINDOW: tl.constexpr,
     LOCAL_ROPE: tl.constexpr,
     SEARCH: tl.constexpr,
@@ -148,6 +150,7 @@ def latent_attention(
     ``columns.py``. The launch has ``V_BLOCKS`` blocks of value columns from ``FIRST_V_BLOCK`` on,
     all cut alike. With a ``CODEC``, ``kv_cache`` and ``scales`` are the parts of a quantized cache
     of latents of ``RANK`` elements; in bands, spans start at multiples of ``CODE_UNIT`` bytes.
+    With a key norm, a token has ``KEY_SCALES`` factors on its keys in the cache.
     ``SEARCH`` maps programs to query blocks of any batch; without it sequence ``i`` is program
     ``i`` and has at most ``QUERY_BLOCK`` queries. ``out`` and ``lse`` start at row ``first_token``;
     rows from the last sequence's end to ``end_token`` get zeros and minus infinity.
@@ -205,6 +208,9 @@ def latent_attention(
         stride_slot,
         stride_scale_block,
         stride_scale_slot,
+        key_scales,
+        stride_key_block,
+        stride_key_slot,
     )
     v_span = locate_span(first_columns, first_codes, first_head * 2 + 1)
     v_start = Start(v_span.column + v_block * (V_BLOCK // 16), v_span.codes)
@@ -236,8 +242,8 @@ def latent_attention(
                 rope_table, position, tokens.live, stride_rope, ROT_HALF, DIM // 2
             )
 
-        # Adds zero, so that the compiler does not load bias and norm weight once, before the loop,
-        # and hold them in registers that the kernel has none of to spare.
+        # Adds zero, so that the compiler does not load the bias once, before the loop, and hold it
+        # in registers that the kernel has none of to spare.
         each_tile = component + tl.minimum(base, 0)
         scores = tl.zeros([TILE, ROWS], tl.float32)
         for g in tl.static_range(HEADS // GROUP):
@@ -256,8 +262,8 @@ def latent_attention(
                     keys = reconstruct_streaming(
                         keys, tokens, k_start, factor, DIM, K_WIDTH, K_STREAMS, STAGES, FORMAT
                     )
-                if k_norm_weight is not None:
-                    keys = normalize_keys(keys, k_norm_weight, each_tile, norm_eps, HEAD_DIM)
+                if key_scales is not None:
+                    keys = scale_keys(keys, tokens, first_head + j, KEY_SCALES)
                 if rope_table is not None:
                     keys = rotate_pairs(keys, cos, sin)
                 of_head = tl.dot(keys.to(DTYPE), turned, input_precision="ieee")

@@ -1,4 +1,4 @@
-"""Reconstruct keys from latents, and rotate them: bias, norm and RoPE on the accumulator."""
+"""Reconstruct keys from latents, and rotate them: bias, scale and RoPE on the accumulator."""
 
 import triton
 import triton.language as tl
@@ -93,11 +93,13 @@ def reconstruct_streaming(
 
 
 @triton.jit
-def normalize_keys(keys, weight, component, eps, HEAD_DIM: tl.constexpr):
-    """RMS norm of ``keys: [TILE, DIM]`` with ``weight[component]``; padding of a head is zero."""
-    inverse = tl.rsqrt(tl.sum(keys * keys, axis=1) / HEAD_DIM + eps)
-    weights = tl.load(weight + component).to(tl.float32)
-    return keys * (inverse[:, None] * weights[None, :])
+def scale_keys(keys, tokens, head, KEY_SCALES: tl.constexpr):
+    """``keys: [TILE, DIM]`` times their tokens' cached scales: one per KV head, or a single one.
+
+    Before they are rounded, so that they cannot overflow float16.
+    """
+    index = 0 if KEY_SCALES == 1 else head
+    return keys * tl.load(tokens.key_scales + index, mask=tokens.live, other=0.0)[:, None]
 
 
 @triton.jit

@@ -42,7 +42,8 @@ class Start(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """A paged cache; ``scales`` is None and its strides unused if latents are not quantized."""
+    """A paged cache; ``scales`` is None and its strides unused if latents are not quantized, as are
+    ``key_scales`` where keys have no norm."""
 
     block_table: tl.tensor
     stride_table: tl.tensor
@@ -52,6 +53,9 @@ class Cache(NamedTuple):
     stride_slot: tl.tensor
     stride_scale_block: tl.tensor
     stride_scale_slot: tl.tensor
+    key_scales: tl.tensor
+    stride_key_block: tl.tensor
+    stride_key_slot: tl.tensor
 
 
 class Tokens(NamedTuple):
@@ -62,12 +66,14 @@ class Tokens(NamedTuple):
         live: whether the token exists and some query may see it.
         latents: pointer to its first latent (or code).
         scales: pointer to its first scale; meaningless if latents are not quantized.
+        key_scales: pointer to the first factor on its keys; meaningless where keys have no norm.
     """
 
     position: tl.tensor
     live: tl.tensor
     latents: tl.tensor
     scales: tl.tensor
+    key_scales: tl.tensor
 
 
 @triton.jit
@@ -82,7 +88,11 @@ def locate_tokens(cache, seq, position, end, BLOCK_SIZE: tl.constexpr):
     if cache.scales is not None:
         slot_offset = position % BLOCK_SIZE * cache.stride_scale_slot
         scales = cache.scales + block * cache.stride_scale_block + slot_offset
-    return Tokens(position, live, latents, scales)
+    key_scales = latents
+    if cache.key_scales is not None:
+        slot_offset = position % BLOCK_SIZE * cache.stride_key_slot
+        key_scales = cache.key_scales + block * cache.stride_key_block + slot_offset
+    return Tokens(position, live, latents, scales, key_scales)
 
 
 @triton.jit

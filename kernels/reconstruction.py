@@ -6,7 +6,8 @@ a call attends, where attention on latents reconstructs a key anew for every blo
 
 Data movement. One program per (tile of tokens, KV head); those of a tile are neighbors, so that all
 heads of a group but one read its latents from L2. Latents and factors are streamed, some columns at
-a time, through one product for keys and one for values. Bias, norm and RoPE are on the accumulator.
+a time, through one product for keys and one for values. Bias, scale and RoPE are on the
+accumulator.
 """
 
 import triton
@@ -14,9 +15,9 @@ import triton.language as tl
 
 from recalkv_vllm.kernels.keys import (
     load_rotation,
-    normalize_keys,
     reconstruct_streaming,
     rotate_pairs,
+    scale_keys,
 )
 from recalkv_vllm.kernels.latents import Cache, Format, locate_span, locate_tokens
 from recalkv_vllm.kernels.partition import find_queries
@@ -37,12 +38,12 @@ def add_bias(sums, bias, head, DIM: tl.constexpr):
 def reconstruct_tokens(
     kv_cache,
     scales,
+    key_scales,
     block_table,
     positions,
     start_loc,
     k_up,
     k_bias,
-    k_norm_weight,
     v_up,
     v_bias,
     first_columns,
@@ -56,9 +57,10 @@ def reconstruct_tokens(
     stride_slot,
     stride_scale_block,
     stride_scale_slot,
+    stride_key_block,
+    stride_key_slot,
     stride_table,
     stride_rope,
-    norm_eps,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
@@ -73,13 +75,14 @@ def reconstruct_tokens(
     RANK: tl.constexpr,
     SCALE_SHIFT: tl.constexpr,
     CODE_UNIT: tl.constexpr,
+    KEY_SCALES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Write ``keys`` and ``values``, each ``[tokens, NUM_KV_HEADS, HEAD_DIM]``.
 
     Piece ``i``, of sequence ``i``, starts at ``positions[i]`` and owns the rows ``start_loc[i]`` to
-    ``start_loc[i + 1]``. Factors, biases and norm weight are padded to ``DIM``; those of keys are
-    in the order of ``head_columns``, which has a rotated pair's members side by side.
+    ``start_loc[i + 1]``. Factors and biases are padded to ``DIM``; those of keys are in the order
+    of ``head_columns``, which has a rotated pair's members side by side.
     """
     DTYPE: tl.constexpr = keys.dtype.element_ty
     FORMAT: tl.constexpr = Format(CODEC, RANK, SCALE_SHIFT, CODE_UNIT, DTYPE)
@@ -99,6 +102,9 @@ def reconstruct_tokens(
         stride_slot,
         stride_scale_block,
         stride_scale_slot,
+        key_scales,
+        stride_key_block,
+        stride_key_slot,
     )
     row = first + tl.arange(0, TILE)
     end = first_position + count
@@ -113,8 +119,8 @@ def reconstruct_tokens(
     sums = reconstruct_streaming(
         sums, tokens, k_start, factor, DIM, K_WIDTH, K_STREAMS, STAGES, FORMAT
     )
-    if k_norm_weight is not None:
-        sums = normalize_keys(sums, k_norm_weight, component, norm_eps, HEAD_DIM)
+    if key_scales is not None:
+        sums = scale_keys(sums, tokens, head, KEY_SCALES)
     if rope_table is not None:
         cos, sin = load_rotation(
             rope_table,

@@ -5,7 +5,12 @@ Imports neither torch nor vLLM, so that every side can read it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+#: What one RMS norm of keys is over: a KV head, or all heads of a token.
+KeyNorm: TypeAlias = Literal["head", "token"]
 
 _MODELS = "vllm.model_executor.models"
 #: vLLM's classes for models that it runs as transformers defines them.
@@ -25,6 +30,8 @@ class Architecture:
         name: in ``architectures`` of a model's config, where vLLM's class is called otherwise.
         fused_qkv: checkpoints hold queries, keys and values as one projection ``qkv_proj``.
         reads: fields of a config that change attention, and that serving follows.
+        key_norm: of keys before RoPE, if it has one.
+        key_norm_field: field of a config without which it has none.
     """
 
     vllm_class: str
@@ -32,6 +39,8 @@ class Architecture:
     name: str | None = None
     fused_qkv: bool = False
     reads: tuple[str, ...] = ()
+    key_norm: KeyNorm | None = None
+    key_norm_field: str | None = None
 
     @property
     def served_name(self) -> str:
@@ -58,10 +67,14 @@ SUPPORTED = {
     ),
     "qwen2": Architecture(f"{_MODELS}.qwen2:Qwen2ForCausalLM", "Qwen2, Qwen2.5 (QKV bias)"),
     "qwen3": Architecture(
-        f"{_MODELS}.qwen3:Qwen3ForCausalLM", "Qwen3 (norm of every query and key head)"
+        f"{_MODELS}.qwen3:Qwen3ForCausalLM",
+        "Qwen3 (norm of every query and key head)",
+        key_norm="head",
     ),
     "qwen3_moe": Architecture(
-        f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM", "Qwen3-MoE; experts stay as they are"
+        f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM",
+        "Qwen3-MoE; experts stay as they are",
+        key_norm="head",
     ),
     "phi3": Architecture(
         f"{_MODELS}.phi3:Phi3ForCausalLM",
@@ -79,6 +92,7 @@ SUPPORTED = {
     "gemma3_text": Architecture(
         f"{_MODELS}.gemma3:Gemma3ForCausalLM",
         "Gemma 3, text models (key norm, windows with a RoPE of their own)",
+        key_norm="head",
     ),
     "gemma": Architecture(
         f"{_MODELS}.gemma:GemmaForCausalLM", "Gemma 1, CodeGemma (one KV head in 2B)"
@@ -95,6 +109,7 @@ SUPPORTED = {
     "exaone4": Architecture(
         f"{_MODELS}.exaone4:Exaone4ForCausalLM",
         "EXAONE 4 (key norm; windows with RoPE, full layers without)",
+        key_norm="head",
     ),
     "glm4": Architecture(
         f"{_MODELS}.glm4:Glm4ForCausalLM", "GLM-4 0414, GLM-Z1 (interleaved RoPE of half a head)"
@@ -103,6 +118,8 @@ SUPPORTED = {
         f"{_MODELS}.glm4_moe:Glm4MoeForCausalLM",
         "GLM-4.5, GLM-4.6 (QKV bias, key norm)",
         reads=("use_qk_norm",),
+        key_norm="head",
+        key_norm_field="use_qk_norm",
     ),
     "ernie4_5": Architecture(
         f"{_MODELS}.ernie45:Ernie4_5ForCausalLM", "ERNIE 4.5, dense (interleaved RoPE)"
@@ -126,7 +143,9 @@ SUPPORTED = {
     "phimoe": Architecture(
         f"{_MODELS}.phimoe:PhiMoEForCausalLM", "Phi-3.5-MoE (biases, long RoPE)"
     ),
-    "apertus": Architecture(f"{_MODELS}.apertus:ApertusForCausalLM", "Apertus (key norm)"),
+    "apertus": Architecture(
+        f"{_MODELS}.apertus:ApertusForCausalLM", "Apertus (key norm)", key_norm="head"
+    ),
     "qwen2_moe": Architecture(
         f"{_MODELS}.qwen2_moe:Qwen2MoeForCausalLM", "Qwen1.5-MoE, Qwen2-MoE (QKV bias)"
     ),
@@ -136,7 +155,9 @@ SUPPORTED = {
         name="StableLmForCausalLM",
     ),
     "exaone_moe": Architecture(
-        f"{_MODELS}.exaone_moe:ExaoneMoeForCausalLM", "K-EXAONE (as EXAONE 4, mixture of experts)"
+        f"{_MODELS}.exaone_moe:ExaoneMoeForCausalLM",
+        "K-EXAONE (as EXAONE 4, mixture of experts)",
+        key_norm="head",
     ),
     "cohere2_moe": Architecture(f"{_MODELS}.cohere2_moe:Cohere2MoeForCausalLM", "Cohere 2 MoE"),
     "smollm3": Architecture(
@@ -152,10 +173,36 @@ SUPPORTED = {
     "arcee": Architecture(_TRANSFORMERS, "Arcee AFM", name="ArceeForCausalLM"),
     "helium": Architecture(_TRANSFORMERS, "Helium (interleaved RoPE)", name="HeliumForCausalLM"),
     "olmo": Architecture(_TRANSFORMERS, "OLMo 1", name="OlmoForCausalLM"),
+    "olmo2": Architecture(
+        _TRANSFORMERS,
+        "OLMo 2 (norm over all key heads)",
+        name="Olmo2ForCausalLM",
+        key_norm="token",
+    ),
+    "olmo3": Architecture(
+        _TRANSFORMERS,
+        "OLMo 3 (norm over all key heads; windows)",
+        name="Olmo3ForCausalLM",
+        key_norm="token",
+    ),
+    "olmoe": Architecture(
+        f"{_MODELS}.olmoe:OlmoeForCausalLM",
+        "OLMoE (norm over all key heads; mixture of experts)",
+        key_norm="token",
+    ),
+    "flex_olmo": Architecture(
+        _TRANSFORMERS_MOE,
+        "FlexOlmo (norm over all key heads; mixture of experts)",
+        name="FlexOlmoForCausalLM",
+        key_norm="token",
+    ),
     "cwm": Architecture(_TRANSFORMERS, "Code World Model (windows)", name="CwmForCausalLM"),
     "ministral": Architecture(_TRANSFORMERS, "Ministral 8B (windows)", name="MinistralForCausalLM"),
     "dots1": Architecture(
-        _TRANSFORMERS_MOE, "dots.llm1 (key norm; mixture of experts)", name="Dots1ForCausalLM"
+        _TRANSFORMERS_MOE,
+        "dots.llm1 (key norm; mixture of experts)",
+        name="Dots1ForCausalLM",
+        key_norm="head",
     ),
     "jais2": Architecture(_TRANSFORMERS, "Jais 2 (biases)", name="Jais2ForCausalLM"),
     "vaultgemma": Architecture(
@@ -165,6 +212,15 @@ SUPPORTED = {
         _TRANSFORMERS_MOE, "Solar Open (mixture of experts)", name="SolarOpenForCausalLM"
     ),
 }
+
+
+def key_norm(config: Mapping[str, Any]) -> KeyNorm | None:
+    """The key norm of a Hugging Face config's model; None for types that are not supported."""
+    architecture = SUPPORTED.get(config.get("model_type", ""))
+    if architecture is None:
+        return None
+    field = architecture.key_norm_field
+    return architecture.key_norm if field is None or config.get(field) else None
 
 
 def has_fused_qkv(model_type: str | None) -> bool:

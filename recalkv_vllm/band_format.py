@@ -25,6 +25,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from recalkv_vllm.key_scales import KEY_SCALE_BYTES
 from recalkv_vllm.latent_format import LatentFormat, pack_bits, unpack_bits
 from recalkv_vllm.span import Span
 
@@ -223,9 +224,17 @@ def stored_format(
     return uniform if bands is None else BandFormat(bands)
 
 
-def token_bytes(latent_format: CacheFormat | None, rank: int, itemsize: int) -> int:
-    """Bytes of one token's latent: as the format stores it, or ``itemsize`` for each element."""
-    return rank * itemsize if latent_format is None else latent_format.slot_bytes(rank)
+def token_bytes(
+    latent_format: CacheFormat | None, rank: int, itemsize: int, key_scales: int = 0
+) -> int:
+    """Bytes of one token in the cache.
+
+    Args:
+        latent_format: how its latent is stored; None: as elements of ``itemsize`` bytes.
+        key_scales: that it has besides, where keys are normed.
+    """
+    latent = rank * itemsize if latent_format is None else latent_format.slot_bytes(rank)
+    return latent + KEY_SCALE_BYTES * key_scales
 
 
 def band_bytes(band: Band) -> int:

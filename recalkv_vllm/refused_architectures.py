@@ -4,13 +4,7 @@ from __future__ import annotations
 
 #: Reason, and the types of models that it holds for.
 REASONS = {
-    "norms over all heads of a token at once, which mix heads that are reconstructed separately": (
-        "flex_olmo",
-        "minimax_m2",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-    ),
+    "norms of queries and keys that vLLM computes as one": ("minimax_m2",),
     "norms of queries and keys after RoPE": (
         "hunyuan_v1_dense",
         "hunyuan_v1_moe",

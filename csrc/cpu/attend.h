@@ -80,7 +80,7 @@ RECALKV_INLINE typename Attention<Format>::Range Attention<Format>::visible(int 
 // Whether scores are stored as logits of powers of two; else softmax() scales them.
 template <class Format>
 RECALKV_INLINE bool Attention<Format>::scores_are_logits() const {
-  return layer.soft_cap > 0 || layer.k_norm_weight;
+  return layer.soft_cap > 0 || layer.key_scales;
 }
 
 // Scores of a vector of tokens as logits of powers of two.
@@ -88,7 +88,7 @@ template <class Format>
 RECALKV_INLINE Vec Attention<Format>::logits(Vec score, int token) const {
   const bool capped = layer.soft_cap > 0;
   score = mul(score, splat(capped ? layer.scale : layer.scale * kLog2E));
-  if (layer.k_norm_weight) score = mul(score, load(key_scale + token));
+  if (layer.key_scales) score = mul(score, load(key_scale + token));
   return capped ? mul(cap(score), splat(kLog2E)) : score;
 }
 

@@ -24,6 +24,12 @@ int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads();
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
+// Elements of a token's latent, its key scales left out.
+int64_t latent_width(const Layer& layer, const at::Tensor& kv_cache) {
+  const int64_t per_scale = static_cast<int64_t>(sizeof(float)) / kv_cache.element_size();
+  return kv_cache.size(2) - layer.key_scales * per_scale;
+}
+
 Batch make_batch(const Layer& layer, const LatentLayout& latents, const at::Tensor& q,
                  const at::Tensor& kv_cache, const at::Tensor& block_table,
                  const at::Tensor& seq_lens, const at::Tensor& query_start_loc) {
@@ -36,6 +42,13 @@ Batch make_batch(const Layer& layer, const LatentLayout& latents, const at::Tens
   batch.block_stride = kv_cache.stride(0);
   batch.token_stride = kv_cache.stride(1);
   batch.block_size = static_cast<int>(kv_cache.size(1));
+  if (layer.key_scales) {
+    // A block's latents, then the scales of all its tokens.
+    batch.token_stride = latent_width(layer, kv_cache);
+    batch.key_scales = static_cast<const char*>(batch.cache) +
+                       batch.block_size * batch.token_stride * kv_cache.element_size();
+    batch.block_bytes = batch.block_stride * kv_cache.element_size();
+  }
   batch.latents = latents;
   batch.num_seqs = static_cast<int>(block_table.size(0));
   batch.block_table = block_table.const_data_ptr<int32_t>();
@@ -183,7 +196,7 @@ struct Call {
        bool to_heads)
       : layer(attention_layer.layer()),
         kernels(attention_layer.kernels(q.scalar_type())),
-        latents(attention_layer.latent_format().layout_of_slots(kv_cache.size(2))),
+        latents(attention_layer.latent_format().layout_of_slots(latent_width(layer, kv_cache))),
         batch(
             make_batch(layer, latents.layout, q, kv_cache, block_table, seq_lens, query_start_loc)),
         schedule(reused_schedule()) {

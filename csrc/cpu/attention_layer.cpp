@@ -73,14 +73,14 @@ void AttentionLayer::set_keys(const Keys& keys) {
                     keys.factors.sizes());
   check(keys.factors, "factors", dtype_of(kernels_.factors), {heads, head_dim, width});
   if (keys.bias) check(*keys.bias, "bias", at::kFloat, {heads, head_dim});
-  if (keys.norm_weight) check(*keys.norm_weight, "norm_weight", at::kFloat, {head_dim});
+  TORCH_CHECK_VALUE(keys.scales == 0 || keys.scales == 1 || keys.scales == heads,
+                    "scales: expected 0, 1 or ", heads, " (KV heads), found ", keys.scales);
   layer_.num_kv_heads = static_cast<int>(heads);
   layer_.head_dim = static_cast<int>(head_dim);
   layer_.k_width = static_cast<int>(width);
   layer_.k_factors = static_cast<const Unit*>(keys.factors.const_data_ptr());
   layer_.k_bias = data_or_null(keys.bias);
-  layer_.k_norm_weight = data_or_null(keys.norm_weight);
-  layer_.k_norm_eps = static_cast<float>(keys.norm_eps);
+  layer_.key_scales = static_cast<int>(keys.scales);
 }
 
 void AttentionLayer::set_spans(const Spans& spans) {
@@ -137,8 +137,7 @@ void AttentionLayer::set_expansion(const Expansion& expansion) {
         {stretches, kTerms, 2, (pairs + 15) / 16 * 16});
   check(expansion.pair_factors, "pair_factors", at::kBFloat16,
         {layer_.num_kv_heads, pairs, layer_.k_width, 2});
-  TORCH_CHECK_VALUE(kernels_.factors == kBFloat16 && !layer_.k_norm_weight,
-                    "expansion: expected bfloat16 factors and no key norm");
+  TORCH_CHECK_VALUE(kernels_.factors == kBFloat16, "expansion: expected bfloat16 factors");
   TORCH_CHECK_VALUE(2 * pairs <= layer_.head_dim, "pair_factors: expected at most ",
                     layer_.head_dim / 2, " pairs, found ", pairs);
   TORCH_CHECK_VALUE(layer_.max_position <= stretches * kStretch,

@@ -17,17 +17,12 @@ namespace recalkv {
 
 // How keys come from latents. Rows of a head are in pair order, see Layer::k_factors.
 struct Keys : torch::CustomClassHolder {
-  const at::Tensor factors;                     // [num_kv_heads, head_dim, k_width]
-  const std::optional<at::Tensor> bias;         // [num_kv_heads, head_dim] float32
-  const std::optional<at::Tensor> norm_weight;  // [head_dim] float32
-  const double norm_eps;
+  const at::Tensor factors;              // [num_kv_heads, head_dim, k_width]
+  const std::optional<at::Tensor> bias;  // [num_kv_heads, head_dim] float32
+  const int64_t scales;                  // see Layer::key_scales
 
-  Keys(at::Tensor factors, std::optional<at::Tensor> bias, std::optional<at::Tensor> norm_weight,
-       double norm_eps)
-      : factors(std::move(factors)),
-        bias(std::move(bias)),
-        norm_weight(std::move(norm_weight)),
-        norm_eps(norm_eps) {}
+  Keys(at::Tensor factors, std::optional<at::Tensor> bias, int64_t scales)
+      : factors(std::move(factors)), bias(std::move(bias)), scales(scales) {}
 };
 
 // Where the spans of the K groups and of the V groups start in a latent.

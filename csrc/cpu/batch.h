@@ -17,6 +17,8 @@ struct Batch {
   int64_t token_stride;
   int block_size;
   LatentLayout latents;
+  const char* key_scales;  // [block_size][Layer::key_scales] float32 of the first block, or null
+  int64_t block_bytes;     // from a block's to the next one's
   int num_seqs;
   const int32_t* block_table;  // [num_seqs][table_stride]
   int64_t table_stride;

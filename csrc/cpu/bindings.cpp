@@ -57,9 +57,8 @@ TORCH_LIBRARY(recalkv_cpu, m) {
   using recalkv::AttentionLayer, recalkv::Expansion, recalkv::Keys, recalkv::Logits,
       recalkv::Rotation, recalkv::Spans, recalkv::Values;
 
-  m.class_<Keys>("Keys").def(
-      torch::init<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, double>(), "",
-      {arg("factors"), arg("bias"), arg("norm_weight"), arg("norm_eps")});
+  m.class_<Keys>("Keys").def(torch::init<at::Tensor, std::optional<at::Tensor>, int64_t>(), "",
+                             {arg("factors"), arg("bias"), arg("scales")});
   m.class_<Spans>("Spans").def(torch::init<std::vector<int64_t>, std::vector<int64_t>, int64_t>(),
                                "", {arg("k_starts"), arg("v_starts"), arg("v_width")});
   m.class_<Values>("Values").def(

@@ -23,6 +23,10 @@ void Attention<Format>::locate(int64_t first, int valid, Tile& tile) const {
     } else {
       tile.latents[t] = static_cast<const Raw*>(batch.cache) + from + offset * batch.token_stride;
     }
+    if (layer.key_scales) {
+      const char* scales = batch.key_scales + task.blocks[block] * batch.block_bytes;
+      tile.key_scales[t] = reinterpret_cast<const float*>(scales) + offset * layer.key_scales;
+    }
     if (++offset == batch.block_size) {
       offset = 0;
       ++block;
@@ -108,6 +112,14 @@ template <class Format>
 void Attention<Format>::gather_rows(const Raw* const* latents, int64_t start) {
   for (int t = 0; t < kTile; ++t)
     Format::widen(span(latents[t], start), z_rows + t * v_units, layer.v_width);
+}
+
+// Factors on a head's keys; zero past the end.
+template <class Format>
+void Attention<Format>::gather_key_scales(int head) {
+  const int index = layer.key_scales == 1 ? 0 : first_head + head;
+  for (int t = 0; t < kTile; ++t)
+    key_scale[t] = tile->latents[t] ? tile->key_scales[t][index] : 0.0f;
 }
 
 }  // namespace recalkv::RECALKV_ISA

@@ -20,10 +20,9 @@ struct Layer {
   // [num_kv_heads][head_dim][k_width] in the compute format; rows of a head in pair order (the two
   // members of a rotation pair are neighbors), so that RoPE styles need no case of their own.
   const Unit* k_factors;
-  const float* k_bias;         // [num_kv_heads][head_dim] in pair order, or null
-  const float* k_norm_weight;  // [head_dim] in pair order, or null
-  float k_norm_eps;
-  const float* rope;  // [tiles][2 (cos, sin)][rot_pairs][kTile], or null
+  const float* k_bias;  // [num_kv_heads][head_dim] in pair order, or null
+  int key_scales;       // factors on keys in the cache: none, one per token, or one per KV head
+  const float* rope;    // [tiles][2 (cos, sin)][rot_pairs][kTile], or null
   int rot_pairs;
   bool is_neox;
   int64_t max_position;  // positions that rope has

@@ -5,18 +5,14 @@
 
 namespace recalkv::RECALKV_ISA {
 
-// keys = RoPE(weight · (L z + b)) without the norm's 1/RMS, which goes into key_scale.
+// keys = RoPE(L z + b), without the factors of key_scale.
 template <class Format>
 void Attention<Format>::reconstruct(int head, int64_t tile) {
   const Unit* factors = layer.k_factors + int64_t{head} * layer.head_dim * k_units;
   const float* bias = layer.k_bias ? layer.k_bias + int64_t{head} * layer.head_dim : nullptr;
-  const float* norm = layer.k_norm_weight;
   const float* cosines =
       layer.rot_pairs ? layer.rope + tile * 2 * layer.rot_pairs * kTile : nullptr;
   const float* sines = cosines + int64_t{layer.rot_pairs} * kTile;
-  if (norm) {
-    for (int t = 0; t < kTile; t += kLanes) store(key_scale + t, splat(0.0f));
-  }
   products.template run<Format>(
       exact_rows, kTile, {factors, k_units}, {z_columns, kTile}, k_units,
       [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int) __attribute__((always_inline)) {
@@ -25,18 +21,6 @@ void Attention<Format>::reconstruct(int head, int64_t tile) {
                       __attribute__((always_inline)) { sum = splat(bias ? bias[row + i] : 0.0f); });
   }, [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
     if constexpr (kR % 2 == 0) {
-      if (norm) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kV; ++j) {
-          Vec square = load(key_scale + column + j * kLanes);
-#pragma GCC unroll 6
-          for (int i = 0; i < kR; ++i) {
-            square = fma(acc[i][j], acc[i][j], square);
-            acc[i][j] = mul(acc[i][j], splat(norm[row + i]));
-          }
-          store(key_scale + column + j * kLanes, square);
-        }
-      }
 #pragma GCC unroll 3
       for (int i = 0; i < kR; i += 2) {
         const int pair = (row + i) / 2;
@@ -56,13 +40,6 @@ void Attention<Format>::reconstruct(int head, int64_t tile) {
       }
     }
   });
-  if (norm) {
-    const Vec mean = splat(1.0f / layer.head_dim), eps = splat(layer.k_norm_eps);
-    for (int t = 0; t < kTile; t += kLanes) {
-      const Vec square = fma(load(key_scale + t), mean, eps);
-      store(key_scale + t, div(splat(1.0f), sqrt(square)));
-    }
-  }
 }
 
 // values = L_v z without the bias: weights of a softmax sum to one, so that finish() adds it.

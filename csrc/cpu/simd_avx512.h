@@ -22,7 +22,6 @@ RECALKV_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 RECALKV_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 RECALKV_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 RECALKV_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-RECALKV_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a); }
 // out[i] = f over the lanes of rows[i]; one reduction for four rows, whose shuffles they share.
 template <class F>
 RECALKV_INLINE void reduce_rows(const Vec (&rows)[4], float* out, F f) {

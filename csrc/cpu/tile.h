@@ -60,7 +60,7 @@ struct Attention {
   Unit* weights;       // [kRowBlock][kTokenUnits]
   float* running_max;  // [num_heads][rows], of logits in base 2
   float* running_sum;  // [num_heads][rows]
-  float* key_scale;    // [kTile], 1 / RMS of each key, likewise
+  float* key_scale;    // [kTile], factor on each key from the cache, likewise
   float* new_max;      // [kRowBlock]
   float* rescale;      // [kRowBlock]
   Raw* zeros;          // a latent for tokens past the end
@@ -95,6 +95,7 @@ struct Attention {
     const Raw* latents[kTile];  // in the cache, or in `dequantized` once dequantize() ran
     const uint8_t* codes[kTile];
     const uint8_t* scales[kTile];
+    const float* key_scales[kTile];
   };
   Tile tiles[2];
   Tile* tile = &tiles[0];
@@ -190,6 +191,7 @@ struct Attention {
   void gather_columns(const Raw* const* latents, int64_t start);
   void gather_values(const Raw* const* latents, int64_t start);
   void gather_rows(const Raw* const* latents, int64_t start);
+  void gather_key_scales(int head);
 
   // dequantize.h
   void plan_segments();

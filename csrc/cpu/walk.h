@@ -25,6 +25,7 @@ void Attention<Format>::gather(int head, bool values_are_shared) {
   const int group = global / heads_per_v_group;
   if (global % layer.group_heads == 0)
     gather_columns(tile->latents, layer.k_starts[global / layer.group_heads]);
+  if (layer.key_scales) gather_key_scales(head);
   if (values_are_shared && head > 0 && group == (global - 1) / heads_per_v_group) return;
   if (dense) {
     gather_rows(tile->latents, layer.v_starts[group]);

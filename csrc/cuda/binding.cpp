@@ -76,23 +76,27 @@ struct HopperArguments {
 
 // What both decode kernels are told; `launch` starts one of them.
 void run_decode(Launch launch, const char* what, const HopperArguments& hopper, const Tensor& q,
-                const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_lens,
-                const Tensor& query_start_loc, const Tensor& k_factor,
-                const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
+                const Tensor& kv_cache, const std::optional<Tensor>& key_scales,
+                const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
+                const Tensor& k_factor, const std::optional<Tensor>& k_bias,
                 const Tensor& base_rotation, const Tensor& local_rotation,
                 const Tensor& tile_columns, Tensor out, Tensor lse, std::vector<int64_t> sizes,
-                std::vector<int64_t> kernel, double scale, double soft_cap, double norm_eps,
-                double norm_factor) {
+                std::vector<int64_t> kernel, double scale, double soft_cap) {
   const Stream stream(q);
   DecodeParams p{};
   p.q = data<const uint16_t>(q);
   p.kv_cache = data<const uint16_t>(kv_cache);
+  if (key_scales) {
+    p.key_scales = data<const float>(*key_scales);
+    p.key_scale_block_stride = key_scales->stride(0);
+    p.key_scale_slot_stride = static_cast<int32_t>(key_scales->stride(1));
+    p.key_scale_head_stride = key_scales->size(2) > 1;
+  }
   p.block_table = data<const int32_t>(block_table);
   p.seq_lens = data<const int32_t>(seq_lens);
   p.query_start_loc = data<const int32_t>(query_start_loc);
   p.k_factor = data<const void>(k_factor);
   p.k_bias = optional_data(k_bias);
-  p.k_norm_weight = optional_data(k_norm_weight);
   p.base_rotation = data<const float>(base_rotation);
   p.local_rotation = data<const float>(local_rotation);
   p.slow_rotation = optional_data(hopper.slow_rotation);
@@ -115,8 +119,6 @@ void run_decode(Launch launch, const char* what, const HopperArguments& hopper, 
   assign(sizes, "sizes", p.k_width, p.v_width, p.rotated_half, p.window, p.base_rotation_stride);
   p.scale = static_cast<float>(scale);
   p.soft_cap = static_cast<float>(soft_cap);
-  p.norm_eps = static_cast<float>(norm_eps);
-  p.norm_factor = static_cast<float>(norm_factor);
   // KernelShape of recalkv_vllm/ops/cuda/shapes.py.
   auto& shape = p.kernel;
   assign(kernel, "kernel", shape.column_tiles, shape.v_tiles, shape.heads, shape.teams,
@@ -128,31 +130,29 @@ void run_decode(Launch launch, const char* what, const HopperArguments& hopper, 
   check(launch(p, type, static_cast<int>(q.size(2)), stream.get()), what);
 }
 
-void decode(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
-            const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& k_factor,
-            const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
+void decode(const Tensor& q, const Tensor& kv_cache, const std::optional<Tensor>& key_scales,
+            const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
+            const Tensor& k_factor, const std::optional<Tensor>& k_bias,
             const Tensor& base_rotation, const Tensor& local_rotation, const Tensor& tile_columns,
             Tensor out, Tensor lse, std::vector<int64_t> sizes, std::vector<int64_t> kernel,
-            double scale, double soft_cap, double norm_eps, double norm_factor) {
-  run_decode(launch_decode, "decode attention", {}, q, kv_cache, block_table, seq_lens,
-             query_start_loc, k_factor, k_bias, k_norm_weight, base_rotation, local_rotation,
-             tile_columns, out, lse, sizes, kernel, scale, soft_cap, norm_eps, norm_factor);
+            double scale, double soft_cap) {
+  run_decode(launch_decode, "decode attention", {}, q, kv_cache, key_scales, block_table, seq_lens,
+             query_start_loc, k_factor, k_bias, base_rotation, local_rotation, tile_columns, out,
+             lse, sizes, kernel, scale, soft_cap);
 }
 
-void decode_hopper(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
-                   const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& k_factor,
-                   const std::optional<Tensor>& k_bias, const std::optional<Tensor>& k_norm_weight,
+void decode_hopper(const Tensor& q, const Tensor& kv_cache, const std::optional<Tensor>& key_scales,
+                   const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
+                   const Tensor& k_factor, const std::optional<Tensor>& k_bias,
                    const Tensor& base_rotation, const Tensor& local_rotation,
                    const Tensor& slow_rotation, const Tensor& tile_columns, Tensor out, Tensor lse,
                    std::vector<int64_t> sizes, std::vector<int64_t> kernel, double scale,
-                   double soft_cap, double norm_eps, double norm_factor,
-                   const std::optional<Tensor>& band_blocks, int64_t most_blocks,
+                   double soft_cap, const std::optional<Tensor>& band_blocks, int64_t most_blocks,
                    int64_t token_scales) {
   run_decode(launch_hopper, "decode attention on Hopper",
-             {slow_rotation, band_blocks, most_blocks, token_scales}, q, kv_cache, block_table,
-             seq_lens, query_start_loc, k_factor, k_bias, k_norm_weight, base_rotation,
-             local_rotation, tile_columns, out, lse, sizes, kernel, scale, soft_cap, norm_eps,
-             norm_factor);
+             {slow_rotation, band_blocks, most_blocks, token_scales}, q, kv_cache, key_scales,
+             block_table, seq_lens, query_start_loc, k_factor, k_bias, base_rotation,
+             local_rotation, tile_columns, out, lse, sizes, kernel, scale, soft_cap);
 }
 
 void merge(const Tensor& partial_out, const Tensor& partial_lse, Tensor out, Tensor lse,
@@ -174,18 +174,16 @@ void merge(const Tensor& partial_out, const Tensor& partial_lse, Tensor out, Ten
 
 STABLE_TORCH_LIBRARY(recalkv_cuda, library) {
   library.def(
-      "decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor query_start_loc, Tensor k_factor, Tensor? k_bias, Tensor? k_norm_weight, "
+      "decode(Tensor q, Tensor kv_cache, Tensor? key_scales, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_start_loc, Tensor k_factor, Tensor? k_bias, "
       "Tensor base_rotation, Tensor local_rotation, Tensor tile_columns, Tensor(a!) out, "
-      "Tensor(b!) lse, int[] sizes, int[] kernel, float scale, float soft_cap, float norm_eps, "
-      "float norm_factor) -> ()");
+      "Tensor(b!) lse, int[] sizes, int[] kernel, float scale, float soft_cap) -> ()");
   library.def(
-      "decode_hopper(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor query_start_loc, Tensor k_factor, Tensor? k_bias, Tensor? k_norm_weight, "
+      "decode_hopper(Tensor q, Tensor kv_cache, Tensor? key_scales, Tensor block_table, "
+      "Tensor seq_lens, Tensor query_start_loc, Tensor k_factor, Tensor? k_bias, "
       "Tensor base_rotation, Tensor local_rotation, Tensor slow_rotation, Tensor tile_columns, "
       "Tensor(a!) out, Tensor(b!) lse, int[] sizes, int[] kernel, float scale, float soft_cap, "
-      "float norm_eps, float norm_factor, Tensor? band_blocks, int most_blocks, "
-      "int token_scales) -> ()");
+      "Tensor? band_blocks, int most_blocks, int token_scales) -> ()");
   library.def(
       "merge(Tensor partial_out, Tensor partial_lse, Tensor(a!) out, Tensor(b!) lse, int splits) "
       "-> ()");

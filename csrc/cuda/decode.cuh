@@ -168,12 +168,12 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const 
   in.rotation = reinterpret_cast<const float2*>(memory + shared.rotation);
   in.bias =
       p.k_bias ? reinterpret_cast<const float2*>(memory + shared.bias) + head * S::kPairs : nullptr;
-  in.norm = p.k_norm_weight ? reinterpret_cast<const float2*>(memory + shared.norm) : nullptr;
   in.k_offset = columns.k_offset();
   const int v_offset = columns.v_offset(head);
   const int v_left = p.v_width - v_block * (16 * S::kVTiles);
   const int v_columns = v_left < 16 * S::kVTiles ? v_left : 16 * S::kVTiles;
 
+  const int32_t* table = p.block_table + rows.seq * p.table_stride;
   int row_position[S::kColumnTiles][2];
 #pragma unroll
   for (int c = 0; c < S::kColumnTiles; ++c) {
@@ -196,9 +196,21 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const 
     const uint16_t* latents = reinterpret_cast<const uint16_t*>(ring + stage * shared.stage_bytes);
     const float2* base = reinterpret_cast<const float2*>(latents + S::kTokens * shared.tile_stride);
     float scores[S::kRowTiles][S::kColumnTiles][4];
-    float inverse_rms[S::kRowTiles][2];
-    score_tile<S>(scores, inverse_rms, p, in, latents, shared.tile_stride, base, lane);
-    finish_logits<S>(scores, inverse_rms, p, tile * S::kTokens + lane / 4, row_position);
+    const int position = tile * S::kTokens + lane / 4;
+    // Asked for before the keys are reconstructed, which takes longer than they take to come.
+    float key_scales[S::kRowTiles][2] = {};
+    if (p.key_scales) {
+#pragma unroll
+      for (int m = 0; m < S::kRowTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          key_scales[m][i] =
+              key_scale(p, table, range, position + m * 16 + i * 8, first_head + head);
+        }
+      }
+    }
+    score_tile<S>(scores, p, in, latents, shared.tile_stride, base, lane);
+    finish_logits<S>(scores, key_scales, p, position, row_position);
     accumulate<S>(state, scores, latents + v_offset, shared.tile_stride, v_columns / 16, lane);
     stage = stage + 1 == stages ? 0 : stage + 1;
   }

@@ -91,30 +91,6 @@ RECALKV_DEVICE void rotate_keys(float (&keys)[S::kHeadDim / 2], const float4* ro
   }
 }
 
-// Multiply keys by the norm's weights; returns the per-token factors of the lane's two tokens.
-template <typename S>
-RECALKV_DEVICE float2 norm_keys(float (&keys)[S::kHeadDim / 2], const float2* weights,
-                                const DecodeParams& p) {
-  float sums[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int n = 0; n < S::kHeadDim / 8; ++n) {
-    const float2 weight = weights[n * 4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float& key = keys[4 * n + i];
-      sums[i / 2] += key * key;
-      key *= i % 2 ? weight.y : weight.x;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    sums[i] += shuffle_xor(sums[i], 1);
-    sums[i] += shuffle_xor(sums[i], 2);
-    sums[i] = rsqrt_fast(sums[i] * (1.0f / S::kHeadDim) + p.norm_eps) * p.norm_factor;
-  }
-  return {sums[0], sums[1]};
-}
-
 // Scores of the lane's two tokens and its rows: both terms of the product, `offset` tokens from the
 // middle of the tile.
 template <typename S>
@@ -220,9 +196,9 @@ RECALKV_DEVICE void add_values(HopperState<S>& state, const unsigned char* value
 template <typename S>
 RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared,
                             unsigned char* memory, const HopperBarriers& barriers,
-                            HopperState<S>& state, const TokenRange& range,
-                            const TileColumns& columns, const BandTable& bands, int v_columns,
-                            int lane, int warp) {
+                            HopperState<S>& state, const Rows& rows, const TokenRange& range,
+                            const TileColumns& columns, const BandTable& bands, int kv_head,
+                            int v_columns, int lane, int warp) {
   const int group = warp / 4;
   const int first = warp % 4 * 16;  // of the warp's tokens in a tile
   const int row = first * shared.row_bytes;
@@ -235,7 +211,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
   const float4* rotation =
       reinterpret_cast<const float4*>(memory + shared.rotation) + warp % 4 * 32 + lane;
   const float2* bias = reinterpret_cast<const float2*>(memory + shared.bias) + lane % 4;
-  const float2* norm = reinterpret_cast<const float2*>(memory + shared.norm) + lane % 4;
+  const int32_t* table = p.block_table + rows.seq * p.table_stride;
   const SwizzledOperand factor = swizzled_operand(memory + shared.factor);
   const int k_chunks = (p.k_width + 63) / 64;
   const BandBlock* blocks = reinterpret_cast<const BandBlock*>(memory + shared.blocks);
@@ -256,6 +232,15 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
   for (int next = range.tile_from + group; next < range.tile_to; next += 2) {
     const unsigned char* stage = memory + shared.ring + place.stage * shared.stage_bytes;
     float keys[S::kHeadDim / 2];
+    float key_scales[2] = {1.0f, 1.0f};
+    if (!S::kLean && p.key_scales) {
+      // Asked for while the tile and its keys are waited for.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int position = next * S::kTokens + first + lane / 4 + 8 * i;
+        key_scales[i] = key_scale(p, table, range, position, kv_head);
+      }
+    }
     barrier_wait(barriers.full + place.stage, place.parity);
     if (S::kBands) {
       CodedTile tile;
@@ -280,8 +265,6 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
         for (int i = 0; i < 4; ++i) keys[4 * n + i] += i % 2 ? bias[n * 4].y : bias[n * 4].x;
       }
     }
-    float2 inverse_rms = {1.0f, 1.0f};
-    if (!S::kLean && p.k_norm_weight) inverse_rms = norm_keys<S>(keys, norm, p);
     rotate_keys<S>(keys, rotation);
     float logits[S::kColumnTiles][2];
     const uint4* queries = reinterpret_cast<const uint4*>(stage + shared.query) + lane;
@@ -292,7 +275,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& logit = logits[c][i];
-          logit *= i ? inverse_rms.y : inverse_rms.x;
+          logit *= key_scales[i];
           if (p.soft_cap > 0.0f) {
             // cap tanh(x / cap); the power overflows to infinity, which gives cap as it should.
             logit = cap * (1.0f - 2.0f * reciprocal_fast(exp2_fast(logit * cap_factor) + 1.0f));

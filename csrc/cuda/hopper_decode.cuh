@@ -35,10 +35,6 @@ RECALKV_DEVICE void prepare_block(const DecodeParams& p, const HopperLayout<S>& 
   for (int i = thread; p.k_bias && i < S::kHeadDim; i += kHopperThreads) {
     bias[i] = p.k_bias[kv_head * S::kHeadDim + i];
   }
-  float* norm = reinterpret_cast<float*>(memory + shared.norm);
-  for (int i = thread; p.k_norm_weight && i < S::kHeadDim; i += kHopperThreads) {
-    norm[i] = p.k_norm_weight[i];
-  }
   uint4* ring = reinterpret_cast<uint4*>(memory + shared.ring);
   for (int i = thread; i < p.kernel.stages * shared.stage_bytes / 16; i += kHopperThreads) {
     ring[i] = {0, 0, 0, 0};
@@ -161,7 +157,8 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
   } else {
     grow_registers<kConsumerRegisters>();
     HopperState<S> state(p, rows, lane);
-    consume<S>(p, shared, memory, barriers, state, range, columns, bands, v_columns, lane, warp);
+    consume<S>(p, shared, memory, barriers, state, rows, range, columns, bands, kv_head, v_columns,
+               lane, warp);
     merge_warps<S>(p, shared, memory, state, rows, kv_head, v_block, v_columns);
   }
 #endif

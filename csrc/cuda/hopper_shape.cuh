@@ -41,16 +41,15 @@ struct HopperShape {
 // Byte offsets into a block's shared memory. What the end needs reuses the ring.
 template <typename S>
 struct HopperLayout {
-  int factor, rotation, bias, norm, columns, blocks, values, barriers, ring, row_bytes, query,
-      scales, stage_bytes, maxima, sums, total;
+  int factor, rotation, bias, columns, blocks, values, barriers, ring, row_bytes, query, scales,
+      stage_bytes, maxima, sums, total;
 
   RECALKV_BOTH explicit HopperLayout(const DecodeParams& p) {
     const auto& k = p.kernel;
     factor = 0;  // swizzled: aligned to 1024 bytes
     rotation = factor + (p.k_width + 63) / 64 * S::kHeadDim * 128;
     bias = rotation + S::kFastTiles * 2048;
-    norm = bias + (p.k_bias ? S::kHeadDim * 4 : 0);
-    columns = norm + (p.k_norm_weight ? S::kHeadDim * 4 : 0);
+    columns = bias + (p.k_bias ? S::kHeadDim * 4 : 0);
     blocks = columns + (k.tile_width / 8 * 4 + 15) / 16 * 16;
     values = blocks + (S::kBands ? p.most_blocks * 16 : 0);
     barriers = values + (S::kBands ? kConsumerWarps * 16 * S::kValueRowBytes : 0);

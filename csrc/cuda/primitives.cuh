@@ -156,7 +156,6 @@ RECALKV_DEVICE float exp2_fast(float x) {
 }
 
 RECALKV_DEVICE float log2_fast(float x) { return __log2f(x); }
-RECALKV_DEVICE float rsqrt_fast(float x) { return rsqrtf(x); }
 RECALKV_DEVICE float reciprocal_fast(float x) { return __frcp_rn(x); }
 
 // Start a kernel; returns null, or what went wrong.

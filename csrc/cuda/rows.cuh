@@ -73,4 +73,14 @@ RECALKV_DEVICE TokenRange split_range(const DecodeParams& p, const Rows& rows, i
   return range;
 }
 
+// The factor on a token's key, which is in the cache; zero for tokens that no row sees, whose
+// memory may hold anything. `table` is the sequence's row of the block table.
+RECALKV_DEVICE float key_scale(const DecodeParams& p, const int32_t* table, const TokenRange& range,
+                               int position, int kv_head) {
+  if (position < range.first || position >= range.end) return 0.0f;
+  const float* scales = p.key_scales + table[position / p.block_size] * p.key_scale_block_stride;
+  return scales[position % p.block_size * p.key_scale_slot_stride +
+                kv_head * p.key_scale_head_stride];
+}
+
 }  // namespace recalkv

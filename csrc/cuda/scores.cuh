@@ -20,7 +20,6 @@ struct ScoreInputs {
   const uint32_t* query;   // [columns, query stride / 2]
   const float2* rotation;  // [tokens, rotation stride]: by a token's place in its tile
   const float2* bias;      // [pairs] or null
-  const float2* norm;      // [pairs] or null
   int k_offset;            // of the K span in a tile's rows
 };
 
@@ -48,16 +47,14 @@ RECALKV_DEVICE void reconstruct(float (&keys)[S::kRowTiles][S::kChunk / 8][4], c
   }
 }
 
-// scores[row tile][column tile] = K q^T for one tile; with a key norm, K without its per-token
-// factor, which comes out in `inverse_rms` (rows i/4 and i/4 + 8 of each row tile).
+// scores[row tile][column tile] = K q^T for one tile, K without its tokens' factors.
 //
 // Keys are rotated by their place in the tile and queries back by the tile's first position
 // (`base`): q R(-base) is all that a tile needs of the big table.
 template <typename S>
 RECALKV_DEVICE void score_tile(float (&scores)[S::kRowTiles][S::kColumnTiles][4],
-                               float (&inverse_rms)[S::kRowTiles][2], const DecodeParams& p,
-                               const ScoreInputs& in, const uint16_t* tile, int tile_stride,
-                               const float2* base, int lane) {
+                               const DecodeParams& p, const ScoreInputs& in, const uint16_t* tile,
+                               int tile_stride, const float2* base, int lane) {
   using Element = typename S::Element;
   const int group = lane / 4;
   const int member = lane % 4;
@@ -69,7 +66,6 @@ RECALKV_DEVICE void score_tile(float (&scores)[S::kRowTiles][S::kColumnTiles][4]
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
     }
-    inverse_rms[m][0] = inverse_rms[m][1] = 0.0f;
   }
 #pragma unroll 1
   for (int chunk = 0; chunk < S::kHeadDim / S::kChunk; ++chunk) {
@@ -86,20 +82,6 @@ RECALKV_DEVICE void score_tile(float (&scores)[S::kRowTiles][S::kColumnTiles][4]
     }
     reconstruct<S>(keys, tile + in.k_offset, tile_stride,
                    in.factor + chunk * (S::kChunk / 16) * k_tiles * 32, k_tiles, lane);
-    if (in.norm) {
-#pragma unroll
-      for (int n = 0; n < S::kChunk / 8; ++n) {
-        const float2 weight = in.norm[first_pair + n * 4];
-#pragma unroll
-        for (int m = 0; m < S::kRowTiles; ++m) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            inverse_rms[m][i / 2] += keys[m][n][i] * keys[m][n][i];
-            keys[m][n][i] *= i % 2 ? weight.y : weight.x;
-          }
-        }
-      }
-    }
 #pragma unroll
     for (int n = 0; n < S::kChunk / 16; ++n) {
       const int pair = first_pair + n * 8;
@@ -131,18 +113,6 @@ RECALKV_DEVICE void score_tile(float (&scores)[S::kRowTiles][S::kColumnTiles][4]
         for (int c = 0; c < S::kColumnTiles; ++c) {
           multiply_add<Element>(scores[m][c], turned_keys, queries[c][0], queries[c][1]);
         }
-      }
-    }
-  }
-  if (in.norm) {
-#pragma unroll
-    for (int m = 0; m < S::kRowTiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float sum = inverse_rms[m][i];
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        inverse_rms[m][i] = rsqrt_fast(sum / S::kHeadDim + p.norm_eps) * p.norm_factor;
       }
     }
   }

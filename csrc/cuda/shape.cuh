@@ -41,8 +41,7 @@ struct Shape {
 // Byte offsets into a block's shared memory. What the blocks' merge needs reuses the ring.
 template <typename S>
 struct SharedLayout {
-  int factor, query, rotation, bias, norm, columns, ring, stage_bytes, tile_stride, maxima, sums,
-      total;
+  int factor, query, rotation, bias, columns, ring, stage_bytes, tile_stride, maxima, sums, total;
 
   RECALKV_BOTH explicit SharedLayout(const DecodeParams& p) {
     const auto& k = p.kernel;
@@ -50,8 +49,7 @@ struct SharedLayout {
     query = factor + (k.resident ? k.heads * S::kHeadDim * p.k_width * 2 : 0);
     rotation = query + k.heads * S::kColumns * S::kQueryStride * 2;
     bias = rotation + S::kTokens * S::kRotationStride * 8;
-    norm = bias + (p.k_bias ? k.heads * S::kHeadDim * 4 : 0);
-    columns = norm + (p.k_norm_weight ? S::kHeadDim * 4 : 0);
+    columns = bias + (p.k_bias ? k.heads * S::kHeadDim * 4 : 0);
     ring = columns + (k.tile_width / 8 * 4 + 15) / 16 * 16;
     tile_stride = k.tile_width + 8;
     stage_bytes = S::kTokens * tile_stride * 2 + S::kPairs * 8;

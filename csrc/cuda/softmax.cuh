@@ -34,12 +34,12 @@ struct RunningSoftmax {
 };
 
 // Logits in base 2, minus infinity where a row does not see a token. `row_position` is that of the
-// lane's query rows, -1 where there is no row; `position` that of the lane's first token.
+// lane's query rows, -1 where there is no row; `position` that of the lane's first token;
+// `key_scales` are of its tokens.
 template <typename S>
 RECALKV_DEVICE void finish_logits(float (&scores)[S::kRowTiles][S::kColumnTiles][4],
-                                  const float (&inverse_rms)[S::kRowTiles][2],
-                                  const DecodeParams& p, int position,
-                                  const int (&row_position)[S::kColumnTiles][2]) {
+                                  const float (&key_scales)[S::kRowTiles][2], const DecodeParams& p,
+                                  int position, const int (&row_position)[S::kColumnTiles][2]) {
   const float to_base_2 = p.soft_cap > 0.0f ? p.scale : p.scale * kLog2E;
   const float cap_factor = p.soft_cap > 0.0f ? 2.0f * kLog2E / p.soft_cap : 0.0f;
 #pragma unroll
@@ -49,7 +49,7 @@ RECALKV_DEVICE void finish_logits(float (&scores)[S::kRowTiles][S::kColumnTiles]
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float logit = scores[m][c][i] * to_base_2;
-        if (p.k_norm_weight) logit *= inverse_rms[m][i / 2];
+        if (p.key_scales) logit *= key_scales[m][i / 2];
         if (p.soft_cap > 0.0f) {
           // cap tanh(x / cap); the power overflows to infinity, which gives cap as it should.
           logit = p.soft_cap * kLog2E * (1.0f - 2.0f / (exp2_fast(logit * cap_factor) + 1.0f));

@@ -78,7 +78,7 @@ RECALKV_DEVICE void pair_columns(const DecodeParams& p, int pair, int& first, in
 }
 
 // What stays in shared memory for the block's life, apart from the factor: query rows in pair order
-// (zeros where there is no row), the local rotation, bias, norm weight, column sources.
+// (zeros where there is no row), the local rotation, bias, column sources.
 template <typename S>
 RECALKV_DEVICE void load_constants(const DecodeParams& p, const SharedLayout<S>& shared,
                                    unsigned char* memory, const Rows& rows, const TileColumns& tile,
@@ -110,10 +110,6 @@ RECALKV_DEVICE void load_constants(const DecodeParams& p, const SharedLayout<S>&
     for (int i = thread_index(); i < p.kernel.heads * S::kHeadDim; i += thread_count()) {
       bias[i] = p.k_bias[first_head * S::kHeadDim + i];
     }
-  }
-  if (p.k_norm_weight) {
-    float* norm = reinterpret_cast<float*>(memory + shared.norm);
-    for (int i = thread_index(); i < S::kHeadDim; i += thread_count()) norm[i] = p.k_norm_weight[i];
   }
   int32_t* sources = reinterpret_cast<int32_t*>(memory + shared.columns);
   for (int i = thread_index(); i < tile.chunks(); i += thread_count()) {

@@ -6,19 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from recalkv_vllm.architectures import KeyNorm, key_norm
 from recalkv_vllm.checkpoint.errors import brief, is_int, require
 from recalkv_vllm.checkpoint.files import CONFIG_FILE
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionGeometry:
-    """Sizes of a decoder's attention, read from a Hugging Face config."""
+    """Sizes of a decoder's attention, read from a Hugging Face config.
+
+    Args:
+        key_norm: what one norm of keys is over, if there are norms.
+    """
 
     num_layers: int
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    key_norm: KeyNorm | None = None
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> AttentionGeometry:
@@ -31,7 +37,12 @@ class AttentionGeometry:
             num_heads=heads,
             num_kv_heads=_size(config, "num_key_value_heads", heads),
             head_dim=_size(config, "head_dim", hidden_size // heads),
+            key_norm=key_norm(config),
         )
+
+    def key_scales(self, num_kv_heads: int) -> int:
+        """Scales of keys that a token's latent comes with, in a layer's cache of so many heads."""
+        return {None: 0, "head": num_kv_heads, "token": 1}[self.key_norm]
 
     @property
     def dense_width(self) -> int:

@@ -21,12 +21,14 @@ def kv_bytes_per_token(
 ) -> dict[str, int]:
     """KV-cache bytes per token over all layers, for elements of ``itemsize`` bytes.
 
-    Quantized latents take what their format takes, whatever the ``itemsize``.
+    Quantized latents take what their format takes, whatever the ``itemsize``; normed keys come with
+    scales of their own.
     """
+    scales = geometry.key_scales(geometry.num_kv_heads)
     return {
         "dense": geometry.dense_width * geometry.num_layers * itemsize,
         "compressed": sum(
-            token_bytes(config.latent_format(i), layer.rank, itemsize)
+            token_bytes(config.latent_format(i), layer.rank, itemsize, scales)
             for i, layer in enumerate(config.layers)
         ),
     }

@@ -29,13 +29,14 @@ def row_of(options: argparse.Namespace, explored: Explored) -> dict[str, Any]:
         InputError: not enough memory for the weights.
     """
     job, plan = explored.job, explored.plan
-    stored = plan.token_bytes(2)
+    geometry = job.model.geometry
+    stored = plan.token_bytes(2, geometry.key_scales(geometry.num_kv_heads))
     bands = Counter[int]()
     for layout in plan.layouts:
         for band in layout.bands or ():
             bands[band.bits] += band.columns
     return {
-        "removed": 1 - stored / (2 * job.model.geometry.dense_width * len(plan.layouts)),
+        "removed": 1 - stored / (2 * geometry.dense_width * len(plan.layouts)),
         "compression": job.compression,
         "latent_dtype": job.options.latent_dtype,
         "bits": 8 * stored / sum(layout.rank for layout in plan.layouts),
@@ -68,7 +69,8 @@ def cache_of(
     if explored is None:
         per_token = capacity.dense_bytes_per_token(geometry, itemsize, 1)
     else:
-        per_token = explored.plan.token_bytes(itemsize)
+        scales = geometry.key_scales(geometry.num_kv_heads)
+        per_token = explored.plan.token_bytes(itemsize, scales)
     if options.memory is None and options.kv_cache_memory_bytes is None:
         return {"bytes_per_token": per_token, "tokens": None}
     weights = capacity.weight_bytes(model.directory, model.config, itemsize)

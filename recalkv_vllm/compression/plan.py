@@ -56,10 +56,14 @@ class ModelPlan:
         """How a layer's latents are stored; None: as plain elements."""
         return stored_format(self.layouts[layer].bands, self.uniform_format)
 
-    def token_bytes(self, itemsize: int) -> int:
-        """KV-cache bytes per token, with plain elements of ``itemsize`` bytes."""
+    def token_bytes(self, itemsize: int, key_scales: int = 0) -> int:
+        """KV-cache bytes per token, with plain elements of ``itemsize`` bytes.
+
+        Args:
+            key_scales: of a token in one layer, besides the latent.
+        """
         return sum(
-            token_bytes(self.latent_format(layer), layout.rank, itemsize)
+            token_bytes(self.latent_format(layer), layout.rank, itemsize, key_scales)
             for layer, layout in enumerate(self.layouts)
         )
 

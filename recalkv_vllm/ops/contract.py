@@ -37,7 +37,8 @@ class LatentLayer:
         is_neox: RoPE pairs are ``(i, i + rot_dim/2)`` if true, ``(2i, 2i + 1)`` if not.
         k_bias: ``[h_kv, d]``, added to keys before norm and RoPE.
         v_bias: ``[h_kv, d]``, added to head outputs: once, since probabilities sum to one.
-        k_norm_weight: ``[d]`` of a per-head RMS norm of keys before RoPE.
+        k_norm_weight: of an RMS norm of keys before RoPE: ``[d]`` for one of every head,
+            ``[h_kv, d]`` for one over all heads of a token.
         k_norm_eps: its epsilon.
         sliding_window: a query sees this many newest keys, itself included.
         soft_cap: logits become ``cap · tanh(logit / cap)``.
@@ -96,6 +97,13 @@ class LatentLayer:
     def head_v_spans(self) -> tuple[Span, ...]:
         """The V span of every KV head."""
         return tuple(self.v_spans[h // self.heads_per_v] for h in range(self.num_kv_heads))
+
+    @property
+    def key_scales(self) -> int:
+        """Inverse root mean squares of keys that are cached with a token's latent."""
+        if self.k_norm_weight is None:
+            return 0
+        return self.num_kv_heads if self.k_norm_weight.dim() == 1 else 1
 
     @property
     def rot_dim(self) -> int:
@@ -191,14 +199,15 @@ class BoundLayer(Protocol):
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        """Write latents into their slots of the paged cache.
+        """Write latents, and the scales of keys that are normed, into their slots of the cache.
 
         Args:
             z: ``[tokens, rank]`` latents; rows past the slots are padding.
             kv_cache: ``[num_blocks, block_size, rank]``, any strides; written in place. With a
                 ``latent_format``, uint8 ``[num_blocks, block_size, slot_bytes]``, each block
                 contiguous and laid out as :mod:`recalkv_vllm.latent_format` or
-                :mod:`recalkv_vllm.band_format` says.
+                :mod:`recalkv_vllm.band_format` says. With ``key_scales``, each block is contiguous
+                and its slots are wider, as :mod:`recalkv_vllm.key_scales` says.
             slot_mapping: ``[slots]`` integers, ``block · block_size + offset``; negative is
                 padding.
         """

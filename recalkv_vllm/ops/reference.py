@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from recalkv_vllm.band_format import CacheFormat
+from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer, Pieces
+from recalkv_vllm.ops.key_norm import stored_latents, update_key_scales
 
 
 def latent_cache_update(
@@ -20,7 +22,7 @@ def latent_cache_update(
     slot_mapping: torch.Tensor,
     latent_format: CacheFormat | None = None,
 ) -> None:
-    """See :meth:`BoundLayer.update_cache`."""
+    """Latents, and no scales, into a cache without scales; see :meth:`BoundLayer.update_cache`."""
     real = slot_mapping >= 0
     slots = slot_mapping[real].long()
     latents = z[: real.shape[0]][real]
@@ -34,20 +36,19 @@ def latent_cache_update(
     all_codes[where] = latent_format.pack(codes)
 
 
-def cached_latents(
-    kv_cache: torch.Tensor,
-    blocks: torch.Tensor,
-    length: int,
-    latent_format: CacheFormat | None,
-) -> torch.Tensor:
-    """Latents ``[length, rank]`` of one sequence, ``blocks: [max_blocks]`` its row of the table."""
+def cached_tokens(
+    layer: LatentLayer, kv_cache: torch.Tensor, blocks: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Latents ``[length, rank]`` and scales ``[length, key_scales]`` of one sequence.
+
+    ``blocks: [max_blocks]`` is its row of the table; scales are None without a key norm.
+    """
+    latents, scales = split_pages(kv_cache, layer.key_scales)
     positions = torch.arange(length, device=kv_cache.device)
     block_size = kv_cache.shape[1]
     where = blocks.long()[positions // block_size], positions % block_size
-    if latent_format is None:
-        return kv_cache[where]
-    codes, scales = (part[where] for part in latent_format.split_cache(kv_cache))
-    return latent_format.dequantize(latent_format.unpack(codes), scales)
+    z = stored_latents(latents, where, layer.latent_format)
+    return z, None if scales is None else scales[where]
 
 
 def apply_rope(
@@ -76,12 +77,18 @@ def apply_rope(
     return torch.cat((turned, rest), dim=-1)
 
 
-def reconstruct_keys(layer: LatentLayer, z: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def reconstruct_keys(
+    layer: LatentLayer,
+    z: torch.Tensor,
+    positions: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``k = RoPE(norm(L_k z_k + b_k), position)`` for every head.
 
     Args:
         z: ``[tokens, rank]`` latents, in the precision to compute in.
         positions: ``[tokens]``.
+        scales: ``[tokens, key_scales]`` of a normed layer.
 
     Returns:
         Keys ``[tokens, h_kv, d]``.
@@ -94,8 +101,8 @@ def reconstruct_keys(layer: LatentLayer, z: torch.Tensor, positions: torch.Tenso
     if layer.k_bias is not None:
         keys = keys + layer.k_bias.to(z.dtype)
     if layer.k_norm_weight is not None:
-        mean_square = keys.square().mean(dim=-1, keepdim=True)
-        keys = keys * torch.rsqrt(mean_square + layer.k_norm_eps) * layer.k_norm_weight.to(z.dtype)
+        assert scales is not None
+        keys = keys * scales.to(z.dtype)[..., None] * layer.k_norm_weight.to(z.dtype)
     if layer.cos_sin_cache is not None:
         keys = apply_rope(keys, positions, layer.cos_sin_cache, layer.is_neox)
     return keys
@@ -123,10 +130,10 @@ def reconstruct(
     for seq, first in enumerate(pieces.positions.tolist()):
         rows = slice(starts[seq], starts[seq + 1])
         end = first + rows.stop - rows.start
-        z = cached_latents(kv_cache, pieces.block_table[seq], end, layer.latent_format)[first:]
-        z = z.to(compute_dtype)
+        z, scales = cached_tokens(layer, kv_cache, pieces.block_table[seq], end)
+        z, scales = z[first:].to(compute_dtype), None if scales is None else scales[first:]
         positions = torch.arange(first, end, device=z.device)
-        keys[rows] = reconstruct_keys(layer, z, positions).to(keys.dtype)
+        keys[rows] = reconstruct_keys(layer, z, positions, scales).to(keys.dtype)
         values[rows] = reconstruct_values(layer, z).to(values.dtype)
 
 
@@ -175,9 +182,9 @@ def paged_latent_attention(
         rows = slice(starts[seq], starts[seq + 1])
         if rows.start == rows.stop or length == 0:
             continue
-        z = cached_latents(kv_cache, batch.block_table[seq], length, layer.latent_format)
+        z, scales = cached_tokens(layer, kv_cache, batch.block_table[seq], length)
         z = z.to(compute_dtype)
-        keys = reconstruct_keys(layer, z, torch.arange(length, device=q.device))
+        keys = reconstruct_keys(layer, z, torch.arange(length, device=q.device), scales)
         values = torch.stack([z[:, span.start : span.end] for span in layer.v_spans], dim=1)
         values = values.repeat_interleave(num_heads // len(layer.v_spans), dim=1)
         logits = causal_logits(layer, q[rows].to(compute_dtype), keys)
@@ -234,7 +241,10 @@ class ReferenceLayer(BoundLayer):
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        latent_cache_update(z, kv_cache, slot_mapping, self.layer.latent_format)
+        latents, scales = split_pages(kv_cache, self.layer.key_scales)
+        latent_cache_update(z, latents, slot_mapping, self.layer.latent_format)
+        if scales is not None:
+            update_key_scales(self.layer, kv_cache, slot_mapping)
 
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch

@@ -55,7 +55,12 @@ def latent_bytes_per_token(
     """
     shards = [shard_latent(layer, geometry, 0, tp_size) for layer in config.layers]
     return sum(
-        token_bytes(stored_format(shard.bands, config.latent_quantization), shard.rank, itemsize)
+        token_bytes(
+            stored_format(shard.bands, config.latent_quantization),
+            shard.rank,
+            itemsize,
+            shard.key_scales,
+        )
         for shard in shards
     )
 

@@ -20,6 +20,7 @@ class LatentShard:
         k_spans: spans of its K groups in its own latent of ``len(columns)`` elements.
         v_spans: spans of its V groups, likewise.
         bands: of its own latent, if it is in bands.
+        key_scales: that its tokens have in the cache, where keys are normed.
     """
 
     columns: tuple[int, ...]
@@ -27,6 +28,7 @@ class LatentShard:
     k_spans: tuple[Span, ...]
     v_spans: tuple[Span, ...]
     bands: tuple[Band, ...] | None = None
+    key_scales: int = 0
 
     @property
     def rank(self) -> int:
@@ -44,12 +46,18 @@ def shard_latent(
 
     Raises:
         ValueError: when KV heads and ranks do not divide one another, or when groups do not fall
-            on rank boundaries evenly, so that ranks would hold heads of unequal groups.
+            on rank boundaries evenly, so that ranks would hold heads of unequal groups; or when
+            keys are normed over heads of several ranks.
     """
     num_heads = geometry.num_kv_heads
     if num_heads % tp_size and tp_size % num_heads:
         raise ValueError(
             f"tensor_parallel_size: expected a divisor or a multiple of the {num_heads} KV heads, "
+            f"found {tp_size}"
+        )
+    if geometry.key_norm == "token" and tp_size > 1:
+        raise ValueError(
+            "tensor_parallel_size: expected 1 for a model whose keys are normed over all heads, "
             f"found {tp_size}"
         )
     heads_per_rank = max(1, num_heads // tp_size)
@@ -81,4 +89,5 @@ def shard_latent(
         bands = tuple(
             band for band, end in zip(layout.bands, ends, strict=True) if end - 1 in position
         )
-    return LatentShard(tuple(columns), kv_heads, local(k_spans), local(v_spans), bands)
+    key_scales = geometry.key_scales(heads_per_rank)
+    return LatentShard(tuple(columns), kv_heads, local(k_spans), local(v_spans), bands, key_scales)

@@ -18,7 +18,7 @@ SMALL = Limits(48, 99 << 10, 100 << 10)
 
 
 def layer_of(
-    head_dim: int, group: int, k_spans: list, v_spans: list, bias: bool = False, norm: bool = False
+    head_dim: int, group: int, k_spans: list, v_spans: list, bias: bool = False
 ) -> LayerShape:
     k_width, v_width = (Span(*spans[0]).width for spans in (k_spans, v_spans))
     layer = LatentLayer(
@@ -29,7 +29,6 @@ def layer_of(
         head_dim=head_dim,
         scale=1.0,
         k_bias=torch.empty(0) if bias else None,
-        k_norm_weight=torch.empty(0) if norm else None,
     )
     return LayerShape.of(layer)
 

@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -116,6 +117,7 @@ CONFIGS = {
     ),
     "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2, use_sliding_window=False),
     "glm": GlmConfig(**SIZES, head_dim=32, attention_bias=True),
+    "olmo2": Olmo2Config(**SIZES),
     "dots1": Dots1Config(
         **{**SIZES, **EXPERTS},
         n_routed_experts=4,

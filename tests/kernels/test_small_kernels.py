@@ -10,6 +10,7 @@ from recalkv_vllm.ops import reference
 from recalkv_vllm.ops import triton as ops
 from tests.ops.cases import AttentionCase, caching_layer, paged_cache, value_layer
 from tests.ops.checks import assert_within
+from tests.ops.key_scales import SCALE_CASES, check_key_scales
 from tests.ops.rounding import allowed_value_up_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,6 +50,12 @@ def test_quantizes_bit_for_bit(dtype: torch.dtype, latent_dtype: str, group_size
     ops.bind(caching_layer(latent_format, DEVICE)).update_cache(z, caches[0], slots)
     reference.latent_cache_update(z, caches[1], slots, latent_format)
     assert torch.equal(*caches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SCALE_CASES, ids=str)
+def test_key_scales_are_those_of_stored_latents(case: AttentionCase, dtype: torch.dtype) -> None:
+    check_key_scales(ops.bind, case, dtype, DEVICE)
 
 
 def test_no_slots() -> None:

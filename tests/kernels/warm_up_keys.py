@@ -15,7 +15,7 @@ import triton
 
 from recalkv_vllm.benchmarks.compile_report import TARGETS, Case, CompileOnlyDriver
 from recalkv_vllm.benchmarks.geometries import GEOMETRIES
-from recalkv_vllm.benchmarks.inputs import latent_layer
+from recalkv_vllm.benchmarks.inputs import empty_cache, latent_layer
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops import Batch, BatchLimits, Pieces
 from recalkv_vllm.ops import triton as ops
@@ -84,13 +84,9 @@ def warm_up(layer: ops.TritonLayer, cache: torch.Tensor, limits: BatchLimits) ->
 
 def compare(case: Case, arch: int, decode_length: int) -> dict[str, object]:
     geometry, latent, latent_format = GEOMETRIES[case.geometry], case.latent, case.latent_format
-    layer = ops.bind(
-        latent_layer(geometry, latent, 1024, torch.bfloat16, latent_format=latent_format)
-    )
-    width, dtype = latent.rank, torch.bfloat16
-    if latent_format is not None:
-        width, dtype = latent_format.slot_bytes(latent.rank), torch.uint8
-    cache = torch.zeros(2, 16, width, dtype=dtype)
+    constants = latent_layer(geometry, latent, 1024, torch.bfloat16, latent_format=latent_format)
+    layer = ops.bind(constants)
+    cache = empty_cache(2, 16, latent.rank, constants)
     heads, head_dim = geometry.num_heads, geometry.head_dim
     warm = compiled_by(warm_up(layer, cache, BatchLimits(heads, 256, decode_length, SEQ_LEN, 8192)))
     asked = compiled_by(serve(layer, cache, latent.rank, heads, head_dim, decode_length))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from recalkv_vllm.band_format import BandFormat, CacheFormat
+from recalkv_vllm.key_scales import slot_width
 from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops import Batch, LatentLayer, bind, reference
 from recalkv_vllm.span import Span
@@ -53,12 +54,17 @@ class AttentionCase:
     is_neox: bool = True
     cos_sin_dtype: torch.dtype = torch.float32
     key_bias: bool = False
-    key_norm: bool = False
+    key_norm: bool | Literal["all heads"] = False
     sliding_window: int | None = None
     soft_cap: float | None = None
     cache: Literal["dense", "blocks", "tokens"] = "dense"
     latent_format: CacheFormat | None = None
     padding_rows: int = 0
+
+    @property
+    def key_scales(self) -> int:
+        """Of a cached token."""
+        return {False: 0, True: self.num_kv_heads}.get(self.key_norm, 1)
 
     def __str__(self) -> str:
         return self.name
@@ -185,6 +191,18 @@ CASES: tuple[AttentionCase, ...] = (
     ),
     spanned("key-norm", (8, 2, 128), 1, 64, 2, 64, batch=MIXED, key_norm=True),
     spanned("bias-and-norm", (4, 2, 64), 2, 64, 2, 32, batch=MIXED, key_bias=True, key_norm=True),
+    spanned("norm-of-all", (9, 3, 64), 1, 32, 3, 32, batch=MIXED, key_norm="all heads"),
+    joint(
+        "norm-of-all-grouped",
+        (4, 4, 64),
+        2,
+        96,
+        batch=MIXED,
+        key_bias=True,
+        key_norm="all heads",
+        is_neox=False,
+        cache="blocks",
+    ),
     spanned("window", (4, 2, 64), 1, 32, 2, 32, batch=(*MIXED, (40, 120)), sliding_window=24),
     spanned("window-1", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, sliding_window=1),
     spanned("soft-cap", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, soft_cap=3.0),
@@ -196,7 +214,7 @@ CASES: tuple[AttentionCase, ...] = (
         1,
         48,
         overlap=16,
-        cache="tokens",
+        cache="blocks",
         **EVERY_OPTION,
     ),
 )
@@ -297,7 +315,7 @@ def caching_layer(
 def paged_cache(
     case: AttentionCase, num_blocks: int, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
-    """An all-NaN cache ``[num_blocks, block_size, rank]`` with the case's strides.
+    """An all-NaN cache ``[num_blocks, block_size, slot width]`` with the case's strides.
 
     Quantized, all its bytes are 0xFF, which makes scales NaN.
     """
@@ -305,6 +323,7 @@ def paged_cache(
     poison: float = torch.nan
     if case.latent_format is not None:
         dtype, rank, poison = torch.uint8, case.latent_format.slot_bytes(rank), 0xFF
+    rank = slot_width(rank, dtype.itemsize, case.key_scales)
     if case.cache == "dense":
         shape: tuple[int, ...] = (num_blocks, block_size, rank)
     elif case.cache == "blocks":
@@ -347,14 +366,14 @@ def build(
     poison = order.pop()
     block_table = torch.full((len(case.batch), max(needed) + 2), poison, dtype=torch.int32)
     cache = paged_cache(case, num_blocks, dtype, device)
+    latents: list[tuple[torch.Tensor, torch.Tensor]] = []
     for row, (count, (_, length)) in enumerate(zip(needed, case.batch, strict=True)):
         blocks = [order.pop() for _ in range(count)]
         block_table[row, :count] = torch.tensor(blocks, dtype=torch.int32)
         for i, block in enumerate(blocks):
             filled = min(case.block_size, length - i * case.block_size)
             slots = block * case.block_size + torch.arange(filled, device=device)
-            z = normal(filled, case.rank).to(device, dtype)
-            reference.latent_cache_update(z, cache, slots, case.latent_format)
+            latents.append((normal(filled, case.rank).to(device, dtype), slots))
 
     queries = [count for count, _ in case.batch]
     starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
@@ -364,7 +383,10 @@ def build(
     rows = case.k_group_size * case.head_dim
     k_up = normal(len(case.k_spans), rows, k_width) / k_width**0.5
     bias = normal(case.num_kv_heads, case.head_dim) if case.key_bias else None
-    norm = 1 + 0.3 * normal(case.head_dim) if case.key_norm else None
+    norm = None
+    if case.key_norm:
+        heads = () if case.key_norm is True else (case.num_kv_heads,)
+        norm = 1 + 0.3 * normal(*heads, case.head_dim)
     v_up = normal(case.num_kv_heads, case.head_dim, v_width) / v_width**0.5
     rot_dim = case.head_dim if case.rot_dim is None else case.rot_dim
 
@@ -386,6 +408,8 @@ def build(
         soft_cap=case.soft_cap,
         latent_format=case.latent_format,
     )
+    for z, slots in latents:
+        reference.bind(layer).update_cache(z, cache, slots)
     batch = Batch(
         block_table=block_table.to(device),
         seq_lens=torch.tensor([n for _, n in case.batch], dtype=torch.int32, device=device),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from recalkv_vllm.ops import LatentLayer, reference
+from recalkv_vllm.ops.key_norm import key_scales
 from tests.ops.cases import AttentionInputs, attend_in_torch
 
 SLACK = 3.0
@@ -127,10 +128,10 @@ def _sequences(inputs: AttentionInputs) -> Iterator[tuple[slice, torch.Tensor, t
         rows = slice(starts[i], starts[i + 1])
         if rows.start == rows.stop or length == 0:
             continue
-        z = reference.cached_latents(
-            inputs.kv_cache, batch.block_table[i], length, layer.latent_format
-        ).double()
-        keys = reference.reconstruct_keys(layer, z, torch.arange(length, device=z.device))
+        z, scales = reference.cached_tokens(layer, inputs.kv_cache, batch.block_table[i], length)
+        z = z.double()
+        positions = torch.arange(length, device=z.device)
+        keys = reference.reconstruct_keys(layer, z, positions, scales)
         logits = reference.causal_logits(layer, inputs.q[rows].double(), keys)
         yield rows, z.cpu(), logits.cpu()
 
@@ -138,21 +139,18 @@ def _sequences(inputs: AttentionInputs) -> Iterator[tuple[slice, torch.Tensor, t
 def _key_errors(layer: LatentLayer, z: torch.Tensor) -> torch.Tensor:
     """``max_i e_i`` of every key, ``[tokens, h_kv]``; rotations mix components."""
 
-    def keys(x: torch.Tensor, square: bool) -> torch.Tensor:
-        def of(tensor: torch.Tensor) -> torch.Tensor:
-            tensor = tensor.cpu().double()
-            return tensor.square() if square else tensor
+    def squares(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.cpu().double().square()
 
-        pairs = zip(layer.k_up, layer.k_spans, strict=True)
-        groups = [of(x[:, start:end]) @ of(up).T for up, (start, end) in pairs]
-        heads = torch.cat(groups, dim=-1).unflatten(-1, (-1, layer.head_dim))
-        return heads if layer.k_bias is None else heads + of(layer.k_bias)
-
-    errors = keys(z, square=True).sqrt()
+    pairs = zip(layer.k_up, layer.k_spans, strict=True)
+    groups = [squares(z[:, start:end]) @ squares(up).T for up, (start, end) in pairs]
+    heads = torch.cat(groups, dim=-1).unflatten(-1, (-1, layer.head_dim))
+    if layer.k_bias is not None:
+        heads = heads + squares(layer.k_bias)
+    errors = heads.sqrt()
     if layer.k_norm_weight is not None:
-        mean_square = keys(z, square=False).square().mean(dim=-1, keepdim=True)
-        errors = errors * torch.rsqrt(mean_square + layer.k_norm_eps)
-        errors = errors * layer.k_norm_weight.cpu().double().abs()
+        scales = key_scales(layer, z.to(layer.k_up.device), torch.float64).cpu()
+        errors = errors * scales[..., None] * layer.k_norm_weight.cpu().double().abs()
     if layer.cos_sin_cache is not None:
         cos, sin = layer.cos_sin_cache[0].cpu().double().chunk(2)
         errors = errors * torch.hypot(cos, sin).max()  # not one in YaRN's tables

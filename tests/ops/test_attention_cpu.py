@@ -95,8 +95,7 @@ def test_result_depends_on_each_argument() -> None:
     changes = {
         "is_neox": True,
         "k_bias": None,
-        "k_norm_weight": None,
-        "k_norm_eps": 0.5,
+        "k_norm_weight": inputs.layer.k_norm_weight.flip(0),
         "cos_sin_cache": None,
         "sliding_window": None,
         "soft_cap": None,

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from recalkv_vllm.band_format import PLANES, BandFormat
 from recalkv_vllm.latent_format import BITS, LatentFormat
-from recalkv_vllm.ops import bind, reference
+from recalkv_vllm.ops import LatentLayer, bind, reference
+from recalkv_vllm.ops.key_norm import key_scales
+from recalkv_vllm.span import Span
 from tests.ops.cases import AttentionCase, caching_layer, paged_cache
+from tests.ops.key_scales import SCALE_CASES, check_key_scales
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -118,3 +123,28 @@ def test_slot_outside_the_cache() -> None:
     with pytest.raises(ValueError, match=r"slot_mapping\[1\]: expected .*32.* found 32"):
         bind(caching_layer()).update_cache(torch.ones(2, 32), cache, torch.tensor([0, 32]))
     assert not cache.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SCALE_CASES, ids=str)
+def test_key_scales_are_those_of_stored_latents(case: AttentionCase, dtype: torch.dtype) -> None:
+    check_key_scales(bind, case, dtype)
+
+
+@pytest.mark.parametrize("case", SCALE_CASES, ids=str)
+def test_key_scales_of_the_reference(case: AttentionCase) -> None:
+    check_key_scales(reference.bind, case, torch.float32)
+
+
+def test_key_scales_are_of_keys_before_the_norms_weight() -> None:
+    """Of one latent, from the definition."""
+    up, bias = torch.tensor([[[3.0], [0.0], [1.0], [2.0]]]), torch.tensor([[1.0, 0], [0, 0]])
+    layer = LatentLayer(
+        k_up=up, v_up=up.view(2, 2, 1), k_spans=(Span(0, 1),), v_spans=(Span(0, 1),), head_dim=2,
+        scale=1.0, k_bias=bias, k_norm_weight=torch.tensor([5.0, 7.0]), k_norm_eps=0.5,
+    )  # fmt: skip
+    found = key_scales(layer, torch.tensor([[1.0]]), torch.float32)
+    torch.testing.assert_close(found, torch.tensor([[8.5, 3.0]]).rsqrt())
+    of_all = replace(layer, k_norm_weight=torch.ones(2, 2))
+    found = key_scales(of_all, torch.tensor([[1.0]]), torch.float32)
+    torch.testing.assert_close(found, torch.tensor([[5.75]]).rsqrt())

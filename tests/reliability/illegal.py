@@ -166,7 +166,11 @@ def spoiled_constant(draw: st.DrawFn, name: str, inputs: AttentionInputs) -> Spo
             way = spoiled_form(x) | st.sampled_from([x[:, :-1], x[:0], torch.cat((x, x))])
         case "k_norm_weight":
             x = torch.ones(head_dim)
-            way = spoiled_form(x) | st.sampled_from([x[:-1], torch.cat((x, x))])
+            of_heads = torch.ones(heads, head_dim)
+            odd = [x[:-1], torch.cat((x, x)), of_heads[:, :-1], torch.cat((of_heads, of_heads))]
+            # One head's norm and one over the only head are both legal.
+            forms = spoiled_form(x).filter(lambda bad: bad.shape != (heads, head_dim))
+            way = forms | st.sampled_from(odd)
         case "scale":
             way = st.sampled_from([nan, inf, -inf])
         case "k_norm_eps":

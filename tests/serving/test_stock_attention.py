@@ -87,7 +87,13 @@ def test_plain_attention():
 def test_norms_of_single_heads():
     stock = Normed()
     parts = stock_parts(stock, HEAD_DIM)
-    assert (parts.q_norm, parts.k_norm) == (stock.q_norm, stock.k_norm)
+    assert (parts.q_norm, parts.k_norm, parts.key_norm) == (stock.q_norm, stock.k_norm, "head")
+
+
+def test_norms_of_all_heads():
+    stock = Normed(64, 32)
+    parts = stock_parts(stock, HEAD_DIM)
+    assert (parts.q_norm, parts.k_norm, parts.key_norm) == (stock.q_norm, stock.k_norm, "token")
 
 
 def test_parts_that_a_layer_has_but_does_not_use():
@@ -185,7 +191,8 @@ def test_a_part_that_is_none():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Normed(64, 32), "its q_norm is of all heads at once"),
+        (lambda: Normed(64, HEAD_DIM), f"its k_norm is over {HEAD_DIM} elements"),
+        (lambda: Normed(32, 32), "its q_norm is over 32 elements"),
         (NormedAfterRope, "it calls qkv_proj, rotary_emb, q_norm, k_norm, attn, o_proj"),
         (NormedKeys, "it norms queries or keys alone"),
         (DroppedNorm, "it changes queries"),

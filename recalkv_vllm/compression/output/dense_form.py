@@ -15,13 +15,17 @@ ATTENTION_TENSOR = re.compile(
     r"model\.layers\.(?P<layer>\d+)\.self_attn\.(?P<projection>q|k|v|o|qkv)_proj\.(?P<parameter>\w+)"
 )
 
+#: Weights of norms, of a head or of all.
+NORM_WEIGHT = re.compile(r"model\.layers\.(?P<layer>\d+)\.self_attn\.[qk]_norm\.weight")
+
 
 def dense_form(factors: Sequence[LayerFactors], dtype: torch.dtype, convert: bool) -> Change:
     """How base weights become those of a plain model that computes what is served.
 
     ``k_proj`` and ``v_proj`` become the products of the (rounded) factors, also where they were
-    quantized. Query heads, output columns and all biases move with their KV heads; quantized ones
-    cannot, and come with heads in natural order. Other tensors stay as they are.
+    quantized. Query heads, output columns, all biases and weights of norms over all heads move with
+    their KV heads; quantized ones cannot, and come with heads in natural order. Other tensors stay
+    as they are.
 
     Args:
         factors: rounded, one per layer.
@@ -32,6 +36,11 @@ def dense_form(factors: Sequence[LayerFactors], dtype: torch.dtype, convert: boo
     def change(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         if convert and tensor.is_floating_point():
             tensor = tensor.to(dtype)
+        if of_norm := NORM_WEIGHT.fullmatch(name):
+            layer = factors[int(of_norm["layer"])]
+            of_one_head = tensor.numel() == layer.v_up.shape[1]
+            yield name, tensor if of_one_head else reorder_rows(tensor, layer.layout.head_order)
+            return
         found = ATTENTION_TENSOR.fullmatch(name)
         if found is None:
             yield name, tensor

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer
-from recalkv_vllm.ops.cpu.layout import pack_format, pack_layer
+from recalkv_vllm.ops.cpu.layout import factors_dtype, pack_format, pack_layer
 from recalkv_vllm.ops.cpu.plan import instruction_set
+from recalkv_vllm.ops.key_norm import update_key_scales
 from recalkv_vllm.ops.workspace import clear_rows
 
 
@@ -21,11 +25,21 @@ class CpuLayer(BoundLayer):
         self._v_bias = None if layer.v_bias is None else layer.v_bias.float().contiguous()
         self._update = torch.ops.recalkv_cpu.latent_cache_update.default
         self._format = pack_format(layer.latent_format)
+        self._normed: LatentLayer | None = None
+        if layer.key_scales:
+            # In the type of the attention's own factors, which is fast here.
+            self._normed = replace(layer, k_up=layer.k_up.to(factors_dtype(self._isa)))
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        self._update(z, kv_cache, slot_mapping, *self._format)
+        normed = self._normed
+        if normed is None:
+            self._update(z, kv_cache, slot_mapping, *self._format)
+            return
+        latents, _ = split_pages(kv_cache, normed.key_scales)
+        self._update(z, latents, slot_mapping, *self._format)
+        update_key_scales(normed, kv_cache, slot_mapping, normed.k_up.dtype)
 
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch

@@ -10,6 +10,7 @@ import torch
 from recalkv_vllm.band_format import BandFormat, CacheFormat
 from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.cpu import tables
+from recalkv_vllm.ops.key_norm import without_norm
 from recalkv_vllm.ops.rotary import pair_order
 
 Result = TypeVar("Result")
@@ -54,36 +55,40 @@ def pack_format(latent_format: CacheFormat | None) -> PackedFormat:
     return PackedFormat(latent_format.dtype, latent_format.group_size, bands)
 
 
+def factors_dtype(isa: str) -> torch.dtype:
+    """In which an instruction set multiplies."""
+    return torch.bfloat16 if torch.ops.recalkv_cpu.bf16_products(isa) else torch.float32
+
+
 def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
     """Pack a layer's constants for one instruction set.
 
     Columns of a head are in pair order.
     """
-    bf16_products: bool = torch.ops.recalkv_cpu.bf16_products(isa)
+    key_scales, layer = layer.key_scales, without_norm(layer)
+    dtype = factors_dtype(isa)
     classes = torch.classes.recalkv_cpu
     order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)
     k_factors = layer.k_up.reshape(-1, layer.head_dim, layer.k_width)[:, order]
-    k_factors = k_factors.to(torch.bfloat16 if bf16_products else torch.float32).contiguous()
-    rope, norm, bias = layer.cos_sin_cache, layer.k_norm_weight, layer.k_bias
+    k_factors = k_factors.to(dtype).contiguous()
+    rope, bias = layer.cos_sin_cache, layer.k_bias
     rotation = expansion = None
     if rope is not None:
         rotation = classes.Rotation(
             tiles=tables.rope_tiles(rope), max_position=rope.shape[0], is_neox=layer.is_neox
         )
-        # A key norm needs the whole key.
-        if bf16_products and norm is None:
+        if dtype == torch.bfloat16:
             expansion = _expansion(k_factors, rope)
     panel = None
     if layer.v_width > layer.head_dim:
-        pairs = layer.v_up.unflatten(2, (-1, 2 if bf16_products else 1))
+        pairs = layer.v_up.unflatten(2, (-1, 2 if dtype == torch.bfloat16 else 1))
         panel = pairs.transpose(1, 2).to(k_factors.dtype).contiguous()
     return classes.AttentionLayer(
         isa=isa,
         keys=classes.Keys(
             factors=k_factors,
             bias=None if bias is None else bias[:, order].float().contiguous(),
-            norm_weight=None if norm is None else norm[order].float().contiguous(),
-            norm_eps=layer.k_norm_eps,
+            scales=key_scales,
         ),
         spans=classes.Spans(
             k_starts=[span.start for span in layer.k_spans],

@@ -9,9 +9,10 @@ import torch
 
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.heuristics import AttentionShape, Target
+from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.ops.contract import Batch, BatchLimits, KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda.hopper_layout import HopperLayer
-from recalkv_vllm.ops.cuda.layout import PackedLayer, pack_layer, tile_columns
+from recalkv_vllm.ops.cuda.layout import PackedLayer, pack_layer, small_keys, tile_columns
 from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, plan, split_count
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 from recalkv_vllm.ops.triton.warm_up import empty_batch
@@ -54,6 +55,7 @@ class DecodeAttention:
         shape = LayerShape.of(layer)
         self.limits = device_limits(device)
         self.num_kv_heads, self.v_width = layer.num_kv_heads, layer.v_width
+        self.key_scales = layer.key_scales
         plans = self.prepare(layer, shape)
         if plans[1] is None:
             raise KernelUnavailableError(
@@ -66,7 +68,7 @@ class DecodeAttention:
 
     def prepare(self, layer: LatentLayer, shape: LayerShape) -> dict[int, Plan | None]:
         """Pack the layer's constants; returns plans by tiles of query rows."""
-        self.packed = pack_layer(layer)
+        self.packed = pack_layer(small_keys(layer))
         return {tiles: plan(shape, self.limits, tiles) for tiles in (1, 2)}
 
     def columns(self, shape: LayerShape, plan: Plan) -> torch.Tensor:
@@ -141,7 +143,8 @@ class DecodeAttention:
     ) -> None:
         """Launch attention into ``out`` and ``lse``, which have splits in front if it is split."""
         plan, columns, splits = chosen
-        kv_cache = self.elements(kv_cache)
+        latents, key_scales = split_pages(kv_cache, self.key_scales)
+        kv_cache = self.elements(latents)
         if kv_cache.data_ptr() % 16 or kv_cache.stride(0) % 8 or kv_cache.stride(1) % 8:
             raise ValueError(
                 "kv_cache: expected 16-byte aligned rows, found "
@@ -151,6 +154,7 @@ class DecodeAttention:
         self.op(
             q,
             kv_cache,
+            key_scales,
             batch.block_table,
             batch.seq_lens,
             batch.query_start_loc,

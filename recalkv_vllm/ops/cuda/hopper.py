@@ -18,6 +18,7 @@ from recalkv_vllm.ops.cuda.attention import DecodeAttention
 from recalkv_vllm.ops.cuda.cost import layer_cost
 from recalkv_vllm.ops.cuda.hopper_bands import BandTables, band_tables
 from recalkv_vllm.ops.cuda.hopper_layout import SWIZZLED_COLUMNS, TILE, pack_hopper_layer
+from recalkv_vllm.ops.cuda.layout import small_keys
 from recalkv_vllm.ops.cuda.plan import tile_spans, v_blocks
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 
@@ -109,7 +110,7 @@ def hopper_shared_bytes(
     dim, columns = layer.head_dim, 4 * column_tiles
     fixed = -(-layer.k_width // SWIZZLED_COLUMNS) * dim * 128
     fixed += dim // (16 if lean else 8) * 2048
-    fixed += dim * 4 * (layer.key_bias + layer.key_norm)
+    fixed += dim * 4 * layer.key_bias
     fixed += -(-width // 32) * 16 + (stages + 1) * 16
     stage = TILE * (width * 2 + 16) + column_tiles * dim // 32 * 512
     if bands is not None:
@@ -139,7 +140,7 @@ class HopperAttention(DecodeAttention):
         return fastest_kernel(cost, GPUS["h100"]) == KERNEL
 
     def prepare(self, layer: LatentLayer, shape: LayerShape) -> dict[int, Plan | None]:
-        self.packed = packed = pack_hopper_layer(layer)
+        self.packed = packed = pack_hopper_layer(small_keys(layer), scaled=layer.key_scales > 0)
         self.bands = self.band_blocks = None
         if isinstance(layer.latent_format, BandFormat):
             self.bands = bands = band_tables(shape, layer.latent_format, value_tiles(shape))

@@ -32,7 +32,6 @@ class HopperTensors(NamedTuple):
     Args:
         k_factor: see :func:`swizzle_factor`.
         k_bias: ``[h_kv, d]`` float32.
-        k_norm_weight: ``[d]`` float32, divided by ``norm_factor``.
         base_rotation: see :func:`~.layout.rotation_tables`.
         local_rotation: see :func:`lane_rotations`.
         slow_rotation: see :func:`slow_rotations`.
@@ -40,7 +39,6 @@ class HopperTensors(NamedTuple):
 
     k_factor: torch.Tensor
     k_bias: torch.Tensor | None
-    k_norm_weight: torch.Tensor | None
     base_rotation: torch.Tensor
     local_rotation: torch.Tensor
     slow_rotation: torch.Tensor
@@ -56,8 +54,8 @@ class HopperLayer:
     lean: bool
 
 
-def pack_hopper_layer(layer: LatentLayer) -> HopperLayer:
-    """Pack a layer's constants.
+def pack_hopper_layer(layer: LatentLayer, scaled: bool) -> HopperLayer:
+    """Pack the constants of a layer without a norm; ``scaled``: its keys have cached scales.
 
     Raises:
         KernelUnavailableError: the kernel cannot rotate keys as the layer's table does.
@@ -74,7 +72,7 @@ def pack_hopper_layer(layer: LatentLayer) -> HopperLayer:
     # Pairs turn more slowly from one to the next; those that RoPE leaves alone come last.
     turning = errors > SLOW_ERROR[layer.k_up.dtype]
     fast = int((turning * torch.arange(1, len(errors) + 1, device=errors.device)).max())
-    plain = layer.k_bias is None and layer.k_norm_weight is None and not layer.soft_cap
+    plain = layer.k_bias is None and not scaled and not layer.soft_cap
     lean = plain and fast <= layer.head_dim // 4
     terms[: layer.head_dim // (4 if lean else 2)] = torch.tensor(
         [1.0, 0.0, 1.0, 0.0], device=device
@@ -87,7 +85,6 @@ def pack_hopper_layer(layer: LatentLayer) -> HopperLayer:
         tensors=HopperTensors(
             k_factor=swizzle_factor(k_up, layer.head_dim, order),
             k_bias=packed.tensors.k_bias,
-            k_norm_weight=packed.tensors.k_norm_weight,
             base_rotation=base,
             local_rotation=lane_rotations(local),
             slow_rotation=terms.contiguous(),

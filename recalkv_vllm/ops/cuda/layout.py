@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from recalkv_vllm.ops.contract import KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda.plan import tile_spans, v_blocks
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Plan
+from recalkv_vllm.ops.key_norm import without_norm
 from recalkv_vllm.ops.rotary import pair_order
 
 #: In place of a window, where there is none.
@@ -29,14 +31,12 @@ class LayerTensors(NamedTuple):
     Args:
         k_factor: see :func:`pack_factor`.
         k_bias: ``[h_kv, d]`` float32.
-        k_norm_weight: ``[d]`` float32, divided by ``norm_factor``.
         base_rotation: see :func:`rotation_tables`, as for the next.
         local_rotation: alike.
     """
 
     k_factor: torch.Tensor
     k_bias: torch.Tensor | None
-    k_norm_weight: torch.Tensor | None
     base_rotation: torch.Tensor
     local_rotation: torch.Tensor
 
@@ -56,8 +56,6 @@ class LayerScalars(NamedTuple):
 
     scale: float
     soft_cap: float
-    norm_eps: float
-    norm_factor: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ class PackedLayer:
 
 
 def pack_layer(layer: LatentLayer) -> PackedLayer:
-    """Pack a layer's constants for the kernel that all devices have.
+    """Pack the constants of a layer without a norm for the kernel that all devices have.
 
     Raises:
         KernelUnavailableError: the kernel cannot rotate keys as the layer's table does.
@@ -82,17 +80,10 @@ def pack_layer(layer: LatentLayer) -> PackedLayer:
             "cos_sin_cache: expected angles proportional to the position, found others"
         )
     order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox).to(device)
-    norm, norm_factor = None, 1.0
-    if layer.k_norm_weight is not None:
-        # Keys are rounded before they are normed: below their own magnitude they cannot
-        # overflow float16.
-        norm_factor = 2 * float(layer.k_norm_weight.abs().max()) or 1.0
-        norm = (layer.k_norm_weight.float() / norm_factor)[order].contiguous()
     return PackedLayer(
         tensors=LayerTensors(
             k_factor=pack_factor(layer.k_up, layer.head_dim, order),
             k_bias=None if layer.k_bias is None else layer.k_bias.float()[:, order].contiguous(),
-            k_norm_weight=norm,
             base_rotation=rotations[0],
             local_rotation=rotations[1],
         ),
@@ -106,10 +97,22 @@ def pack_layer(layer: LatentLayer) -> PackedLayer:
         scalars=LayerScalars(
             scale=layer.scale,
             soft_cap=layer.soft_cap or 0.0,
-            norm_eps=layer.k_norm_eps,
-            norm_factor=norm_factor,
         ),
     )
+
+
+def small_keys(layer: LatentLayer) -> LatentLayer:
+    """A normed layer without its norm, and ``scale`` making up for smaller keys.
+
+    Keys are rounded before cached scales norm them: below their own magnitude, as they are before
+    the norm's weight, they cannot overflow float16.
+    """
+    if layer.k_norm_weight is None:
+        return layer
+    largest = float(layer.k_norm_weight.abs().max())
+    factor = 2.0 ** math.ceil(math.log2(2 * largest)) if largest else 1.0
+    weight = layer.k_norm_weight.float() / factor
+    return without_norm(replace(layer, k_norm_weight=weight, scale=layer.scale * factor))
 
 
 def pack_factor(k_up: torch.Tensor, head_dim: int, order: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def shared_bytes(layer: LayerShape, block: BlockShape) -> int:
     heads, tokens, columns, dim = block.heads, block.tokens, block.columns, layer.head_dim
     fixed = heads * dim * layer.k_width * 2 if block.resident else 0
     fixed += heads * columns * (dim + 8) * 2 + tokens * (dim // 2 + 4) * 8
-    fixed += heads * dim * 4 * layer.key_bias + dim * 4 * layer.key_norm
+    fixed += heads * dim * 4 * layer.key_bias
     fixed += -(-block.tile_width // 32) * 16
     stage = tokens * (block.tile_width + 8) * 2 + dim * 4
     merge = block.teams * heads * columns * 8 + heads * columns * (16 * block.v_tiles + 4) * 4

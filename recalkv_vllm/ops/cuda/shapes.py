@@ -27,7 +27,6 @@ class LayerShape:
     k_spans: tuple[Span, ...]
     v_spans: tuple[Span, ...]
     key_bias: bool
-    key_norm: bool
 
     @classmethod
     def of(cls, layer: LatentLayer) -> LayerShape:
@@ -38,7 +37,6 @@ class LayerShape:
             k_spans=layer.head_k_spans,
             v_spans=layer.head_v_spans,
             key_bias=layer.k_bias is not None,
-            key_norm=layer.k_norm_weight is not None,
         )
 
     @property

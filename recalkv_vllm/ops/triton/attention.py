@@ -184,7 +184,7 @@ class TritonAttention:
         head_blocks = planner.num_kv_heads // config.heads
         arguments = {
             **self.constants,
-            **cache_arguments(kv_cache, self.latent_format),
+            **cache_arguments(kv_cache, self.latent_format, self.constants["KEY_SCALES"]),
             "q": q,
             "block_table": batch.block_table[part.first :],
             "seq_lens": batch.seq_lens[part.first :],

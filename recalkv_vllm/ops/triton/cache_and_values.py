@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.ops.contract import BatchLimits, BoundLayer, LatentLayer, Pieces
 from recalkv_vllm.ops.triton.cache_update import cache_update_launch
+from recalkv_vllm.ops.triton.key_scales import KeyScales
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.reconstruction import Reconstruction
 from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
@@ -27,12 +29,26 @@ class CacheAndValues(BoundLayer):
         bias = None if layer.v_bias is None else layer.v_bias.contiguous()
         self.values = Values(layer.v_up.contiguous(), bias)
         self._reconstruction = Reconstruction(layer, constants)
+        self._key_scales = KeyScales(layer) if layer.key_scales else None
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        if slot_mapping.shape[0]:
-            cache_update_launch(z, kv_cache, slot_mapping, self._latent_format).run()
+        if not slot_mapping.shape[0]:
+            return
+        for launch in self._update_launches(z, kv_cache, slot_mapping):
+            launch.run()
+
+    def _update_launches(
+        self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> Iterator[Launch]:
+        latents = self._latents(kv_cache)
+        yield cache_update_launch(z, latents, slot_mapping, self._latent_format)
+        if self._key_scales is not None:
+            yield self._key_scales.launch(kv_cache, slot_mapping)
+
+    def _latents(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        return split_pages(kv_cache, self._key_scales.count if self._key_scales else 0)[0]
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         v_up = self.values.up
@@ -56,10 +72,10 @@ class CacheAndValues(BoundLayer):
             merged: whether value latents come merged in float32, too, besides in the queries' dtype
                 and in splits.
         """
-        v_up, width = self.values.up, kv_cache.shape[2]
+        v_up, width = self.values.up, self._latents(kv_cache).shape[2]
         rank = width if self._latent_format is None else self._latent_format.rank_of(width)
         nowhere = torch.full((1,), -1, dtype=torch.int64, device=v_up.device)
-        yield cache_update_launch(v_up.new_zeros(1, rank), kv_cache, nowhere, self._latent_format)
+        yield from self._update_launches(v_up.new_zeros(1, rank), kv_cache, nowhere)
         num_kv_heads, head_dim, v_width = v_up.shape
         zeros = torch.zeros(2, dtype=torch.int32, device=v_up.device)
         nothing = Pieces(zeros[None, :1], zeros[:1], zeros, 0)

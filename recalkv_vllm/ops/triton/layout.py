@@ -9,8 +9,10 @@ import torch
 
 from recalkv_vllm.band_format import BLOCK_COLUMNS, CODE_ALIGNMENT, BandFormat, CacheFormat
 from recalkv_vllm.kernels.columns import next_power_of_2
+from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops.contract import LatentLayer
+from recalkv_vllm.ops.key_norm import without_norm
 from recalkv_vllm.ops.rotary import pair_order
 
 #: Rows of the tile-local rotation table: no tile is larger.
@@ -19,15 +21,14 @@ LARGEST_TILE = 128
 
 def kernel_constants(layer: LatentLayer) -> dict[str, Any]:
     """Arguments of ``latent_attention`` that a layer fixes, by name."""
+    key_scales, layer = layer.key_scales, without_norm(layer)
     device = layer.k_up.device
     dim = padded_head_dim(layer)
     columns = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)
     padded = torch.zeros(dim, dtype=torch.int32)
     padded[: layer.head_dim] = columns
-    spans = zip(layer.head_k_spans, layer.head_v_spans, strict=True)
-    starts = torch.tensor([(k.start, v.start) for k, v in spans], dtype=torch.int32) // 16
     factors = layer.k_up.reshape(layer.num_kv_heads, layer.head_dim, layer.k_width)
-    rope, norm = layer.cos_sin_cache, layer.k_norm_weight
+    rope = layer.cos_sin_cache
 
     def packed(vectors: torch.Tensor | None) -> torch.Tensor | None:
         return None if vectors is None else pack_heads(vectors, columns, dim)
@@ -35,22 +36,28 @@ def kernel_constants(layer: LatentLayer) -> dict[str, Any]:
     return {
         "k_up": packed(factors),
         "k_bias": packed(layer.k_bias),
-        "k_norm_weight": packed(None if norm is None else norm[None]),
-        "first_columns": starts.to(device),
+        "first_columns": span_starts(layer),
         **format_constants(layer),
         "head_columns": padded.to(device),
         "rope_table": None if rope is None else rope.contiguous(),
         "stride_rope": layer.rot_dim,
         "scale": layer.scale,
         "soft_cap": layer.soft_cap,
-        "norm_eps": layer.k_norm_eps,
         "HEAD_DIM": layer.head_dim,
         "DIM": dim,
         "ROT_HALF": layer.rot_dim // 2,
         "K_WIDTH": layer.k_width,
         "V_WIDTH": layer.v_width,
+        "KEY_SCALES": key_scales,
         "WINDOW": layer.sliding_window or 0,
     }
+
+
+def span_starts(layer: LatentLayer) -> torch.Tensor:
+    """``[h_kv, 2]`` int32, in units of 16: where each head's K span and V span start."""
+    spans = zip(layer.head_k_spans, layer.head_v_spans, strict=True)
+    starts = torch.tensor([(k.start, v.start) for k, v in spans], dtype=torch.int32) // 16
+    return starts.to(layer.k_up.device)
 
 
 def format_constants(layer: LatentLayer) -> dict[str, Any]:
@@ -76,12 +83,15 @@ def format_constants(layer: LatentLayer) -> dict[str, Any]:
     return constants
 
 
-def cache_arguments(kv_cache: torch.Tensor, latent_format: CacheFormat | None) -> dict[str, Any]:
+def cache_arguments(
+    kv_cache: torch.Tensor, latent_format: CacheFormat | None, key_scales: int
+) -> dict[str, Any]:
     """Arguments of a kernel that reads the cache ``[num_blocks, block_size, width]``, by name."""
-    codes, scales, rank = kv_cache, None, 0
+    latents, of_keys = split_pages(kv_cache, key_scales)
+    codes, scales, rank = latents, None, 0
     if latent_format is not None:
-        codes, scales = latent_format.split_cache(kv_cache)
-        rank = latent_format.rank_of(kv_cache.shape[2])
+        codes, scales = latent_format.split_cache(latents)
+        rank = latent_format.rank_of(latents.shape[2])
     return {
         "kv_cache": codes,
         "scales": scales,
@@ -89,6 +99,9 @@ def cache_arguments(kv_cache: torch.Tensor, latent_format: CacheFormat | None) -
         "stride_slot": codes.stride(1),
         "stride_scale_block": 0 if scales is None else scales.stride(0),
         "stride_scale_slot": 0 if scales is None else scales.stride(1),
+        "key_scales": of_keys,
+        "stride_key_block": 0 if of_keys is None else of_keys.stride(0),
+        "stride_key_slot": 0 if of_keys is None else of_keys.stride(1),
         "BLOCK_SIZE": kv_cache.shape[1],
         "RANK": rank,
     }

@@ -154,7 +154,7 @@ class AttentionPlanner:
             local_rope=self.local_rope,
             rope=layer.rot_dim > 0,
             key_bias=layer.k_bias is not None,
-            key_norm=layer.k_norm_weight is not None,
+            key_norm=layer.key_scales > 0,
             code_bits=most_code_bits(layer.latent_format),
             bands=isinstance(layer.latent_format, BandFormat),
         )

@@ -16,9 +16,9 @@ from recalkv_vllm.ops.triton.layout import cache_arguments, pack_heads
 
 #: Of what a layer fixes, that which the kernel takes.
 CONSTANTS = (
-    *("k_up", "k_bias", "k_norm_weight", "first_columns", "first_codes", "head_columns"),
-    *("rope_table", "stride_rope", "norm_eps", "HEAD_DIM", "DIM", "ROT_HALF", "K_WIDTH"),
-    *("V_WIDTH", "CODEC", "SCALE_SHIFT", "CODE_UNIT"),
+    *("k_up", "k_bias", "first_columns", "first_codes", "head_columns"),
+    *("rope_table", "stride_rope", "HEAD_DIM", "DIM", "ROT_HALF", "K_WIDTH", "V_WIDTH"),
+    *("KEY_SCALES", "CODEC", "SCALE_SHIFT", "CODE_UNIT"),
 )
 
 
@@ -56,7 +56,7 @@ class Reconstruction:
             (tiles * self.num_kv_heads,),
             {
                 **self.constants,
-                **cache_arguments(kv_cache, self.latent_format),
+                **cache_arguments(kv_cache, self.latent_format, self.constants["KEY_SCALES"]),
                 "block_table": pieces.block_table,
                 "positions": pieces.positions,
                 "start_loc": pieces.start_loc,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from recalkv_vllm.band_format import CacheFormat
+from recalkv_vllm.key_scales import latent_width
 from recalkv_vllm.ops.contract import Batch, Pieces
 from recalkv_vllm.ops.validation.layer import LayerSignature
 from recalkv_vllm.ops.validation.require import (
@@ -24,7 +25,7 @@ def check_update(
     layer: LayerSignature, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
     """Check the arguments of ``update_cache``; raises as :func:`check_layer` does."""
-    rank = _check_cache(kv_cache, layer.latent_format)
+    rank = _check_cache(kv_cache, layer.latent_format, layer.key_scales)
     require_shape(z, "z", "tokens", rank)
     if layer.latent_format is not None:
         require_dtype(z, "z", *DTYPES)
@@ -123,7 +124,7 @@ def check_reconstruct(
 
 def _check_layers_cache(layer: LayerSignature, kv_cache: torch.Tensor) -> None:
     """Check that a cache is one of the layer's latents."""
-    rank = _check_cache(kv_cache, layer.latent_format)
+    rank = _check_cache(kv_cache, layer.latent_format, layer.key_scales)
     if layer.latent_format is None and kv_cache.dtype != layer.dtype:
         require_dtype(kv_cache, "kv_cache", layer.dtype)
     if rank < layer.rank:
@@ -132,24 +133,28 @@ def _check_layers_cache(layer: LayerSignature, kv_cache: torch.Tensor) -> None:
         require_device(kv_cache, "kv_cache", layer.device)
 
 
-def _check_cache(kv_cache: torch.Tensor, latent_format: CacheFormat | None) -> int:
+def _check_cache(kv_cache: torch.Tensor, latent_format: CacheFormat | None, key_scales: int) -> int:
     """Check shape, dtype and strides of a paged cache of latents; returns their rank."""
     last = "rank" if latent_format is None else "slot_bytes"
     require_shape(kv_cache, "kv_cache", "num_blocks", "block_size", last)
     dtypes = DTYPES if latent_format is None else (torch.uint8,)
     if kv_cache.dtype not in dtypes:
         require_dtype(kv_cache, "kv_cache", *dtypes)
-    _, block_size, width = kv_cache.shape
+    _, block_size, slot = kv_cache.shape
+    width = latent_width(slot, kv_cache.element_size(), key_scales) if key_scales else slot
     if block_size == 0 or block_size % MULTIPLE:
         require(False, "kv_cache", f"a block_size that is a multiple of {MULTIPLE}", block_size)
     if kv_cache.stride(2) != 1:
         require(False, "kv_cache", "a contiguous last dimension", f"strides {kv_cache.stride()}")
-    if latent_format is None:
-        if width == 0 or width % MULTIPLE:
-            require(False, "kv_cache", f"a rank that is a multiple of {MULTIPLE}", width)
-        return width
-    if kv_cache.stride(1) != width:
+    if kv_cache.stride(1) != slot and (latent_format is not None or key_scales):
         require(False, "kv_cache", "contiguous blocks", f"strides {kv_cache.stride()}")
+    if latent_format is None:
+        if width <= 0 or width % MULTIPLE:
+            expected = f"a rank that is a multiple of {MULTIPLE}"
+            if key_scales:
+                expected += f", and {key_scales} key scales"
+            require(False, "kv_cache", expected, width)
+        return width
     if kv_cache.stride(0) % MULTIPLE or kv_cache.storage_offset() % MULTIPLE:
         found = f"offset {kv_cache.storage_offset()} and strides {kv_cache.stride()}"
         require(False, "kv_cache", f"blocks at multiples of {MULTIPLE} bytes", found)

@@ -26,6 +26,7 @@ class LayerSignature:
 
     Args:
         rank: columns of the latent that spans need.
+        key_scales: of a cached token.
         max_position: rows of ``cos_sin_cache``.
         check_values: ``RECALKV_DEBUG=1`` asked for checks of values when the layer was bound.
     """
@@ -38,6 +39,7 @@ class LayerSignature:
     device: torch.device
     max_position: int | None
     latent_format: CacheFormat | None
+    key_scales: int
     check_values: bool
 
 
@@ -62,6 +64,7 @@ def check_layer(layer: LatentLayer) -> LayerSignature:
         device=layer.k_up.device,
         max_position=None if layer.cos_sin_cache is None else layer.cos_sin_cache.shape[0],
         latent_format=layer.latent_format,
+        key_scales=layer.key_scales,
         check_values=os.environ.get("RECALKV_DEBUG") == "1",
     )
 
@@ -107,8 +110,11 @@ def _check_optional_tensors(layer: LatentLayer) -> None:
         "cos_sin_cache": ("max_position", "rot_dim"),
         "k_bias": (layer.num_kv_heads, layer.head_dim),
         "v_bias": (layer.num_kv_heads, layer.head_dim),
-        "k_norm_weight": (layer.head_dim,),
     }
+    norm = layer.k_norm_weight
+    if norm is not None:
+        all_heads = (layer.num_kv_heads,) if norm.dim() == 2 else ()
+        shapes["k_norm_weight"] = (*all_heads, layer.head_dim)
     for name, shape in shapes.items():
         tensor = getattr(layer, name)
         if tensor is not None:

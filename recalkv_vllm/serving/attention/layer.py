@@ -17,6 +17,7 @@ from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.ops import BatchLimits
 from recalkv_vllm.serving.attention.backend import RecalkvBackend
 from recalkv_vllm.serving.attention.implementation import LatentAttentionImpl
+from recalkv_vllm.serving.attention.page_width import slot_width
 from recalkv_vllm.serving.attention.warm_up import warm_up
 
 
@@ -38,6 +39,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         rank: int,
         sliding_window: int | None,
         latent_format: CacheFormat | None,
+        key_scales: int,
         prefix: str,
     ):
         super().__init__()
@@ -51,8 +53,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.attn_type = AttentionType.DECODER
         self.attn_backend = RecalkvBackend
         self.dtype = vllm_config.model_config.dtype
-        #: Width of a token's slot: elements, or bytes of codes and scales.
-        self.slot_width = rank if latent_format is None else latent_format.slot_bytes(rank)
+        self.slot_width = slot_width(rank, latent_format, self.dtype, key_scales)
         #: What vLLM is asked for, see ``slot_widths``.
         self.page_width = self.slot_width
         limits = BatchLimits(

@@ -22,9 +22,9 @@ from vllm.distributed import (
 )
 from vllm.distributed.utils import get_pp_indices
 
-from recalkv_vllm.band_format import stored_format, token_bytes
+from recalkv_vllm.band_format import stored_format
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
-from recalkv_vllm.serving.attention.page_width import slot_widths
+from recalkv_vllm.serving.attention.page_width import slot_width, slot_widths
 from recalkv_vllm.serving.factor_files import SEPARATE_FACTORS, locate_factors
 from recalkv_vllm.serving.latent_dtype import model_dtype, served_config
 from recalkv_vllm.serving.model.reload import (
@@ -70,13 +70,21 @@ def _stock_attention_backend(vllm_config: VllmConfig) -> Iterator[None]:
 
 
 def page_widths(
-    served: RecalkvConfig, geometry: AttentionGeometry, hf_config: Mapping[str, Any]
+    served: RecalkvConfig,
+    geometry: AttentionGeometry,
+    hf_config: Mapping[str, Any],
+    dtype: torch.dtype,
 ) -> tuple[int, ...]:
     """``LatentAttention.page_width`` of every layer, those of other pipeline stages too."""
     size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
     shards = [shard_latent(layout, geometry, rank, size) for layout in served.layers]
     own = [
-        token_bytes(stored_format(shard.bands, served.latent_quantization), shard.rank, itemsize=1)
+        slot_width(
+            shard.rank,
+            stored_format(shard.bands, served.latent_quantization),
+            dtype,
+            shard.key_scales,
+        )
         for shard in shards
     ]
     return slot_widths(own, windows_differ=len(set(hf_config.get("layer_types") or ())) > 1)
@@ -111,7 +119,9 @@ class LatentAttentionMixin(_Stock):
             vllm_config.cache_config.cache_dtype,
             model_dtype(vllm_config.model_config),
         )
-        widths = page_widths(served, self.recalkv_geometry, hf_config)
+        widths = page_widths(
+            served, self.recalkv_geometry, hf_config, vllm_config.model_config.dtype
+        )
         attention, parts_of = self._attention()
         for i in self._served_layers():
             layer = self.model.layers[i]
@@ -148,7 +158,7 @@ class LatentAttentionMixin(_Stock):
                 weights, self.recalkv_geometry, biased=layers[0].k_bias is not None
             )
             if hasattr(model_config.hf_config, SEPARATE_FACTORS):
-                weights = in_factors_order(weights, self.recalkv_config)
+                weights = in_factors_order(weights, self.recalkv_config, self.recalkv_geometry)
             loaded = super().load_weights(chain(weights, factors))
         if running and not reloading(self):
             # A patch of weights in place, of which vLLM tells nobody.

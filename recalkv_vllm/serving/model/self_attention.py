@@ -15,7 +15,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 
 from recalkv_vllm.band_format import stored_format
-from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
+from recalkv_vllm.checkpoint import AttentionGeometry, CheckpointError, LatentLayout
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import LatentLayer
 from recalkv_vllm.serving.attention.layer import LatentAttention
@@ -76,8 +76,14 @@ class LatentSelfAttention(nn.Module):
         self.v_up = PerHead(heads, num_heads, head_dim, layout.v_width)
         self.k_bias = PerHead(heads, num_heads, head_dim) if qkv_bias else None
         self.v_bias = PerHead(heads, num_heads, head_dim) if qkv_bias else None
-        # Norms of single heads, where the model has them: queries' runs here, keys' in attention.
+        # Norms, where the model has them: queries' runs here, keys' in attention.
         self.q_norm, self.k_norm = parts.q_norm, parts.k_norm
+        self.norms_all_heads = parts.key_norm == "token"
+        if parts.key_norm != geometry.key_norm:
+            raise CheckpointError(
+                f"recalkv: {name}: expected key norms over a {geometry.key_norm}, found over a "
+                f"{parts.key_norm}, which latents are not served with"
+            )
         del vllm_config.compilation_config.static_forward_context[name]
         self.scale = stock.scaling
         self.soft_cap = vllm_config.model_config.hf_config.to_dict().get("attn_logit_softcapping")
@@ -89,6 +95,7 @@ class LatentSelfAttention(nn.Module):
             shard.rank,
             stock.attn.sliding_window,
             stored_format(shard.bands, uniform_format),
+            shard.key_scales,
             prefix=name,
         )
         self.attn.process_weights_after_loading = self.bind_factors
@@ -122,13 +129,16 @@ class LatentSelfAttention(nn.Module):
         # Gemma's norms scale by one plus their weight, added in float32.
         if isinstance(self.k_norm, GemmaRMSNorm):
             weight = weight.float() + 1
+        if self.norms_all_heads:
+            weight = weight.unflatten(0, (-1, self.head_dim))
         return {"k_norm_weight": weight, "k_norm_eps": self.k_norm.variance_epsilon}
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         q, _ = self.q_proj(hidden_states)
         latent, _ = self.down(hidden_states)
         if self.q_norm is not None:
-            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            of_one = q if self.norms_all_heads else q.unflatten(-1, (-1, self.head_dim))
+            q = self.q_norm(of_one).view(q.shape)
         if self.rotary_emb is not None:
             q = rotate_queries(self.rotary_emb, positions, q, self.head_dim)
         output = self.o_proj(self.attn(q, latent))

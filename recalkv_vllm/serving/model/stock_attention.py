@@ -1,8 +1,8 @@
 """What a stock attention module does between its projections, seen by running it once.
 
 vLLM's model classes write the same attention in many ways, and some do more: they gate outputs,
-scale queries by position, norm all heads at once, leave RoPE out on some layers. Whatever a class
-computes besides what latents are served with is found here, and refused by name.
+scale queries by position, norm values, leave RoPE out on some layers. Whatever a class computes
+besides what latents are served with is found here, and refused by name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
+from recalkv_vllm.architectures import KeyNorm
 from recalkv_vllm.checkpoint import CheckpointError
 
 PROJECTION, NORMS, ROTARY, ATTENTION, OUTPUT = (
@@ -36,14 +37,16 @@ class StockParts:
     """The parts of a stock attention module that its forward uses.
 
     Args:
-        q_norm: RMS norm of single query heads.
-        k_norm: of single key heads; there are both norms or none.
+        q_norm: RMS norm of queries.
+        k_norm: of keys; there are both norms or none.
         rotary_emb: vLLM's RoPE; None for a layer without.
+        key_norm: what one norm is over.
     """
 
     q_norm: nn.Module | None
     k_norm: nn.Module | None
     rotary_emb: nn.Module | None
+    key_norm: KeyNorm | None
 
 
 class _Stub(nn.Module):
@@ -75,6 +78,8 @@ class StockRun:
         self._stock, self._head_dim, self._plain = stock, head_dim, plain
         self._name = f"{type(stock).__name__} ({stock.attn.layer_name})"
         self.calls: list[str] = []
+        # What both norms can be over; a single head is all of them.
+        self._norm_kinds: set[KeyNorm] = {"head", "token"}
         known = {*ORDER}
         if unknown := sorted({name for name, _ in stock.named_children()} - known):
             raise self.refusal(f"it has {', '.join(unknown)}")
@@ -139,6 +144,13 @@ class StockRun:
             raise self.refusal("it changes values")
         return result
 
+    @property
+    def key_norm(self) -> KeyNorm | None:
+        """What one norm of keys is over, if there are norms."""
+        if not set(NORMS) & set(self.calls):
+            return None
+        return "head" if "head" in self._norm_kinds else "token"
+
     def norms(self) -> dict[str, nn.Module | None]:
         """The norms that the forward called.
 
@@ -165,8 +177,11 @@ class StockRun:
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         self.calls.append(name)
-        if x.shape[-1] != self._head_dim:
-            raise self.refusal(f"its {name} is of all heads at once")
+        given = self.q if name == NORMS[0] else self.k
+        widths: dict[KeyNorm, int] = {"head": self._head_dim, "token": given.shape[-1]}
+        self._norm_kinds &= {kind for kind, width in widths.items() if x.shape[-1] == width}
+        if not self._norm_kinds:
+            raise self.refusal(f"its {name} is over {x.shape[-1]} elements")
         return x + 1
 
     def _rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> Any:
@@ -216,4 +231,5 @@ def stock_parts(stock: Any, head_dim: int) -> StockParts:
         raise run.refusal("it changes keys")
     if not torch.equal(result, run.q + 1):
         raise run.refusal("it changes its output")
-    return StockParts(**run.norms(), rotary_emb=stock.rotary_emb if ROTARY in run.calls else None)
+    rotary_emb = stock.rotary_emb if ROTARY in run.calls else None
+    return StockParts(**run.norms(), rotary_emb=rotary_emb, key_norm=run.key_norm)

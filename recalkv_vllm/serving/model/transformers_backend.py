@@ -108,11 +108,11 @@ def transformers_parts(stock: Any, head_dim: int, rotary: RotaryTable) -> StockP
         raise run.refusal("it changes its output")
     got = [x.reshape(len(positions), -1, head_dim) for x in (run.attended_q, run.attended_k)]
     given = [x.reshape(len(positions), -1, head_dim) for x in (run.normed_q, run.normed_k)]
-    norms = run.norms()
+    parts = partial(StockParts, **run.norms(), key_norm=run.key_norm)
     if all(map(torch.equal, got, given)):
-        return StockParts(**norms, rotary_emb=None)
+        return parts(rotary_emb=None)
     for is_neox in (True, False):
         expected = [rotary.rotated(x, positions, is_neox) for x in given]
         if all(map(partial(torch.allclose, rtol=1e-4, atol=1e-3), got, expected)):
-            return StockParts(**norms, rotary_emb=rotary.embedding(head_dim, is_neox))
+            return parts(rotary_emb=rotary.embedding(head_dim, is_neox))
     raise run.refusal("it changes queries or keys")

@@ -22,9 +22,9 @@ Weights: TypeAlias = Iterable[tuple[str, torch.Tensor]]
 
 FACTORS = ("down", "k_up", "v_up")
 _FACTOR_NAME = re.compile(rf"layers\.(\d+)\.({'|'.join(FACTORS)})$")
-#: Weights and biases with an axis of heads.
+#: Weights and biases with an axis of heads; a norm's has one if it is over all of them.
 _HEADS_NAME = re.compile(
-    r"layers\.(\d+)\.self_attn\.(q_proj\.weight|o_proj\.weight|[qkv]_proj\.bias)$"
+    r"layers\.(\d+)\.self_attn\.(q_proj\.weight|o_proj\.weight|[qkv]_proj\.bias|[qk]_norm\.weight)$"
 )
 _FUSED_NAME = re.compile(r"\.self_attn\.qkv_proj\.weight$")
 _KV_BIAS_NAME = re.compile(r"\.self_attn\.[kv]_proj\.bias$")
@@ -119,10 +119,14 @@ def sent_weights(weights: Weights, config: RecalkvConfig, geometry: AttentionGeo
         yield name, weight
 
 
-def in_factors_order(weights: Weights, config: RecalkvConfig) -> Iterator:
+def in_factors_order(
+    weights: Weights, config: RecalkvConfig, geometry: AttentionGeometry
+) -> Iterator:
     """Weights of an untouched base model, heads in the order that its separate factors mean."""
     for name, weight in weights:
-        if found := _HEADS_NAME.search(name):
+        found = _HEADS_NAME.search(name)
+        of_one_head = found and "norm" in found[2] and geometry.key_norm == "head"
+        if found and not of_one_head:
             order = config.layers[int(found[1])].head_order
             axis = 1 if found[2] == "o_proj.weight" else 0
             heads = weight.unflatten(axis, (len(order), -1))

@@ -534,7 +534,6 @@ inline float2 unpack(uint32_t value) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
-inline float rsqrt_fast(float x) { return 1.0f / std::sqrt(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 using std::fmaxf;
 

@@ -1,0 +1,64 @@
+"""From new latents in the cache to the launch that writes their keys' scales."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from recalkv_vllm.band_format import BandFormat
+from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.columns import runs_of_span, streams_of
+from recalkv_vllm.kernels.key_scales import write_key_scales
+from recalkv_vllm.ops.contract import LatentLayer
+from recalkv_vllm.ops.rotary import pair_order
+from recalkv_vllm.ops.triton.launch import Launch
+from recalkv_vllm.ops.triton.layout import (
+    cache_arguments,
+    format_constants,
+    pack_heads,
+    padded_head_dim,
+    span_starts,
+)
+
+
+class KeyScales:
+    """Scales of one normed layer's keys; its factors without the norm's weight."""
+
+    def __init__(self, layer: LatentLayer):
+        dim = padded_head_dim(layer)
+        columns = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)
+        bands = layer.latent_format if isinstance(layer.latent_format, BandFormat) else None
+        bias = layer.k_bias
+        factors = layer.k_up.reshape(layer.num_kv_heads, layer.head_dim, layer.k_width)
+        self.latent_format, self.count = layer.latent_format, layer.key_scales
+        self.config = heuristics.reconstruction_config(dim, layer.k_up.element_size())
+        self.constants = {
+            "k_up": pack_heads(factors, columns, dim),
+            "k_bias": None if bias is None else pack_heads(bias, columns, dim),
+            "first_columns": span_starts(layer),
+            **format_constants(layer),
+            "norm_eps": layer.k_norm_eps,
+            "HEADS": layer.num_kv_heads // self.count,
+            "HEAD_DIM": layer.head_dim,
+            "DIM": dim,
+            "K_WIDTH": layer.k_width,
+            "K_STREAMS": streams_of(runs_of_span(layer.k_spans[0], bands), self.config.stream),
+            "TILE": self.config.tile,
+            "STAGES": self.config.stages,
+        }
+
+    def launch(self, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> Launch:
+        """Of one slot or more, with their latents in the cache."""
+        num_slots = slot_mapping.shape[0]
+        return Launch(
+            write_key_scales,
+            (triton.cdiv(num_slots, self.config.tile), self.count),
+            {
+                **self.constants,
+                **cache_arguments(kv_cache, self.latent_format, self.count),
+                "slot_mapping": slot_mapping,
+                "num_slots": num_slots,
+            },
+            self.config.warps,
+            self.config.stages,
+        )
