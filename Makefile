@@ -23,7 +23,8 @@ PACKAGE := $(VENV)/.package
 export RECALKV_TEST_MODEL ?= $(abspath $(MODEL))
 
 # Most of a test is the start of an engine, which uses one core. Tests of a file share fixtures.
-PARALLEL_PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Both workers have a thread on every core: one that waits must not keep the other's from running.
+PARALLEL_PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 OUT ?= .cache/gpu
 MINUTES ?= 7.5
