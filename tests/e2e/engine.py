@@ -70,8 +70,8 @@ def dense_prefill():
 
 
 def run(job):
-    # vLLM collects garbage eight times in an engine's life, for a third of a second each, most of it
-    # on what was imported. Once is enough to free the engine before.
+    # vLLM collects garbage eight times in an engine's life, a third of a second each, nearly all of
+    # it for what was imported. Once is enough to free an engine.
     with patch.object(gc, "collect"):
         result = run_attention(job)
     gc.collect()
