@@ -3,6 +3,7 @@
 # make test-reliability: fuzzers, faults and a 15-minute soak, with figures at the end.
 # make test-asan: the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer.
 # make test-cuda-stack: the plugin in vLLM's CUDA build, on a machine without a GPU; downloads 10 GB.
+# make wheel: the package and its kernels in one file, in build/wheels.
 # make docs: the documentation as a site, in build/site.
 # make gpu: build, test and measure the kernels on a GPU, in calls of at most 8 minutes.
 
@@ -39,11 +40,17 @@ CUDA_BUILD := $(CUDA_VENV)/build
 CUDA_DRIVER := $(CUDA_VENV)/driver
 PRETENDED := tests/cuda_stack/pretended
 
-.PHONY: demo test test-all test-reliability test-asan test-cuda-stack gpu docs lint install model clean
+.PHONY: demo wheel test test-all test-reliability test-asan test-cuda-stack gpu docs lint install model clean
 .DELETE_ON_ERROR:
 
 demo: install model
 	@$(BIN)/python -m recalkv_vllm.benchmarks.demo $(MODEL) $(CHECKPOINT) -- --compression 0.75
+
+# Stale files of an earlier build would be packed along.
+wheel: install
+	rm -rf build/torch-*/lib* build/wheels
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --no-cache-dir --wheel-dir build/wheels .
+	@ls -l build/wheels
 
 test: install model lint
 	$(PARALLEL_PYTEST) -m "not slow"

@@ -18,6 +18,8 @@ from torch.utils.cpp_extension import (
 )
 
 ROOT = Path(__file__).parent
+#: What was built against another torch looks up to date, and would be installed again.
+BUILD = Path("build") / f"torch-{torch.__version__}"
 sys.path.insert(0, str(ROOT))  # pip does not
 from cuda_build import (  # noqa: E402
     architecture_flags,
@@ -57,6 +59,7 @@ def cpp_extension() -> Extension:
         "recalkv_vllm._cpu",
         CPU_SOURCES,
         depends=CPU_HEADERS,
+        py_limited_api=True,
         # -fopenmp only compiles; linking with it would load a second OpenMP runtime, and with it a
         # second pool of threads, beside the one that torch brings. Instruction sets are chosen per
         # file by #pragma, so no -m flag here.
@@ -98,6 +101,7 @@ def cuda_extensions() -> list[Extension]:
 setup(
     packages=[
         *find_packages(include=["recalkv_vllm*"]),
+        "recalkv_vllm.report.templates",
         "recalkv_vllm.kernels",
         "recalkv_vllm.kernels.heuristics",
         "recalkv_vllm.benchmarks",
@@ -106,7 +110,12 @@ setup(
     # Top-level modules called "kernels" or "benchmarks" would shadow another project's.
     package_dir={"recalkv_vllm.kernels": "kernels", "recalkv_vllm.benchmarks": "benchmarks"},
     ext_modules=extensions(),
-    # What was built against another torch looks up to date, and would be installed again.
-    options={"build": {"build_base": f"build/torch-{torch.__version__}"}},
+    options={
+        "build": {"build_base": str(BUILD)},
+        # An editable installation would compile in a folder of its own, and every time anew.
+        "build_ext": {"build_temp": str(BUILD / "objects")},
+        # The extensions use no more of Python's C API than 3.10 has.
+        "bdist_wheel": {"py_limited_api": "cp310"},
+    },
     cmdclass={"build_ext": BuildExtension},
 )

@@ -18,6 +18,7 @@ import torch
 
 from recalkv_vllm.compression.base_model.attention import CausalLM
 from recalkv_vllm.compression.calibration.prompts import Prompts
+from recalkv_vllm.compression.calibration.reserved_cache import reserved_cache
 from recalkv_vllm.compression.errors import output_errors
 from recalkv_vllm.compression.progress import Stage
 
@@ -103,12 +104,11 @@ def write_batch(
     temperature = torch.tensor(TEMPERATURES).repeat(ROWS)[:ROWS].unsqueeze(1)
     device = model.get_input_embeddings().weight.device
     tokens = [[text.first() for text in texts]]
-    cache = None
+    cache = reserved_cache(model.config, row_tokens)
     with torch.inference_mode():
         for step in range(row_tokens - 1):
             ids = torch.tensor(tokens[-1], device=device).unsqueeze(1)
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
             logits = out.logits[:, -1].float()
             drawn = sample(logits / temperature.to(logits), uniform[step].to(logits)).tolist()
             tokens.append([text.next(token) for text, token in zip(texts, drawn, strict=True)])

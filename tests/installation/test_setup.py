@@ -11,7 +11,7 @@ import torch
 import cuda_build
 from cuda_build import packaged_runtime
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import os, sys, torch
 from torch.utils import cpp_extension

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 PIP = ("--no-index", "--no-deps", "--no-build-isolation", "--no-cache-dir")
 
@@ -25,12 +25,14 @@ layer = LatentLayer(k_up=torch.ones(1, 32, 16), v_up=torch.ones(1, 32, 16), k_sp
 assert bind(layer).value_up(torch.ones(1, 1, 16)).eq(16).all()
 print(recalkv_vllm.__file__)
 """
-#: What vLLM does with plugins, in each of its processes.
-LOAD_PLUGIN = """
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
-print(AttentionBackendEnum.RECALKV.get_class().__module__)
+#: A checkpoint's tokens.
+SERVE = """
+import sys
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], attention_backend="recalkv", enforce_eager=True, max_model_len=64,
+          kv_cache_memory_bytes=1 << 24)
+(output,) = llm.generate("The sea", SamplingParams(max_tokens=8, ignore_eos=True))
+print("tokens:", len(output.outputs[0].token_ids))
 """
 
 
@@ -131,17 +133,25 @@ def test_sdist_without_a_compiler(sdist: Path, environment: Environment) -> None
     assert "--no-build-isolation" in told
 
 
-@pytest.mark.slow  # compiles the C++ kernels
-def test_wheel(sdist: Path, environment: Environment) -> None:
-    """It has the C++ kernels, and vLLM finds the plugin."""
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    """Built in the checkout, where what is compiled for it is already."""
+    build = ["build", "--build-lib", tmp_path / "lib"]
+    command = ["bdist_wheel", "--skip-build", "--bdist-dir", tmp_path / "bdist", "-d", tmp_path]
+    run([sys.executable, "setup.py", "--quiet", *build, *command], ROOT, CUDA_HOME="/missing")
+    (path,) = tmp_path.glob("*.whl")
+    return path
+
+
+def test_wheel(wheel: Path, environment: Environment, tiny: Path) -> None:
+    """Installed without compiler or checkout, it compresses a model and vLLM serves that."""
     pytest.importorskip("vllm")
-    environment.pip("wheel", "--wheel-dir", environment.folder, *PIP, sdist, CUDA_HOME="/missing")
-    (wheel,) = environment.folder.glob("*.whl")
-    environment.pip("install", "--ignore-installed", *PIP[:2], wheel)
-    (library,) = environment.installed() - modules()
-    assert library.startswith("_cpu.")
+    assert "-cp310-abi3-linux_" in wheel.name
+    environment.pip("install", "--ignore-installed", *PIP[:2], wheel, CXX="missing")
+    assert environment.installed() - modules() == {"_cpu.abi3.so"}
     done = environment.run("-c", RUN_OP, RECALKV_KERNEL="cpu")
     assert Path(done.stdout.strip()).parent == environment.packages / "recalkv_vllm"
-    assert "compress" in run([environment.python.parent / "recalkv", "--help"], wheel.parent).stdout
-    told = environment.run("-c", LOAD_PLUGIN, VLLM_PLUGINS="recalkv").stdout
-    assert told.split()[-1].startswith("recalkv_vllm.serving")
+    text = ("--dataset", "builtin", "--num-samples", "8", "--seq-len", "64")
+    command = [environment.python.parent / "recalkv", "compress", tiny, "-o", "out", *text]
+    run([*command, "--compression", "0.75"], environment.folder)
+    assert "tokens: 8" in environment.run("-c", SERVE, "out").stdout.splitlines()

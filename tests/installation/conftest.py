@@ -1,0 +1,3 @@
+from tests.tiny_models import make_model, own_cache, tiny, tiny_models, tokenizer
+
+__all__ = ["make_model", "own_cache", "tiny", "tiny_models", "tokenizer"]
