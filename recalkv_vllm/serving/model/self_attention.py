@@ -15,7 +15,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 
 from recalkv_vllm.band_format import stored_format
-from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout
+from recalkv_vllm.checkpoint import AttentionGeometry, CheckpointError, LatentLayout
 from recalkv_vllm.latent_format import LatentFormat
 from recalkv_vllm.ops import LatentLayer
 from recalkv_vllm.serving.attention.layer import LatentAttention
@@ -113,7 +113,16 @@ class LatentSelfAttention(nn.Module):
             latent_format=self.attn.latent_format,
             **self._key_norm(),
         )
-        self.attn.impl.bind(layer)
+        try:
+            self.attn.impl.bind(layer, captured=self.attn.captured)
+        except ValueError as error:
+            if not self.attn.captured:
+                raise
+            raise CheckpointError(
+                f"recalkv: {self.attn.layer_name}: CUDA graphs would not see the new weights "
+                f"({error}); start the engine with "
+                """--compilation-config '{"cudagraph_mode": "PIECEWISE"}'"""
+            ) from error
 
     def _key_norm(self) -> dict[str, Any]:
         if self.k_norm is None:
