@@ -177,8 +177,8 @@ REFUSED = (
     refused(
         "A draft model beside sliding-window layers; `dflash`, `dspark`, `extract_hidden_states` "
         "and `mlp_speculator`",
-        "vLLM 0.32 gives a draft model the blocks of the first cache group, and asserts that all of "
-        "its layers share one; it has no proposer for MLP speculators; the others are not tested",
+        "vLLM 0.32 gives a draft model the first cache group's blocks, and asserts that its layers "
+        "share a group; it has no proposer for MLP speculators; the others are not tested",
         f"{STARTUP}::test_refused",
         OPTION,
     ),
