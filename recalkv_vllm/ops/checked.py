@@ -10,6 +10,7 @@ import torch
 from recalkv_vllm.ops import validation
 from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer, Pieces
 from recalkv_vllm.ops.dispatch import implementation
+from recalkv_vllm.ops.overwrite import overwrite
 
 
 class CheckedLayer(BoundLayer):
@@ -24,7 +25,26 @@ class CheckedLayer(BoundLayer):
     def __init__(self, layer: LatentLayer):
         self._signature = validation.check_layer(layer)
         chosen = implementation(layer.k_up.device, layer.k_up.dtype, layer.head_dim)
-        self._bound = chosen.bind(layer)
+        self._bind = chosen.bind
+        self._bound = self._bind(layer)
+
+    def rebind(self, layer: LatentLayer, *, captured: bool) -> None:
+        """Take the constants of a layer of the same layout, after its weights changed.
+
+        Args:
+            captured: graphs hold the old ones: the new ones take their place in memory.
+
+        Raises:
+            TypeError, ValueError, KernelUnavailableError: as the constructor does; ``ValueError``
+                also for what captured graphs would not see, and nothing has changed then.
+        """
+        signature = validation.check_layer(layer)
+        bound = self._bind(layer)
+        if captured:
+            overwrite(self._bound, bound)
+        else:
+            self._bound = bound
+        self._signature = signature
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor

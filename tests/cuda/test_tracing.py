@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from recalkv_vllm.kernels.heuristics import Target
 from recalkv_vllm.ops import BatchLimits, cuda
 from recalkv_vllm.ops.cuda import extension
 from recalkv_vllm.ops.cuda.shapes import KernelShape
+from recalkv_vllm.ops.overwrite import overwrite
 from tests.ops.band_cases import banded
 from tests.ops.cases import build, joint, spanned
 from tests.ops.checks import assert_matches_oracle
@@ -104,3 +106,23 @@ def test_replayed_calls_serve_padded_batches(
     for op, arguments in graph.calls:
         op(*arguments)
     assert_matches_oracle(result, memory.case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_replayed_calls_see_the_weights_that_a_layer_is_bound_to_anew(
+    arch: int, configure: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heuristics, "target_of", lambda device: Target(arch, 132))
+    case = joint("decode", (8, 2, 128), 1, 96, batch=((1, 17),))
+    inputs = build(case, torch.bfloat16, DEVICE)
+    layer = cuda.bind(inputs.layer)
+    with RecordedCalls(NAMESPACE) as graph:
+        result = layer.attend(*inputs.call)
+    newer = replace(inputs.layer, k_up=inputs.layer.k_up.flip(1))
+    expected = cuda.bind(newer).attend(*inputs.call)
+    assert not result[1].equal(expected[1])
+    overwrite(layer, cuda.bind(newer))
+    for op, arguments in graph.calls:
+        op(*arguments)
+    assert result[1].equal(expected[1])
+    assert result[0].equal(expected[0])

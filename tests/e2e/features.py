@@ -14,7 +14,7 @@ TESTS = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Feature:
-    """A row; ``tests`` are ``file::function`` under the folder of tests."""
+    """A row; ``tests`` are ``file::function`` under the folder of tests, ``state`` may be why."""
 
     name: str
     state: str
@@ -30,8 +30,14 @@ def emulated(name: str, *tests: str) -> Feature:
     return Feature(name, "emulated", tests)
 
 
-def refused(name: str, *tests: str) -> Feature:
-    return Feature(name, "refused", tests)
+def refused(name: str, why: str, *tests: str) -> Feature:
+    """A feature that a compressed model is not served with; why is for the page."""
+    return Feature(name, why, tests)
+
+
+def wrong(name: str, *tests: str) -> Feature:
+    """What no server could make sense of."""
+    return Feature(name, "", tests)
 
 
 EQUALITY, FEATURES = "e2e/test_token_equality.py", "e2e/test_features.py"
@@ -42,10 +48,11 @@ PARALLEL, LORA = "e2e/test_distribution.py", "serving/test_lora.py"
 SHARDS, COMPILED = "serving/test_sharding.py", "serving/test_captured_code.py"
 HUB, CONNECTORS = "e2e/test_hub.py", "serving/test_connectors.py"
 RUNNER_V2 = "e2e/test_model_runner_v2.py"
+SPECULATION = "e2e/test_speculation.py"
 STARTUP, ARCHITECTURES = "serving/test_startup.py", "e2e/test_architectures.py"
 OPTION = f"{REFUSALS}::test_unsupported_option"
 
-TABLE = (
+SHOWN = (
     works(
         "OpenAI-compatible HTTP",
         f"{SERVER}::test_concurrent_requests_get_the_answers_they_get_alone",
@@ -77,20 +84,23 @@ TABLE = (
         "Speculation with a draft model, stock or compressed",
         f"{FEATURES}::test_draft_model_speculation",
     ),
-    refused("A draft model for a model with sliding-window layers", f"{STARTUP}::test_refused"),
-    refused("Other speculation (EAGLE, MTP, suffix, …)", OPTION),
+    works(
+        "EAGLE, EAGLE-3 and Medusa heads, with windows too; MTP layers of the checkpoint",
+        f"{SPECULATION}::test_heads",
+        f"{SPECULATION}::test_the_checkpoints_own_head",
+    ),
+    works(
+        "Speculation by `suffix` (with `arctic-inference`), by a class of one's own "
+        "(`custom_class`), and by `ngram_gpu`, whose memory tests do not pin",
+        f"{SPECULATION}::test_lookups",
+    ),
     works("Sliding window, soft cap, key norm", f"{ARCHITECTURES}::test_full_rank_equals_stock"),
     works("Tensor parallel", f"{PARALLEL}::test_tensor_parallel_with_a_k_and_a_v_group_per_rank"),
     works(
         "Tensor parallel with one group for all ranks",
         f"{PARALLEL}::test_tensor_parallel_with_one_group_for_all_ranks",
     ),
-    refused(
-        "Tensor-parallel sizes that neither divide heads and groups nor are divided by them",
-        f"{SHARDS}::test_what_does_not_divide_is_refused_with_both_numbers",
-    ),
     works("Pipeline parallel", f"{PARALLEL}::test_pipeline_parallel"),
-    refused("Decode or prefill context parallel", f"{STARTUP}::test_refused"),
     works(
         "`torch.compile` of the model around attention", f"{FEATURES}::test_compiled_by_inductor"
     ),
@@ -134,12 +144,6 @@ TABLE = (
         "The same without a network, from the local hub cache",
         f"{HUB}::test_tokens_of_what_is_cached_without_a_network",
     ),
-    refused("Factors missing from the hub", f"{HUB}::test_what_the_hub_has_not"),
-    refused(
-        "Factors of another base model or revision",
-        f"{ALONE}::test_another_base_is_refused",
-        f"{ALONE}::test_another_revision_of_the_base_is_refused",
-    ),
     works(
         "Base weights quantized by compressed-tensors (int4), AWQ or GPTQ",
         f"{BASES}::test_tokens_equal_stock",
@@ -148,29 +152,12 @@ TABLE = (
         "Base weights and activations quantized by compressed-tensors (int8, fp8)",
         f"{BASES}::test_quantized_activations_change_no_more_than_in_stock",
     ),
-    refused(
-        "Other weight formats; weight formats with a quantized KV cache or fused projections",
-        "cli/test_bad_input.py::test_quantized_weights_that_are_not_read",
-        "cli/test_bad_input.py::test_quantized_weights_that_are_fused",
-    ),
     works(
         "`reload_weights` from a checkpoint, or of tensors under the factors' names",
         f"{RELOAD}::test_the_engine_serves_what_it_reloaded",
         f"{RELOAD}::test_part_of_the_weights_replaces_that_part",
     ),
-    refused(
-        "`reload_weights` with key or value projections sent in place of factors, with another "
-        "layout, or while CUDA graphs hold attention",
-        f"{RELOAD}::test_projections_sent_in_place_of_factors_are_refused",
-        f"{RELOAD}::test_a_checkpoint_of_other_ranks_is_refused",
-        "serving/test_reload.py::test_graphs_that_hold_old_factors_are_refused",
-    ),
     works("LoRA on modules other than k and v", f"{FEATURES}::test_lora_on_other_modules"),
-    refused(
-        "LoRA on k or v; on q or o if compression reordered heads",
-        f"{LORA}::test_keys_and_values_are_refused",
-        f"{LORA}::test_heads_must_be_where_the_adapter_means_them",
-    ),
     works(
         "KV connectors `ExampleConnector` and `OffloadingConnector`",
         f"{FEATURES}::test_latents_go_through_kv_connectors",
@@ -179,32 +166,96 @@ TABLE = (
         "Block offloading with a test worker: half the cache, half the bytes moved",
         f"{FEATURES}::test_offloading_moves_half_the_bytes_of_half_the_cache",
     ),
-    refused("Other KV connectors; offloading on a CPU", OPTION, f"{CONNECTORS}::test_refused"),
-    refused("Sleep mode", f"{STARTUP}::test_refused"),
     works("Latents quantized to int8, int4 or fp8", f"{QUANTIZED}::test_chunked_prefill"),
     works(
         "`--kv-cache-dtype fp8` and `fp8_e4m3` for unquantized latents",
         f"{QUANTIZED}::test_capacity",
     ),
+)
+
+REFUSED = (
     refused(
-        "Any `--kv-cache-dtype` other than `auto` or the model's dtype",
+        "A draft model beside sliding-window layers; `dflash`, `dspark`, `extract_hidden_states` "
+        "and `mlp_speculator`",
+        "vLLM 0.32 gives a draft model the first cache group's blocks, and asserts that its layers "
+        "share a group; it has no proposer for MLP speculators; the others are not tested",
+        f"{STARTUP}::test_refused",
         OPTION,
-        f"{QUANTIZED}::test_format_of_the_checkpoint_stays",
     ),
-    refused("Another `--attention-backend` on a compressed checkpoint", OPTION),
     refused(
+        "Decode or prefill context parallel",
+        "vLLM's CPU build has neither, so that no test could run",
+        f"{STARTUP}::test_refused",
+    ),
+    refused(
+        "LoRA on k or v",
+        "vLLM adds an adapter's product to what a projection gives, before it is cached; a latent "
+        "has no place for it",
+        f"{LORA}::test_keys_and_values_are_refused",
+    ),
+    refused(
+        "Other KV connectors; offloading on a CPU",
+        "they need GPUs or packages that the tests have not; vLLM 0.32 offloads from GPUs only",
+        OPTION,
+        f"{CONNECTORS}::test_refused",
+    ),
+    refused(
+        "Sleep mode",
+        "a wake-up from level 2 would not restore packed factors",
+        f"{STARTUP}::test_refused",
+    ),
+)
+
+WRONG = (
+    wrong("Another `--attention-backend` on a compressed checkpoint", OPTION),
+    wrong(
         "`--attention-backend recalkv` on a model without factors",
         f"{REFUSALS}::test_stock_model_under_our_flag_ends_vllm_serve_with_one_line",
     ),
-    refused("A checkpoint in a newer format", f"{REFUSALS}::test_newer_format"),
-    refused(
+    wrong("A checkpoint in a newer format", f"{REFUSALS}::test_newer_format"),
+    wrong(
         "Missing, truncated, poisoned or foreign factors",
         f"{REFUSALS}::test_missing_factors",
         f"{REFUSALS}::test_truncated_factors",
         f"{REFUSALS}::test_poisoned_factors",
         f"{REFUSALS}::test_factors_of_another_model",
     ),
+    wrong("Factors missing from the hub", f"{HUB}::test_what_the_hub_has_not"),
+    wrong(
+        "Factors of another base model or revision",
+        f"{ALONE}::test_another_base_is_refused",
+        f"{ALONE}::test_another_revision_of_the_base_is_refused",
+    ),
+    wrong(
+        "A `--kv-cache-dtype` that is not the checkpoint's own format, and not `fp8` of latents "
+        "that are not quantized",
+        OPTION,
+        f"{QUANTIZED}::test_format_of_the_checkpoint_stays",
+    ),
+    wrong(
+        "Tensor-parallel sizes that neither divide heads and groups nor are divided by them",
+        f"{SHARDS}::test_what_does_not_divide_is_refused_with_both_numbers",
+    ),
+    wrong(
+        "`reload_weights` with key or value projections sent in place of factors, or with another "
+        "layout",
+        f"{RELOAD}::test_projections_sent_in_place_of_factors_are_refused",
+        f"{RELOAD}::test_a_checkpoint_of_other_ranks_is_refused",
+    ),
+    wrong(
+        "A LoRA adapter on q or o that means heads in another order than compression gave them",
+        f"{LORA}::test_heads_must_be_where_the_adapter_means_them",
+    ),
+    wrong(
+        "Base weights in other formats, with a quantized KV cache, or with fused projections "
+        "(by `recalkv compress`)",
+        "cli/test_bad_input.py::test_quantized_weights_that_are_not_read",
+        "cli/test_bad_input.py::test_quantized_weights_that_are_fused",
+    ),
 )
+
+#: All rows.
+TABLE = (*SHOWN, *REFUSED, *WRONG)
 
 TEXT = """# Supported features
 
@@ -214,7 +265,17 @@ has: its tests interpret or emulate kernels on a CPU, and no GPU has run it
 ([a first run on a GPU](gpu_first_run.md)). This page is
 written by `python -m tests.e2e.features`.
 
-{table}
+{shown}
+
+## Features that are refused
+
+{refused}
+
+## What is refused as wrong input
+
+{wrong}
+
+## Notes
 
 A compressed checkpoint needs no flag: its architecture selects the backend. The flag states the
 intention, and makes vLLM refuse a model that has no factors.
@@ -228,6 +289,14 @@ vLLM 0.32 offloads from GPUs only, so the tests give `OffloadingConnector` a wor
 pages on the host; the connector itself decides which pages, and where they go. `canonical_layout`
 cuts pages by heads, which latents do not have, and `TieringOffloadingSpec` is not tested: both
 are refused.
+
+## Speculation
+
+The layers of a draft model or of a head have their own dense cache and vLLM's own attention,
+whatever the model's; compression changes neither. An MTP layer stays in the compressed checkpoint
+as it was, and `{{"method": "mtp"}}` finds it there; for GLM-4.5, which vLLM tells by the name of
+its architecture, `"model"` has to name the base model. Of `arctic-inference`, vLLM asks for version
+0.1.1; the tests ran with its module `suffix_decoding` alone.
 
 ## Metrics
 
@@ -266,12 +335,21 @@ in place. A digest of the base model's key and value projections detects another
 """
 
 
-def page() -> str:
-    rows = ["| vLLM feature | State | Where it is shown |", "| --- | --- | --- |"]
-    for row in TABLE:
+def table(heading: tuple[str, ...], rows: tuple[Feature, ...]) -> str:
+    """Rows in Markdown; ``heading`` leaves out the state where there is none."""
+    lines = [f"| {' | '.join(heading)} |", "| " + " | ".join("---" for _ in heading) + " |"]
+    for row in rows:
         shown = ", ".join(f"`{test}`" for test in row.tests)
-        rows.append(f"| {row.name} | {row.state} | {shown} |")
-    return TEXT.format(table="\n".join(rows))
+        lines.append(f"| {' | '.join(filter(None, (row.name, row.state, shown)))} |")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    return TEXT.format(
+        shown=table(("vLLM feature", "State", "Where it is shown"), SHOWN),
+        refused=table(("Feature", "Why", "Where it is shown"), REFUSED),
+        wrong=table(("Input", "Where it is shown"), WRONG),
+    )
 
 
 if __name__ == "__main__":

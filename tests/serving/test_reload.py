@@ -1,14 +1,10 @@
 """What reaches a model's weights, without an engine around it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from vllm.config import CUDAGraphMode
 
 from recalkv_vllm.checkpoint import AttentionGeometry, CheckpointError, LatentLayout, RecalkvConfig
 from recalkv_vllm.serving.model.factor_layers import PerHead
-from recalkv_vllm.serving.model.reload import check_graphs
 from recalkv_vllm.serving.model.weights import come_from_files, sent_weights
 
 GEOMETRY = AttentionGeometry(num_layers=1, hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16)
@@ -66,17 +62,3 @@ def test_a_rank_loads_its_own_heads():
 def test_kernel_format_is_refused():
     with pytest.raises(CheckpointError, match="expected is_checkpoint_format=True"):
         PerHead(range(4), 4, 16).get_parameter("weight")
-
-
-@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
-def test_graphs_that_hold_old_factors_are_refused(mode):
-    config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]))
-    with pytest.raises(CheckpointError, match="CUDA graphs hold the factors"):
-        check_graphs(config)
-
-
-@pytest.mark.parametrize("mode", ["NONE", "PIECEWISE"])
-def test_graphs_without_attention_are_not(mode):
-    check_graphs(
-        SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]))
-    )

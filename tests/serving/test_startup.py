@@ -55,11 +55,13 @@ def configuration(**changes):
                 "speculative_config": {"method": "draft_model"},
                 "model_config": {"hf_config": SimpleNamespace(sliding_window=64)},
             },
-            "--speculative-config: draft_model does not go with sliding-window layers",
+            "--speculative-config: draft_model does not go with sliding-window layers, beside "
+            "which vLLM does not look for the draft model's own cache group",
         ),
         (
-            {"speculative_config": {"method": "eagle"}},
-            "--speculative-config: expected method ngram or draft_model, found eagle",
+            {"speculative_config": {"method": "dflash"}},
+            "--speculative-config: expected method ngram or ngram_gpu or suffix or custom_class or "
+            "draft_model or eagle or eagle3 or mtp or medusa, found dflash",
         ),
     ],
 )

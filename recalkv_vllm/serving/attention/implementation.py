@@ -35,8 +35,18 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         self.bound = False
         self._limits, self._slot_width = limits, slot_width
 
-    def bind(self, layer: LatentLayer) -> None:
-        """Give the kernels this rank's constants, whenever weights were loaded."""
+    def bind(self, layer: LatentLayer, *, captured: bool = False) -> None:
+        """Give the kernels this rank's constants, whenever weights were loaded.
+
+        Args:
+            captured: CUDA graphs may hold the constants of before.
+
+        Raises:
+            ValueError: they do, and would not see all that is new.
+        """
+        if self.bound:
+            self._ops.rebind(layer, captured=captured)
+            return
         self._v_width = layer.v_width
         self._ops = bind(layer)
         self._ops.reserve(self._limits)

@@ -66,7 +66,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.impl = LatentAttentionImpl(num_heads, head_dim, scale, limits, self.slot_width)
         #: ``[num_blocks, 1, block_size, page_width]``, the layout that KV connectors expect.
         self.kv_cache = torch.tensor([])
-        self._layers = vllm_config.compilation_config.static_forward_context
+        self._compilation_config = vllm_config.compilation_config
+        self._layers = self._compilation_config.static_forward_context
         self._layers[prefix] = self
 
     def forward(self, query: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
@@ -100,6 +101,11 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         layers = [layer for layer in self._layers.values() if isinstance(layer, LatentAttention)]
         if waited and all(layer.kv_cache.numel() for layer in layers):
             warm_up(layers)
+
+    @property
+    def captured(self) -> bool:
+        """Whether CUDA graphs hold attention, and with it what kernels were given."""
+        return self._compilation_config.cudagraph_mode.has_full_cudagraphs()
 
     def get_attn_backend(self) -> type[RecalkvBackend]:
         return self.attn_backend

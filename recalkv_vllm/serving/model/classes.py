@@ -27,12 +27,7 @@ from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConf
 from recalkv_vllm.serving.attention.page_width import slot_width, slot_widths
 from recalkv_vllm.serving.factor_files import SEPARATE_FACTORS, locate_factors
 from recalkv_vllm.serving.latent_dtype import model_dtype, served_config
-from recalkv_vllm.serving.model.reload import (
-    check_graphs,
-    config_beside,
-    old_weights_kept,
-    reloading,
-)
+from recalkv_vllm.serving.model.reload import config_beside, old_weights_kept, reloading
 from recalkv_vllm.serving.model.self_attention import LatentSelfAttention
 from recalkv_vllm.serving.model.stock_attention import StockParts, stock_parts
 from recalkv_vllm.serving.model.transformers_backend import (
@@ -145,8 +140,6 @@ class LatentAttentionMixin(_Stock):
         layers = [self.model.layers[i].self_attn for i in self._served_layers()]
         running = any(layer.attn.impl.bound for layer in layers)
         with old_weights_kept(self, model_config):
-            if running:
-                check_graphs(self.recalkv_vllm_config)
             factors: Iterable = ()
             if not running or come_from_files(weights):
                 # Before the first weight is loaded: what is wrong with them shows here.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -38,15 +38,6 @@ def old_weights_kept(model: nn.Module, model_config: ModelConfig) -> Iterator[No
                 info.load_numel = 0
             finalize_layerwise_reload(model, model_config)
         raise
-
-
-def check_graphs(config: VllmConfig) -> None:
-    """Raise :class:`CheckpointError` if captured graphs would go on with the old packed factors."""
-    if config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-        raise CheckpointError(
-            "recalkv: reload_weights: CUDA graphs hold the factors that kernels packed; start the "
-            """engine with --compilation-config '{"cudagraph_mode": "PIECEWISE"}'"""
-        )
 
 
 def config_beside(factors: Path, built: RecalkvConfig, model_config: ModelConfig) -> RecalkvConfig:

@@ -120,7 +120,16 @@ class LatentSelfAttention(nn.Module):
             latent_format=self.attn.latent_format,
             **self._key_norm(),
         )
-        self.attn.impl.bind(layer)
+        try:
+            self.attn.impl.bind(layer, captured=self.attn.captured)
+        except ValueError as error:
+            if not self.attn.captured:
+                raise
+            raise CheckpointError(
+                f"recalkv: {self.attn.layer_name}: CUDA graphs would not see the new weights "
+                f"({error}); start the engine with "
+                """--compilation-config '{"cudagraph_mode": "PIECEWISE"}'"""
+            ) from error
 
     def _key_norm(self) -> dict[str, Any]:
         if self.k_norm is None:

@@ -9,8 +9,11 @@ from recalkv_vllm.serving.attention.backend import SUPPORTED_DTYPES
 from recalkv_vllm.serving.names import BACKEND_NAME
 from recalkv_vllm.serving.startup.connectors import unsupported_connector
 
-#: Ways of speculation that give the stock model's tokens in our tests.
-TESTED_SPECULATION = ("ngram", "draft_model")
+#: Ways of speculation that give the tokens of a run without in our tests.
+TESTED_SPECULATION = (
+    *("ngram", "ngram_gpu", "suffix", "custom_class"),
+    *("draft_model", "eagle", "eagle3", "mtp", "medusa"),
+)
 
 
 def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
@@ -43,8 +46,9 @@ def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
         f"{speculative and speculative.method}": (
             speculative is not None and speculative.method not in TESTED_SPECULATION
         ),
-        # The stock proposer takes the first group's blocks for the draft's, whichever they are.
-        "--speculative-config: draft_model does not go with sliding-window layers": (
+        # vLLM 0.32 does so for EAGLE's heads, and gives other drafts the first group's blocks.
+        "--speculative-config: draft_model does not go with sliding-window layers, beside which "
+        "vLLM does not look for the draft model's own cache group": (
             speculative is not None
             and speculative.method == "draft_model"
             and bool(getattr(model.hf_config, "sliding_window", None))
