@@ -33,7 +33,7 @@ def run_perplexity(options: argparse.Namespace, directory: Path) -> dict[str, An
     from recalkv_vllm.evaluation.engines import load_engine
     from recalkv_vllm.evaluation.perplexity import compare_losses, describe_losses
 
-    engine = load_engine(options.engine)
+    engine = load_engine(options.engine, options.dtype)
     models = [directory, *([find_model(options.base)] if options.base else [])]
     texts = _texts(options, directory)
     windows = [window for _, own in texts for window in own]
@@ -78,7 +78,7 @@ def run_divergence(options: argparse.Namespace, directory: Path) -> dict[str, An
     from recalkv_vllm.evaluation.engines import load_engine
 
     base = _base(options)
-    engine = load_engine(options.engine)
+    engine = load_engine(options.engine, options.dtype)
     tokenizer = BaseModel(directory).tokenizer()
     return {"base": options.base, **divergence(engine, directory, base, tokenizer)}
 
