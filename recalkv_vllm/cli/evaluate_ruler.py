@@ -105,6 +105,14 @@ def show_ruler(result: dict[str, Any]) -> None:
         cells.append(f"{row['score']:.0%}")
         if with_base:
             retained = row["retained"]
-            cells.append("base below 50%" if retained is None else f"{retained:.0%}")
+            cells.append("base below 50%" if retained is None else _share(row))
         table.add_row(*cells)
     Console().print(table)
+    if "retained" in result:
+        print(f"retained where the base model scores 50% or more: {_share(result)}")
+
+
+def _share(row: dict[str, Any]) -> str:
+    """What is retained, and its standard error."""
+    error = row["retained_error"]
+    return f"{row['retained']:.0%}" + ("" if error is None else f" ± {error:.0%}")
