@@ -74,18 +74,22 @@ def run(*arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
-    """Compress and evaluate one row."""
+def make(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """The checkpoint of a row, ``OUT/NAME``, made if it is not there; what is known about it."""
     out = options.out / row.name
     if out.exists():
-        made = run("inspect", out)
-    else:
-        text = ("--dataset", options.calibrate, "--num-samples", options.num_samples)
-        made = run(
-            *("compress", options.model, "-o", out, *row.arguments()),
-            *(*text, "--seq-len", options.calibrate_len),
-        )
-    return {**asdict(row), **evaluate(out, options), **made}
+        return run("inspect", out)
+    text = ("--dataset", options.calibrate, "--num-samples", options.num_samples)
+    return run(
+        *("compress", options.model, "-o", out, *row.arguments()),
+        *(*text, "--seq-len", options.calibrate_len),
+    )
+
+
+def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """Compress and evaluate one row."""
+    made = make(row, options)
+    return {**asdict(row), **evaluate(options.out / row.name, options), **made}
 
 
 def evaluate(model: Path, options: argparse.Namespace) -> dict[str, Any]:

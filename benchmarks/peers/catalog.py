@@ -35,6 +35,8 @@ class Row:
         family: what is drawn as one line.
         make: the peer, for a geometry.
         checkpoint: what ``recalkv compress`` makes.
+        latent_bits: of a code, where the checkpoint's latents are stored as its method's paper does
+            (:mod:`.latents`), and not as ``recalkv`` does.
         storage_only: nothing could decode from such a cache token by token.
     """
 
@@ -42,11 +44,26 @@ class Row:
     family: str
     make: Callable[[AttentionGeometry], Peer] | None = None
     checkpoint: accuracy.Row | None = None
+    latent_bits: int | None = None
     storage_only: bool = False
 
 
 def _checkpoint(family: str, row: accuracy.Row) -> Row:
     return Row(row.name, family, checkpoint=row)
+
+
+def _latents(family: str, method: str) -> list[Row]:
+    """A method's latents of two ranks in codes."""
+    return [
+        Row(
+            f"{method}-{c}-int{bits}",
+            f"{family}, codes",
+            checkpoint=accuracy.Row(method, c),
+            latent_bits=bits,
+        )
+        for c in (0.3, 0.5)
+        for bits in (4, 3)
+    ]
 
 
 BANDS = (0.5, 0.75, 0.79, 0.86, 0.9125, 0.94)
@@ -76,9 +93,9 @@ PEERS = (
         for b in (3, 2, 1)
     ),
     *(_checkpoint("Palu", accuracy.Row("palu", c)) for c in accuracy.COMPRESSIONS),
-    *(_checkpoint("Palu, int4", accuracy.Row("palu", c, "int4")) for c in (0.79, 0.86)),
+    *_latents("Palu", "palu"),
     *(_checkpoint("ReCalKV", accuracy.Row("recalkv", c)) for c in accuracy.COMPRESSIONS),
-    *(_checkpoint("ReCalKV, int4", accuracy.Row("recalkv", c, "int4")) for c in (0.79, 0.86)),
+    *_latents("ReCalKV", "recalkv"),
 )
 ROWS = {
     row.name: row

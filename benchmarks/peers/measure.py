@@ -19,9 +19,11 @@ from recalkv_vllm.compression.progress import track
 from recalkv_vllm.evaluation.perplexity import cut_windows, describe_losses
 from recalkv_vllm.evaluation.transformers_engine import load_served, score
 
+from ..accuracy import make as make_checkpoint
 from ..accuracy import measure as measure_checkpoint
 from .attention import observed_attention, peer_attention
 from .catalog import Row
+from .latents import code_latents
 from .peer import HALF, Peer
 
 #: Draws the calibration samples; that of ``recalkv compress``.
@@ -79,7 +81,10 @@ class Bench:
 
     def row(self, row: Row) -> dict[str, Any]:
         """Measure a row. Raises :class:`InputError` for likelihoods that are not finite."""
-        if row.checkpoint is not None:
+        if row.latent_bits is not None:
+            found, size = self._codes(row, row.latent_bits)
+            long_context = size
+        elif row.checkpoint is not None:
             self._network = None  # another process loads the model
             made = measure_checkpoint(row.checkpoint, self.options)
             size = made["kv_bytes_per_token"]["compressed"]
@@ -96,6 +101,17 @@ class Bench:
             size = peer.bytes_per_token(self.options.evaluate_len)
             long_context = peer.bytes_per_token(10**9)
         return {"bytes_per_token": size, "long_context_bytes_per_token": long_context, **found}
+
+    def _codes(self, row: Row, bits: int) -> tuple[dict[str, Any], float]:
+        """A checkpoint's score with its latents in codes, and the bytes of a token."""
+        assert row.checkpoint is not None
+        self._network = None  # one model at a time
+        make_checkpoint(row.checkpoint, self.options)
+        directory = self.options.out / row.checkpoint.name
+        network = load_served(directory)
+        size = code_latents(network, directory, bits)
+        losses = score(network, self.windows())
+        return kept(describe_losses(f"peer {row.name}", losses)), size
 
     @torch.inference_mode()
     def calibrate(self, peers: Sequence[Peer]) -> None:

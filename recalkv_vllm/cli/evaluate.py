@@ -16,7 +16,7 @@ from recalkv_vllm.cli.evaluate_text import (
     show_datasets,
 )
 from recalkv_vllm.cli.help import HelpFormatter
-from recalkv_vllm.names import ENGINES
+from recalkv_vllm.names import ENGINES, WEIGHT_DTYPES
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -54,6 +54,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         default="transformers",
         help="transformers: dense weights in float32; vllm: latents, as they are served",
     )
+    add(
+        "--dtype",
+        choices=("auto", *WEIGHT_DTYPES),
+        help="vllm: dtype of weights, activations and caches; auto: the model's own (default: "
+        "float32)",
+    )
     add("--card", action="store_true", help="add the result to the checkpoint's model card")
     return parser
 
@@ -70,6 +76,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     quiet_libraries()
     check_least(options, seq_len=2, samples=1)
+    if options.dtype is not None and options.engine != "vllm":
+        raise InputError(f"--dtype {options.dtype}: expected --engine vllm, found {options.engine}")
     if options.max_tokens:
         check_least(options, max_tokens=2)
     if options.plot is not None:
@@ -86,6 +94,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model,
         "metric": options.metric,
         "engine": options.engine,
+        **({"dtype": options.dtype} if options.dtype else {}),
         **METRICS[options.metric](options, directory),
     }
     if options.card:

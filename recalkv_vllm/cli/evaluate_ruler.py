@@ -67,14 +67,13 @@ def run_ruler(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     grid.check(longest_context(read_hf_config(directory)))
     if options.plot is not None and not any(find_task(task).at_depth for task in tasks):
         raise InputError(f"--plot: expected a task with one needle, found {', '.join(tasks)}")
-    engine = load_engine(options.engine)
+    engine = load_engine(options.engine, options.dtype)
     models = {"score": directory}
     if options.base is not None:
         models["base_score"] = find_model(options.base)
     # Read before any work: the file may be another one.
-    files = {
-        name: AnswerFile(options.answers, model, options.engine) for name, model in models.items()
-    }
+    by = " ".join(filter(None, (options.engine, options.dtype)))
+    files = {name: AnswerFile(options.answers, model, by) for name, model in models.items()}
     tokenizer = BaseModel(directory).tokenizer()
     prompts = make_prompts(grid, tokenizer)
     scores = {
@@ -106,6 +105,14 @@ def show_ruler(result: dict[str, Any]) -> None:
         cells.append(f"{row['score']:.0%}")
         if with_base:
             retained = row["retained"]
-            cells.append("base below 50%" if retained is None else f"{retained:.0%}")
+            cells.append("base below 50%" if retained is None else _share(row))
         table.add_row(*cells)
     Console().print(table)
+    if "retained" in result:
+        print(f"retained where the base model scores 50% or more: {_share(result)}")
+
+
+def _share(row: dict[str, Any]) -> str:
+    """What is retained, and its standard error."""
+    error = row["retained_error"]
+    return f"{row['retained']:.0%}" + ("" if error is None else f" ± {error:.0%}")

@@ -31,9 +31,9 @@ def run_perplexity(options: argparse.Namespace, directory: Path) -> dict[str, An
     from recalkv_vllm.cli.position_plot import plot_positions
     from recalkv_vllm.compression.base_model.find import find_model
     from recalkv_vllm.evaluation.engines import load_engine
-    from recalkv_vllm.evaluation.perplexity import compare_losses, describe_losses
+    from recalkv_vllm.evaluation.perplexity import compare_losses, describe_losses, paired_error
 
-    engine = load_engine(options.engine)
+    engine = load_engine(options.engine, options.dtype)
     models = [directory, *([find_model(options.base)] if options.base else [])]
     texts = _texts(options, directory)
     windows = [window for _, own in texts for window in own]
@@ -46,7 +46,10 @@ def run_perplexity(options: argparse.Namespace, directory: Path) -> dict[str, An
             describe_losses(f"model {model}", of[part])
             for model, of in zip(models, losses, strict=True)
         )
-        compared = compare_losses(found, base[0]) if base else found
+        compared = found
+        if base:
+            compared = compare_losses(found, base[0])
+            compared["loss_error"] = paired_error(*(of[part] for of in losses))
         results.append({"dataset": name, "seq_len": options.seq_len, **compared})
     if options.plot is not None:
         plot_positions(results, options.plot)
@@ -78,7 +81,7 @@ def run_divergence(options: argparse.Namespace, directory: Path) -> dict[str, An
     from recalkv_vllm.evaluation.engines import load_engine
 
     base = _base(options)
-    engine = load_engine(options.engine)
+    engine = load_engine(options.engine, options.dtype)
     tokenizer = BaseModel(directory).tokenizer()
     return {"base": options.base, **divergence(engine, directory, base, tokenizer)}
 
@@ -94,9 +97,15 @@ def show_datasets(result: dict[str, Any]) -> None:
     for column in ("dataset", "tokens", "model", *compared):
         table.add_column(column, justify="left" if column == "dataset" else "right")
     for row in result["datasets"]:
-        base = [f"{row['base_nll']:.4f}", f"{row['loss']:+.4f}"] if compared else []
+        base = [f"{row['base_nll']:.4f}", _loss(row)] if compared else []
         table.add_row(row["dataset"], f"{row['tokens']:,}", f"{row['nll']:.4f}", *base)
     Console().print(table)
+
+
+def _loss(row: dict[str, Any]) -> str:
+    """The loss, and its standard error."""
+    error = row["loss_error"]
+    return f"{row['loss']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _base(options: argparse.Namespace) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
@@ -97,3 +98,17 @@ def compare_losses(found: dict[str, Any], base: dict[str, Any]) -> dict[str, Any
         "loss": found["nll"] - base["nll"],
         "positions": positions,
     }
+
+
+def paired_error(losses: list[list[float]], base: list[list[float]]) -> float | None:
+    """The standard error of the mean difference per token, over windows; None with one window.
+
+    Args:
+        losses: nats of each window's tokens but its first; windows are equally long.
+        base: the same of the base model.
+    """
+    if len(losses) < 2:
+        return None
+    pairs = zip(losses, base, strict=True)
+    differences = [statistics.fmean(ours) - statistics.fmean(theirs) for ours, theirs in pairs]
+    return statistics.stdev(differences) / len(differences) ** 0.5

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 CONCURRENT_PROMPTS = 4
 #: Prompts after which answers are handed out.
 PROMPTS_AT_ONCE = 16
+FLOAT32 = "float32"
 FLOAT32_BYTES = 4
 #: Tokens of a block on a CPU; elsewhere blocks are smaller.
 LARGEST_BLOCK = 128
@@ -39,7 +40,7 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def _load(model: Path, length: int) -> LLM:
+def _load(model: Path, length: int, dtype: str) -> LLM:
     """A model with a cache for sequences of ``length`` tokens."""
     config = read_hf_config(model)
     geometry = AttentionGeometry.from_hf_config(config)
@@ -51,7 +52,7 @@ def _load(model: Path, length: int) -> LLM:
         return LLM(
             str(model),
             # vLLM multiplies most quantized weights in 16 bits only.
-            dtype="auto" if "quantization_config" in config else "float32",
+            dtype="auto" if "quantization_config" in config else dtype,
             enforce_eager=True,
             max_model_len=length,
             max_num_seqs=CONCURRENT_PROMPTS,
@@ -72,10 +73,10 @@ def _run(
         )
 
 
-def score_windows(model: Path, windows: list[list[int]]) -> list[list[float]]:
+def score_windows(model: Path, windows: list[list[int]], dtype: str = FLOAT32) -> list[list[float]]:
     """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
     # vLLM always generates a token after the prompt.
-    engine = _load(model, max(map(len, windows)) + 1)
+    engine = _load(model, max(map(len, windows)) + 1, dtype)
     outputs = _run(engine, windows, [1] * len(windows), prompt_logprobs=0)
     scores = []
     for window, output in zip(windows, outputs, strict=True):
@@ -86,10 +87,12 @@ def score_windows(model: Path, windows: list[list[int]]) -> list[list[float]]:
     return scores
 
 
-def generate(model: Path, prompts: list[list[int]], max_tokens: list[int]) -> Iterator[list[int]]:
+def generate(
+    model: Path, prompts: list[list[int]], max_tokens: list[int], dtype: str = FLOAT32
+) -> Iterator[list[int]]:
     """See :class:`recalkv_vllm.evaluation.engines.Engine`."""
     lengths = (len(ids) + limit for ids, limit in zip(prompts, max_tokens, strict=True))
-    engine = _load(model, max(lengths))
+    engine = _load(model, max(lengths), dtype)
     for i in range(0, len(prompts), PROMPTS_AT_ONCE):
         part = slice(i, i + PROMPTS_AT_ONCE)
         for output in _run(engine, prompts[part], max_tokens[part]):

@@ -34,6 +34,7 @@ def test_several_texts_beside_a_base_model(tiny, tiny_models, run, capsys, tmp_p
     assert row["nll"] == alone["nll"]
     assert row["base_nll"] == base["nll"]
     assert row["loss"] == pytest.approx(alone["nll"] - base["nll"])
+    assert 0 < row["loss_error"] < 1
     assert [(each["start"], each["end"]) for each in row["positions"]] == [
         (1, 16), (16, 32), (32, 64),
     ]  # fmt: skip

@@ -103,18 +103,20 @@ def test_rows_of_checkpoints(peers, monkeypatch) -> None:
         return {**found, "kv_bytes_per_token": {"dense": 512, "compressed": 70}}
 
     monkeypatch.setattr(measure, "measure_checkpoint", measure_checkpoint)
-    result = peers("--rows", "palu-int4-0.86", "kfac-bands-0.86", "kfac-bands-0.86-healed")
-    assert [row["family"] for row in result["rows"]] == ["Palu, int4", "ours", "ours, healed"]
+    result = peers("--rows", "palu-bf16-0.5", "kfac-bands-0.86", "kfac-bands-0.86-healed")
+    assert [row["family"] for row in result["rows"]] == ["Palu", "ours", "ours, healed"]
     assert {row["bytes_per_token"] for row in result["rows"]} == {70}
-    assert asked[0] == ["--method", "palu", "--compression", "0.86", "--latent-dtype", "int4",
+    assert asked[0] == ["--method", "palu", "--compression", "0.5", "--latent-dtype", "bf16",
                         "--target", "none"]  # fmt: skip
     assert [arguments[-1] for arguments in asked[1:]] == ["none", "--heal"]
 
 
 @pytest.mark.slow
 def test_a_checkpoint_is_made_for_its_row(peers) -> None:
-    result = peers("--rows", "palu-bf16-0.5")
-    assert result["rows"][0]["bytes_per_token"] <= result["dense_bytes"] / 2
+    result = peers("--rows", "palu-bf16-0.5", "palu-0.5-int4")
+    plain, codes = result["rows"]
+    assert plain["bytes_per_token"] <= result["dense_bytes"] / 2
+    assert plain["bytes_per_token"] / 4 < codes["bytes_per_token"] < plain["bytes_per_token"] / 2
     assert (peers.out / "palu-bf16-0.5" / "recalkv.safetensors").is_file()
 
 

@@ -17,7 +17,7 @@ class AnswerFile:
     Args:
         path: of the file, which need not be there; None keeps nothing.
         model: the directory of the model, whose answers count only while its files are the same.
-        engine: its name.
+        engine: its name, and the dtype if one was asked for.
 
     Raises:
         InputError: the file has other content.

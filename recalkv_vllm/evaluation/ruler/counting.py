@@ -12,8 +12,8 @@ from recalkv_vllm.evaluation.ruler.prompt import Cell, Question, Task
 COMMON_WORDS = 10
 #: Below this length, the paper's counts leave no room.
 FULL_LENGTH = 4096
-#: How often a common word is in the list, and any other.
-COUNTS, SHORT_COUNTS = (30, 3), (10, 1)
+#: How often a common word is in the list, and any other. Twice ten more do not fit 1,024 tokens.
+COUNTS, SHORT_COUNTS = (30, 3), (8, 1)
 #: The same of the worked example, and how many other words it has.
 EXAMPLE_COUNTS, EXAMPLE_OTHERS = (10, 3), 30
 SHORT_EXAMPLE_COUNTS, SHORT_EXAMPLE_OTHERS = (3, 1), 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,31 +108,53 @@ def summarize(scores: dict[str, dict[Cell, float]]) -> dict[str, Any]:
     Returns:
         ``score`` (and ``base_score``) over all; ``prompts``; ``rows`` by task and length, with
         ``retained``, the share of the base model's score, or None where that is below
-        :data:`LEAST_BASE_SCORE`; ``cells`` by task, length and depth.
+        :data:`LEAST_BASE_SCORE`, and ``retained_error``, its standard error, or None with one
+        prompt; ``retained`` and its error, over all rows with a share; ``cells`` by task, length
+        and depth.
     """
     cells = list(scores["score"])
 
     def means(chosen: list[Cell]) -> dict[str, float]:
         return {name: sum(of[cell] for cell in chosen) / len(chosen) for name, of in scores.items()}
 
-    rows = []
+    def retained(chosen: list[Cell]) -> dict[str, float | None]:
+        return _retained(*([of[cell] for cell in chosen] for of in (scores["score"], base)))
+
+    base = scores.get("base_score")
+    rows, shared = [], []
     for (task, length), group in _grouped(cells, lambda cell: (cell.task, cell.length)).items():
         row: dict[str, Any] = {"task": task, "length": length, **means(group)}
-        if "base_score" in row:
-            base = row["base_score"]
-            row["retained"] = row["score"] / base if base >= LEAST_BASE_SCORE else None
+        if base is not None:
+            row |= retained(group)
+            if row["retained"] is not None:
+                shared += group
         rows.append({**row, "prompts": len(group)})
     at_depth = [cell for cell in cells if find_task(cell.task).at_depth]
     by_depth = _grouped(at_depth, lambda cell: (cell.task, cell.length, cell.depth))
     return {
         **means(cells),
         "prompts": len(cells),
+        **(retained(shared) if shared else {}),
         "rows": rows,
         "cells": [
             {"task": task, "length": length, "depth": depth, **means(group)}
             for (task, length, depth), group in by_depth.items()
         ],
     }
+
+
+def _retained(ours: list[float], base: list[float]) -> dict[str, float | None]:
+    """The share of the base model's score on the same prompts, and its standard error."""
+    mean = statistics.fmean(base)
+    if mean < LEAST_BASE_SCORE:
+        return {"retained": None, "retained_error": None}
+    share = statistics.fmean(ours) / mean
+    error = None
+    if len(ours) > 1:
+        # Of a ratio of means over pairs.
+        residuals = [a - share * b for a, b in zip(ours, base, strict=True)]
+        error = statistics.stdev(residuals) / len(residuals) ** 0.5 / mean
+    return {"retained": share, "retained_error": error}
 
 
 def _grouped(cells: list[Cell], key) -> dict[Any, list[Cell]]:

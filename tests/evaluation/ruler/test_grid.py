@@ -65,6 +65,27 @@ def test_no_share_is_taken_of_a_low_score():
     assert summarize(scores)["cells"] == []  # the task has no depth
 
 
+def test_error_of_a_share():
+    cells = [Cell("vt", 1024, 0, i, 0) for i in range(4)]
+    low = [Cell("cwe", 1024, 0, i, 0) for i in range(4)]
+    base = dict(zip(cells, (1, 1, 1, 0), strict=True)) | dict.fromkeys(low, 0.1)
+    ours = dict(zip(cells, (1, 1, 0, 0), strict=True)) | dict.fromkeys(low, 1.0)
+    result = summarize({"score": ours, "base_score": base})
+    # 1/3, 1/3, -2/3 and 0 remain of what 2/3 of the base model's scores are; their mean is 0.
+    deviation = ((1 / 9 + 1 / 9 + 4 / 9) / 3) ** 0.5
+    row = result["rows"][0]
+    assert row["retained"] == pytest.approx(2 / 3)
+    assert row["retained_error"] == pytest.approx(deviation / 2 / (3 / 4))
+    # The task that the base model does not solve has no part in the share of all.
+    assert (result["retained"], result["retained_error"]) == (
+        row["retained"],
+        row["retained_error"],
+    )
+    one = summarize({"score": {cells[0]: 1}, "base_score": {cells[0]: 1}})
+    assert (one["retained"], one["retained_error"]) == (1, None)
+    assert "retained" not in summarize({"score": {low[0]: 1}, "base_score": {low[0]: 0}})
+
+
 def test_an_interrupted_run_goes_on(tokenizer, tiny, tmp_path):
     path = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
