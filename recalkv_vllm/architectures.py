@@ -179,12 +179,6 @@ SUPPORTED = {
         name="Olmo2ForCausalLM",
         key_norm="token",
     ),
-    "olmo3": Architecture(
-        _TRANSFORMERS,
-        "OLMo 3 (norm over all key heads; windows)",
-        name="Olmo3ForCausalLM",
-        key_norm="token",
-    ),
     "olmoe": Architecture(
         f"{_MODELS}.olmoe:OlmoeForCausalLM",
         "OLMoE (norm over all key heads; mixture of experts)",

@@ -15,6 +15,7 @@ REASONS = {
     "scales that depend on the position": ("llama4", "llama4_text", "ministral3"),
     "a RoPE of its own for each kind of layer, in a model that vLLM runs by transformers": (
         "mellum",
+        "olmo3",
     ),
     "layers that share another layer's cache": (
         "gemma3n",

@@ -40,7 +40,8 @@ def test_kernels_compile_without_spills(
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    assert len(rows) == 3 * len(spans) * 6
+    kernels = 7 if geometry == "qwen3-8b" else 6  # its key scales
+    assert len(rows) == 3 * len(spans) * kernels
     assert not any(row["faults"] for row in rows)
     attention = [row for row in rows if row["kernel"] == "latent_attention"]
     instructions = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}

@@ -16,6 +16,9 @@ SHORT_SECONDS, SHORT_REQUESTS = 600, 240
 #: Allocators keep what a peak needed; a leak grows with the requests and passes this in minutes.
 RSS_GROWTH_MB = 96
 
+#: An idle machine takes minutes for a short one, too.
+pytestmark = [] if SECONDS else [pytest.mark.slow]
+
 
 @pytest.fixture
 def served(request: pytest.FixtureRequest) -> Path:

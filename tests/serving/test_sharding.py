@@ -1,5 +1,7 @@
 """Tensor-parallel shards: together they hold every head, and each reads what the whole would."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,18 @@ def test_more_ranks_than_kv_heads_share_heads():
     whole = [shard_latent(DISJOINT, GEOMETRY, r, 4) for r in range(4)]
     doubled = [shard_latent(DISJOINT, GEOMETRY, r, 8) for r in range(8)]
     assert doubled == [shard for shard in whole for _ in range(2)]
+
+
+def test_ranks_hold_the_key_scales_of_their_heads():
+    of_heads = replace(GEOMETRY, key_norm="head")
+    shards = [shard_latent(DISJOINT, of_heads, r, 2) for r in range(2)]
+    assert [shard.key_scales for shard in shards] == [2, 2]
+    assert shard_latent(DISJOINT, of_heads, 0, 8).key_scales == 1
+    assert shard_latent(DISJOINT, GEOMETRY, 0, 1).key_scales == 0
+    of_all = replace(GEOMETRY, key_norm="token")
+    assert shard_latent(DISJOINT, of_all, 0, 1).key_scales == 1
+    with pytest.raises(ValueError, match="keys are normed over all heads, found 2"):
+        shard_latent(DISJOINT, of_all, 0, 2)
 
 
 def test_what_does_not_divide_is_refused_with_both_numbers():

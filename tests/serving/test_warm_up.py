@@ -24,7 +24,7 @@ def layers(monkeypatch) -> dict[str, LatentAttention]:
     )
     monkeypatch.setattr(attention_layer, "get_current_vllm_config", lambda: config)
     for name in NAMES:
-        LatentAttention(4, 64, 1.0, 128, None, None, prefix=name)
+        LatentAttention(4, 64, 1.0, 128, None, None, 0, prefix=name)
     context = config.compilation_config.static_forward_context
     return {name: context[name] for name in NAMES}
 
