@@ -7,9 +7,11 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from recalkv_vllm.checkpoint import AttentionGeometry, kv_bytes_per_token
 from recalkv_vllm.cli import main
 from recalkv_vllm.cli.sizes import size
 from recalkv_vllm.compression.ranks.targets import parse_target
+from recalkv_vllm.serving.capacity import hypothetical_config, latent_bytes_per_token
 
 FEW = ["--num-samples", "4", "--seq-len", "32"]
 
@@ -60,6 +62,26 @@ def test_tokens_are_vllms_own_count(tmp_path, capsys):
     assert result["relative_decode_time"] is None  # what compress would choose is not known
     if result["target"].startswith("cpu"):
         assert result["cpu"].keys() == {"flop_per_s", "bytes_per_s"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "scales"),
+    [
+        ({"model_type": "qwen3"}, 2),
+        ({"model_type": "olmo2"}, 1),
+        ({"model_type": "glm4_moe", "use_qk_norm": True}, 2),
+        ({"model_type": "glm4_moe", "use_qk_norm": False}, 0),
+    ],
+)
+def test_key_scales_are_counted(changes, scales):
+    """Four bytes per token, layer and norm, whatever the cache's elements."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    geometry = AttentionGeometry.from_hf_config({**sizes, "num_key_value_heads": 2, **changes})
+    config = hypothetical_config(0.5, geometry, 1)
+    for itemsize in (2, 4):
+        expected = 3 * (32 * itemsize + 4 * scales)
+        assert latent_bytes_per_token(config, geometry, itemsize, 1) == expected
+        assert kv_bytes_per_token(config, geometry, itemsize)["compressed"] == expected
 
 
 def test_checkpoint_weighs_what_a_server_loads(tiny, tmp_path, capsys):

@@ -45,8 +45,8 @@ def layers(draw: st.DrawFn) -> LayerShape:
         return [Span(16 * start, 16 * start + width) for start in starts]
 
     head_dim = draw(st.sampled_from(cuda_plan.HEAD_DIMS))
-    flags = (draw(st.booleans()), draw(st.booleans()))
-    return layer_of(head_dim, group, spans(groups, k_width), spans(v_groups, v_width), *flags)
+    bias = draw(st.booleans())
+    return layer_of(head_dim, group, spans(groups, k_width), spans(v_groups, v_width), bias)
 
 
 @given(layer=layers(), limits=st.sampled_from((H100, SMALL)), column_tiles=st.sampled_from((1, 2)))
