@@ -180,7 +180,6 @@ REFUSED = (
         "vLLM 0.32 gives a draft model the first cache group's blocks, and asserts that its layers "
         "share a group; it has no proposer for MLP speculators; the others are not tested",
         f"{STARTUP}::test_refused",
-        OPTION,
     ),
     refused(
         "Decode or prefill context parallel",
