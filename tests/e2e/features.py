@@ -159,8 +159,12 @@ SHOWN = (
     ),
     works("LoRA on modules other than k and v", f"{FEATURES}::test_lora_on_other_modules"),
     works(
-        "KV connectors `ExampleConnector` and `OffloadingConnector`",
+        "KV connectors `ExampleConnector` and `OffloadingConnector`, alone or by `MultiConnector`",
         f"{FEATURES}::test_latents_go_through_kv_connectors",
+    ),
+    works(
+        "`canonical_layout` of `OffloadingConnector`: what it maps",
+        f"{CONNECTORS}::test_canonical_pages_hold_what_every_rank_caches",
     ),
     works(
         "Block offloading with a test worker: half the cache, half the bytes moved",
@@ -183,7 +187,8 @@ REFUSED = (
     ),
     refused(
         "Decode or prefill context parallel",
-        "vLLM's CPU build has neither, so that no test could run",
+        "vLLM 0.32 leaves the exchange between ranks to every backend, and its own attention on "
+        "CPUs has none to compare with",
         f"{STARTUP}::test_refused",
     ),
     refused(
@@ -285,9 +290,9 @@ Attention sinks belong to architectures that `recalkv compress` refuses.
 ## KV connectors
 
 vLLM 0.32 offloads from GPUs only, so the tests give `OffloadingConnector` a worker that copies
-pages on the host; the connector itself decides which pages, and where they go. `canonical_layout`
-cuts pages by heads, which latents do not have, and `TieringOffloadingSpec` is not tested: both
-are refused.
+pages on the host; the connector itself decides which pages, and where they go. With
+`canonical_layout`, pages of all ranks are stored as one; a rank's latents are a head of it, or a
+part by itself, and come back as they were. `TieringOffloadingSpec` is not tested and refused.
 
 ## Speculation
 
