@@ -75,6 +75,7 @@ SHOWN = (
     works("Log-probabilities, including the prompt's", f"{FEATURES}::test_log_probabilities"),
     works("Structured output", f"{FEATURES}::test_structured_output"),
     works("Embedding (`--runner pooling --convert embed`)", f"{FEATURES}::test_embedding"),
+    works("Prompts as embeddings", "e2e/test_prompt_embeddings.py::test_prompts_as_embeddings"),
     works(
         "`--max-model-len` beyond the calibration length",
         f"{FEATURES}::test_context_longer_than_calibrated",
