@@ -154,6 +154,13 @@ SHOWN = (
         f"{BASES}::test_quantized_activations_change_no_more_than_in_stock",
     ),
     works(
+        "`--load-format dummy` with a reload, `runai_streamer`; `sharded_state`, whose weights tests "
+        "keep from being packed away before they are saved",
+        "e2e/test_load_formats.py::test_sharded_state",
+        "e2e/test_load_formats.py::test_random_weights_and_then_those_of_the_checkpoint",
+        "e2e/test_load_formats.py::test_runai_streamer",
+    ),
+    works(
         "`reload_weights` from a checkpoint, or of tensors under the factors' names",
         f"{RELOAD}::test_the_engine_serves_what_it_reloaded",
         f"{RELOAD}::test_part_of_the_weights_replaces_that_part",
@@ -224,6 +231,10 @@ WRONG = (
         f"{REFUSALS}::test_truncated_factors",
         f"{REFUSALS}::test_poisoned_factors",
         f"{REFUSALS}::test_factors_of_another_model",
+    ),
+    wrong(
+        "A sharded state of another number of ranks",
+        "serving/test_sharded_state.py::test_other_ranks",
     ),
     wrong("Factors missing from the hub", f"{HUB}::test_what_the_hub_has_not"),
     wrong(
@@ -318,6 +329,13 @@ and `layers.N.v_up` of `recalkv.safetensors` in place of key and value projectio
 refused, and so are factors in kernel format. On a GPU, start the engine with
 `--compilation-config '{{"cudagraph_mode": "PIECEWISE"}}'`: full CUDA graphs keep the factors that
 kernels packed. Reset the prefix cache afterwards, as for any model.
+
+## Load formats
+
+What `save_sharded_state` writes has factors among its tensors; copy all files but the checkpoint's
+`*.safetensors` beside it, as vLLM's example does. `dummy` weights are replaced by `update_config`
+and `reload_weights`, as for any model. `fastsafetensors`, with which vLLM reads into GPUs only, and
+`tensorizer` have not been tried.
 
 ## Memory under tensor parallelism
 
