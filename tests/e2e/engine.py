@@ -5,10 +5,15 @@ A job is ``{"engine": {LLM arguments}, "batches": [{"prompts": [[ids]], "samplin
 result is ``{"tokens": [[[ids], ...], ...], "metrics": {name: value}, "outputs": [...]}``:
 tokens are one list per batch and prompt, ``outputs`` what else a batch asked for. Besides
 ``sampling`` (arguments of ``SamplingParams``, ``json_schema`` among them) a batch may have
-``beam`` (of ``BeamSearchParams``), ``embed: true``, or ``lora``, an adapter's directory. A batch
-``{"reload": {...}}`` reloads weights: from the model at ``path``, or as tensors sent from the files
-``send``, of names that match ``only``; its output is the error, or null. With ``abort_after: n``, a
-batch's first request is aborted once it has ``n`` tokens; results are the others'.
+``beam`` (of ``BeamSearchParams``), ``embed: true``, or ``lora``, an adapter's directory;
+``sampling`` and ``lora`` may be lists, with one for each prompt. With ``abort_after: n``, a batch's
+first request is aborted once it has ``n`` tokens; results are the others'. With ``embeddings``, a
+model's directory, prompts are given as its input embeddings.
+
+A batch ``{"reload": {...}}`` reloads weights: from the model at ``path``, or as tensors sent from
+the files ``send``, of names that match ``only``, after ``load_format`` was changed if it says so;
+its output is the error, or null. ``{"sleep": level}`` lets the engine sleep and wake up, and
+``{"save_sharded": folder}`` saves what each rank holds.
 
 Engines run one after the other in this process, which saves their start-up; a fresh process keeps
 vLLM's global state away from the tests.
@@ -69,16 +74,36 @@ def dense_prefill():
         yield calls
 
 
+def weights_kept():
+    """vLLM's layers for CPUs keep the weights that they have packed: they are to be saved."""
+    from vllm.model_executor.layers import utils
+
+    pack = utils.dispatch_cpu_unquantized_gemm
+    return patch.object(
+        utils,
+        "dispatch_cpu_unquantized_gemm",
+        lambda layer, remove_weight: pack(layer, remove_weight=False),
+    )
+
+
 def run(job):
     # vLLM collects garbage eight times in an engine's life, a third of a second each, nearly all of
     # it for what was imported. Once is enough to free an engine.
     with patch.object(gc, "collect"):
-        result = run_attention(job)
+        result = run_patched(job)
     gc.collect()
     return result
 
 
-def run_attention(job):
+def run_patched(job):
+    if any("save_sharded" in batch for batch in job["batches"]):
+        with weights_kept():
+            return run_engine(job)
+    if job["engine"].get("enable_sleep_mode"):
+        from pretend_sleep import sleep_mode
+
+        with sleep_mode():
+            return run_engine(job)
     if not job.get("dense_prefill"):
         return run_engine(job)
     with dense_prefill() as calls:
@@ -115,7 +140,7 @@ def run_engine(job):
     return {"tokens": tokens, "outputs": outputs, "metrics": metrics}
 
 
-def reload(llm, path=None, send=(), only=""):
+def reload(llm, path=None, send=(), only="", load_format=None):
     """Reload weights; returns the error."""
     from safetensors.torch import load_file
 
@@ -124,6 +149,8 @@ def reload(llm, path=None, send=(), only=""):
         tensors = {name: tensor for file in send for name, tensor in load_file(file).items()}
         names = [name for name in tensors if re.search(only, name)]
         arguments = {"weights_iterator": [(name, tensors[name]) for name in names]}
+    if load_format is not None:
+        llm.collective_rpc("update_config", args=({"load_config": {"load_format": load_format}},))
     # Cached latents are the old weights'.
     llm.reset_prefix_cache()
     try:
@@ -136,10 +163,18 @@ def run_batch(llm, batch):
     """A batch's first tokens per prompt, and its further outputs."""
     if "reload" in batch:
         return [], reload(llm, **batch["reload"])
-    from vllm.lora.request import LoRARequest
+    if "save_sharded" in batch:
+        llm.llm_engine.engine_core.save_sharded_state(batch["save_sharded"])
+        return [], None
+    if "sleep" in batch:
+        llm.sleep(level=batch["sleep"])
+        llm.wake_up()
+        return [], None
     from vllm.sampling_params import BeamSearchParams
 
     prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
+    if "embeddings" in batch:
+        prompts = embedded_prompts(batch["prompts"], batch["embeddings"])
     if batch.get("embed"):
         embedded = llm.embed(prompts, use_tqdm=False)
         return [], [output.outputs.embedding for output in embedded]
@@ -148,9 +183,14 @@ def run_batch(llm, batch):
         return [], [[sequence.tokens for sequence in output.sequences] for output in found]
     if "abort_after" in batch:
         return abort_first(llm, prompts, sampling_parameters(**batch["sampling"]), batch), []
-    lora = LoRARequest("adapter", 1, batch["lora"]) if "lora" in batch else None
+    sampling, lora = batch["sampling"], batch.get("lora")
     generated = llm.generate(
-        prompts, sampling_parameters(**batch["sampling"]), lora_request=lora, use_tqdm=False
+        prompts,
+        [sampling_parameters(**one) for one in sampling]
+        if isinstance(sampling, list)
+        else sampling_parameters(**sampling),
+        lora_request=[adapter(one) for one in lora] if isinstance(lora, list) else adapter(lora),
+        use_tqdm=False,
     )
     tokens = [list(output.outputs[0].token_ids) for output in generated]
     return tokens, [
@@ -162,6 +202,20 @@ def run_batch(llm, batch):
         }
         for output in generated
     ]
+
+
+def adapter(directory):
+    from vllm.lora.request import LoRARequest
+
+    return None if directory is None else LoRARequest("adapter", 1, directory)
+
+
+def embedded_prompts(prompts, path):
+    """Prompts as rows of the input embeddings of the model at ``path``."""
+    from safetensors.torch import load_file
+
+    rows = load_file(Path(path) / "model.safetensors")["model.embed_tokens.weight"]
+    return [{"prompt_embeds": rows[ids]} for ids in prompts]
 
 
 def abort_first(llm, prompts, sampling, batch):

@@ -75,6 +75,7 @@ SHOWN = (
     works("Log-probabilities, including the prompt's", f"{FEATURES}::test_log_probabilities"),
     works("Structured output", f"{FEATURES}::test_structured_output"),
     works("Embedding (`--runner pooling --convert embed`)", f"{FEATURES}::test_embedding"),
+    works("Prompts as embeddings", "e2e/test_prompt_embeddings.py::test_prompts_as_embeddings"),
     works(
         "`--max-model-len` beyond the calibration length",
         f"{FEATURES}::test_context_longer_than_calibrated",
@@ -153,14 +154,25 @@ SHOWN = (
         f"{BASES}::test_quantized_activations_change_no_more_than_in_stock",
     ),
     works(
+        "`--load-format dummy` with a reload, `runai_streamer`; `sharded_state`, whose weights tests "
+        "keep from being packed away before they are saved",
+        "e2e/test_load_formats.py::test_sharded_state",
+        "e2e/test_load_formats.py::test_random_weights_and_then_those_of_the_checkpoint",
+        "e2e/test_load_formats.py::test_runai_streamer",
+    ),
+    works(
         "`reload_weights` from a checkpoint, or of tensors under the factors' names",
         f"{RELOAD}::test_the_engine_serves_what_it_reloaded",
         f"{RELOAD}::test_part_of_the_weights_replaces_that_part",
     ),
     works("LoRA on modules other than k and v", f"{FEATURES}::test_lora_on_other_modules"),
     works(
-        "KV connectors `ExampleConnector` and `OffloadingConnector`",
+        "KV connectors `ExampleConnector` and `OffloadingConnector`, alone or by `MultiConnector`",
         f"{FEATURES}::test_latents_go_through_kv_connectors",
+    ),
+    works(
+        "`canonical_layout` of `OffloadingConnector`: what it maps",
+        f"{CONNECTORS}::test_canonical_pages_hold_what_every_rank_caches",
     ),
     works(
         "Block offloading with a test worker: half the cache, half the bytes moved",
@@ -180,11 +192,11 @@ REFUSED = (
         "vLLM 0.32 gives a draft model the first cache group's blocks, and asserts that its layers "
         "share a group; it has no proposer for MLP speculators; the others are not tested",
         f"{STARTUP}::test_refused",
-        OPTION,
     ),
     refused(
         "Decode or prefill context parallel",
-        "vLLM's CPU build has neither, so that no test could run",
+        "vLLM 0.32 leaves the exchange between ranks to every backend, and its own attention on "
+        "CPUs has none to compare with",
         f"{STARTUP}::test_refused",
     ),
     refused(
@@ -219,6 +231,10 @@ WRONG = (
         f"{REFUSALS}::test_truncated_factors",
         f"{REFUSALS}::test_poisoned_factors",
         f"{REFUSALS}::test_factors_of_another_model",
+    ),
+    wrong(
+        "A sharded state of another number of ranks",
+        "serving/test_sharded_state.py::test_other_ranks",
     ),
     wrong("Factors missing from the hub", f"{HUB}::test_what_the_hub_has_not"),
     wrong(
@@ -286,9 +302,9 @@ Attention sinks belong to architectures that `recalkv compress` refuses.
 ## KV connectors
 
 vLLM 0.32 offloads from GPUs only, so the tests give `OffloadingConnector` a worker that copies
-pages on the host; the connector itself decides which pages, and where they go. `canonical_layout`
-cuts pages by heads, which latents do not have, and `TieringOffloadingSpec` is not tested: both
-are refused.
+pages on the host; the connector itself decides which pages, and where they go. With
+`canonical_layout`, pages of all ranks are stored as one; a rank's latents are a head of it, or a
+part by itself, and come back as they were. `TieringOffloadingSpec` is not tested and refused.
 
 ## Speculation
 
@@ -313,6 +329,13 @@ and `layers.N.v_up` of `recalkv.safetensors` in place of key and value projectio
 refused, and so are factors in kernel format. On a GPU, start the engine with
 `--compilation-config '{{"cudagraph_mode": "PIECEWISE"}}'`: full CUDA graphs keep the factors that
 kernels packed. Reset the prefix cache afterwards, as for any model.
+
+## Load formats
+
+What `save_sharded_state` writes has factors among its tensors; copy all files but the checkpoint's
+`*.safetensors` beside it, as vLLM's example does. `dummy` weights are replaced by `update_config`
+and `reload_weights`, as for any model. `fastsafetensors`, with which vLLM reads into GPUs only, and
+`tensorizer` have not been tried.
 
 ## Memory under tensor parallelism
 

@@ -162,7 +162,12 @@ def offloading_connector(_):
     return connector("OffloadingConnector", **HOST_OFFLOADING)
 
 
-@pytest.mark.parametrize("make", [example_connector, offloading_connector])
+def both_connectors(store):
+    parts = [example_connector(store), offloading_connector(store)]
+    return connector("MultiConnector", connectors=parts)
+
+
+@pytest.mark.parametrize("make", [example_connector, offloading_connector, both_connectors])
 @pytest.mark.slow
 def test_latents_go_through_kv_connectors(transferred, small, compressed, make):
     stock, ours = transferred(small, make), transferred(compressed(small), make)

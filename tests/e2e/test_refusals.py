@@ -69,16 +69,6 @@ def test_good_checkpoint_passes_with_and_without_the_flag(half):
         ),
         ({"attention_backend": "CPU_ATTN"}, ["--attention-backend", "recalkv", "found CPU_ATTN"]),
         (
-            {
-                "speculative_config": {
-                    "method": "extract_hidden_states",
-                    "num_speculative_tokens": 1,
-                    "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [1]}},
-                }
-            },
-            ["--speculative-config", "ngram or", "found extract_hidden_states"],
-        ),
-        (
             {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
             ["--kv-transfer-config", "ExampleConnector", "found NixlConnector"],
         ),

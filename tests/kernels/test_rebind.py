@@ -10,6 +10,7 @@ from recalkv_vllm.ops import LatentLayer, bind
 from recalkv_vllm.ops.checked import CheckedLayer
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.plan import Part
+from tests.e2e.pretend_sleep import NotedMemory
 from tests.ops.band_cases import banded
 from tests.ops.cases import build, joint, spanned
 from tests.ops.replay import GraphMemory
@@ -90,3 +91,27 @@ def test_every_tensor_of_a_layer_is_looked_at() -> None:
         result = bound.attend_heads(*inputs.call)
         assert result.equal(bind(newer).attend_heads(*inputs.call)), name
         assert not result.equal(bind(inputs.layer).attend_heads(*inputs.call)), name
+
+
+@pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys())
+def test_all_that_a_layer_keeps_is_made_anew_after_its_memory_was_lost(case) -> None:
+    """As at level 2 of sleep: buffers come back, weights by a reload, and nothing else does."""
+    inputs = build(case, torch.float32)
+    memory = NotedMemory()
+    with memory.use_memory_pool("weights"):
+        given = {
+            f.name: x.clone()
+            for f in fields(inputs.layer)
+            if isinstance(x := getattr(inputs.layer, f.name), torch.Tensor)
+        }
+        bound = bind(replace(inputs.layer, **given))
+    before = bound.attend_heads(*inputs.call)
+    memory.sleep(offload_tags=("weights",))
+    memory.wake_up()
+    assert bound.attend_heads(*inputs.call).equal(before)
+    memory.sleep(offload_tags=())
+    for name, tensor in given.items():
+        tensor.copy_(getattr(inputs.layer, name))
+    assert not bound.attend_heads(*inputs.call).equal(before)
+    bound.rebind(replace(inputs.layer, **given), captured=True)
+    assert bound.attend_heads(*inputs.call).equal(before)

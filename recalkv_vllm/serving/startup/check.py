@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vllm.config import VllmConfig
 
@@ -30,6 +31,7 @@ from recalkv_vllm.serving.startup.lora import (
     served_layers,
 )
 from recalkv_vllm.serving.startup.options import unsupported_option
+from recalkv_vllm.serving.startup.sharded_state import SHARDED_STATE, check_sharded_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,10 @@ def _check_checkpoint(config: VllmConfig) -> Served:
                 f"{' and '.join(map(str, sorted(ranks)))} elements per token on different ranks"
             )
     check_cache_size(config, cached, geometry)
-    if config.load_config.load_format != "dummy":
+    load_format = config.load_config.load_format
+    if load_format in SHARDED_STATE:
+        check_sharded_state(Path(model.model), stored, geometry, tp_size)
+    elif load_format != "dummy":
         with FactorReader(locate_factors(model), stored, geometry) as reader:
             reader.check()
     return Served(stored, cached, geometry)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 #: They give the stock model's tokens in our tests.
-TESTED_CONNECTORS = ("ExampleConnector", "OffloadingConnector")
+TESTED_CONNECTORS = ("ExampleConnector", "OffloadingConnector", "MultiConnector")
 
 
 def unsupported_connector(
@@ -21,13 +21,16 @@ def unsupported_connector(
     """
     if name not in TESTED_CONNECTORS:
         return f"expected {' or '.join(TESTED_CONNECTORS)}, found {name}"
+    if name == "MultiConnector":
+        # vLLM says what else is wrong with its list.
+        for each in extra_config.get("connectors", ()):
+            config = each.get("kv_connector_extra_config") or {}
+            if wrong := unsupported_connector(each.get("kv_connector"), config, on_gpu):
+                return f"MultiConnector: {wrong}"
     if name == "OffloadingConnector":
         spec = extra_config.get("spec_name", "CPUOffloadingSpec")
         if spec == "TieringOffloadingSpec":
             return "spec_name: expected CPUOffloadingSpec, found TieringOffloadingSpec"
         if spec == "CPUOffloadingSpec" and not on_gpu:
             return "OffloadingConnector: vLLM offloads from GPUs only, found a CPU"
-        # It cuts pages by heads, so that they serve any tensor parallelism; latents are not so cut.
-        if extra_config.get("canonical_layout"):
-            return "canonical_layout: expected false, found true"
     return None
