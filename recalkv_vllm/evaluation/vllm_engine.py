@@ -48,11 +48,12 @@ def _load(model: Path, length: int, dtype: str) -> LLM:
     prompt_bytes = (
         max(length, LARGEST_BLOCK) * geometry.dense_width * geometry.num_layers * FLOAT32_BYTES
     )
+    # vLLM multiplies most quantized weights in 16 bits only.
+    served: Any = "auto" if "quantization_config" in config else dtype
     with _stdout_to_stderr():
         return LLM(
             str(model),
-            # vLLM multiplies most quantized weights in 16 bits only.
-            dtype="auto" if "quantization_config" in config else dtype,
+            dtype=served,
             enforce_eager=True,
             max_model_len=length,
             max_num_seqs=CONCURRENT_PROMPTS,

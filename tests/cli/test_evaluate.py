@@ -90,3 +90,9 @@ def test_ruler_beside_a_base_model(make_model, run, capsys, tmp_path):
     assert main([*map(str, ("eval", *arguments))]) == 0
     assert len(answers.read_text().splitlines()) == 16
     assert "base below 50%" in capsys.readouterr().out
+
+
+def test_a_dtype_is_for_vllm(tiny, capsys):
+    arguments = ("eval", tiny, "--dataset", "builtin", "--dtype", "bfloat16")
+    assert main([*map(str, arguments)]) == 2
+    assert "--dtype bfloat16: expected --engine vllm, found transformers" in capsys.readouterr().err

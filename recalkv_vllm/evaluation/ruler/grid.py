@@ -118,13 +118,14 @@ def summarize(scores: dict[str, dict[Cell, float]]) -> dict[str, Any]:
         return {name: sum(of[cell] for cell in chosen) / len(chosen) for name, of in scores.items()}
 
     def retained(chosen: list[Cell]) -> dict[str, float | None]:
-        return _retained(*([of[cell] for cell in chosen] for of in (scores["score"], base)))
+        ours, base = ([scores[name][cell] for cell in chosen] for name in ("score", "base_score"))
+        return _retained(ours, base)
 
-    base = scores.get("base_score")
-    rows, shared = [], []
+    rows: list[dict[str, Any]] = []
+    shared: list[Cell] = []
     for (task, length), group in _grouped(cells, lambda cell: (cell.task, cell.length)).items():
         row: dict[str, Any] = {"task": task, "length": length, **means(group)}
-        if base is not None:
+        if "base_score" in row:
             row |= retained(group)
             if row["retained"] is not None:
                 shared += group
