@@ -123,8 +123,9 @@ LAYOUTS = (
         v_bits=(3, 3, 2),
     ),
 )
-#: What tells the code for a block's bits apart: the number that its codes are centered by.
-CENTERS = {2: ", -5.5 ", 3: ", -11.5 ", 4: ", -23.5 ", 6: ", -95.5 ", 8: ", -32895.5 "}
+#: What tells the code for a block's bits apart: a mask of its codes, or the number that they are
+#: centered by.
+MARKS = {2: "0x180018", 3: "0xc000c", 4: "0x780078", 6: "0x1e001e", 8: "-32895.5"}
 
 
 def predicted_time(layout: Layout, instructions: int) -> float:
@@ -174,39 +175,29 @@ def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
     # Where columns are one piece, lanes copy two lines of 128 bytes at a time.
     lines = 2 if layout.one_piece and chunks % 16 == 0 else 1
 
-    def rounds(inner: Sequence[str]) -> int | None:
-        if any("HGMMA" in text for text in inner):
-            # The first chunk of 64 columns is in front of the loop; blocks are counted below.
-            return 0 if layout.k_bits else -(-layout.k_width // 64) - 1
-        if copies := sum("LDGSTS.E" in text for text in inner):
+    def rounds(inner: range) -> int | None:
+        text = [code.text[i] for i in inner]
+        if any("HGMMA" in each for each in text):
+            # Of elements, the first chunk of 64 columns is in front of the loop.
+            return len(layout.k_bits) or -(-layout.k_width // 64) - 1
+        if copies := sum("LDGSTS.E" in each for each in text):
             return -(-chunks // (8 * lines)) if copies == 16 * lines else None
-        if layout.k_bits and any("HMUL2" in text for text in inner):
-            return 0
+        found = [bits for bits, mark in MARKS.items() if any(mark in each for each in text)]
+        if found:
+            # Blocks of the K span come before its products. A loop over all bits has one round.
+            wanted = layout.k_bits if inner.start < products else layout.v_bits
+            return (wanted.count(found[0]) if len(found) == 1 else min(1, len(wanted))) or None
         return 1
 
     def avoided(text: str) -> bool:
         return EDGE_COPY.search(text) is not None
 
     outer = code.loop_with("HGMMA", "MOVM")
+    products = code.loop_with("HGMMA", within=outer).start
     consumer = code.round_length(outer, rounds, avoided)
-    if layout.k_bits:
-        consumer += blocks_length(code, code.loop_with("HGMMA", within=outer), layout.k_bits) // 2
-        consumer += blocks_length(code, code.loop_with("HMUL2", within=outer), layout.v_bits)
     latents = code.round_length(code.loop_with("LDGSTS.E", "ARRIVES"), rounds, avoided)
     queries = code.round_length(code.loop_with("STS.64", "SYNCS"), rounds, avoided)
     return consumer, latents, queries
-
-
-def blocks_length(code: Code, loop: range, bits: Sequence[int]) -> int:
-    """Instructions of rounds of a loop over blocks of 32 columns, one for each of these bits."""
-
-    def length(wanted: int) -> int:
-        others = [text for each, text in CENTERS.items() if each != wanted]
-        return code.round_length(
-            loop, lambda inner: 1, lambda text: any(other in text + " " for other in others)
-        )
-
-    return sum(map(length, bits))
 
 
 def main() -> int:

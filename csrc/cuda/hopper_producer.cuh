@@ -220,14 +220,14 @@ template <typename S>
 RECALKV_DEVICE void produce_latents(const DecodeParams& p, const HopperLayout<S>& shared,
                                     unsigned char* memory, const HopperBarriers& barriers,
                                     const Rows& rows, const TokenRange& range,
-                                    const TileColumns& columns, int kv_head, int lane) {
+                                    const TileColumns& columns, int factor_index, int lane) {
   if (lane == 0) {
     // One head's factor, as it lies in shared memory, and the rotations of the fast pairs.
-    const int factor_bytes = shared.rotation - shared.factor;
+    const int factor_bytes = shared.factor_bytes;
     const int rotation_bytes = S::kFastTiles * 2048;
     const char* factor = static_cast<const char*>(p.k_factor);
     barrier_expect(barriers.factor, factor_bytes + rotation_bytes);
-    copy_bulk(memory + shared.factor, factor + static_cast<int64_t>(kv_head) * factor_bytes,
+    copy_bulk(memory + shared.factor, factor + static_cast<int64_t>(factor_index) * factor_bytes,
               factor_bytes, barriers.factor);
     copy_bulk(memory + shared.rotation, p.local_rotation, rotation_bytes, barriers.factor);
   }

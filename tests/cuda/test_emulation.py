@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recalkv_vllm.ops.cuda.hopper_layout import swizzle_factor
+from recalkv_vllm.ops.cuda.hopper_layout import swizzle_rows
 from tests.cuda import emulation
 
 
@@ -35,7 +35,7 @@ def product(
     """What was found, the product, and the expected one."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(64, 32, generator=generator).bfloat16() for _ in range(2))
-    rows = swizzle_factor(b[None], 64, torch.arange(64))
+    rows = swizzle_rows(b, 64)
     sums = torch.full((64, 64), torch.nan)
     addresses = [ctypes.c_void_p(x.data_ptr()) for x in (a.contiguous(), rows, sums)]
     found = library.recalkv_product(*addresses, mistake.encode(), int(early))
