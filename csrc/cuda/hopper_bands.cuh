@@ -37,7 +37,7 @@ struct BandTable {
 
 RECALKV_DEVICE BandTable band_table(const DecodeParams& p, int v_block, int kv_head) {
   const int64_t index = v_block * p.num_kv_heads + kv_head;
-  return {p.band_blocks + index * (12 + 5 * p.most_blocks), p.most_blocks};
+  return {p.band_blocks + index * ((5 * p.most_blocks + 15) / 4 * 4), p.most_blocks};
 }
 
 // Which column of a V span is at `place` in its slots.
@@ -137,10 +137,10 @@ RECALKV_DEVICE void dequantize_bytes(uint32_t (&pairs)[8], const unsigned char* 
 
 // What a lane needs of a tile to dequantize its columns: offsets into shared memory.
 struct CodedTile {
-  uint32_t codes;
-  uint32_t scales;
-  uint32_t to;  // its place in the next slot
-  int half;     // of a block's columns
+  int codes;
+  int scales;
+  int to;    // its place in the next slot
+  int half;  // of a block's columns
 };
 
 constexpr int kSlotBytes = 64 * 64;

@@ -104,7 +104,7 @@ class BandTables:
         return table.view(-1, self.num_heads, table.shape[1])
 
     def band_blocks(self) -> torch.Tensor:
-        """``[v_blocks, h_kv, 12 + 5 most_blocks]`` int32.
+        """``[v_blocks, h_kv, 12 + 5 most_blocks]`` int32, rows padded to multiples of 16 bytes.
 
         Numbers of K's blocks and of all, the first value's slot and a zero; four numbers a block,
         and zeros after K's and after the others: its bits, where its planes are in a row of the
@@ -112,6 +112,7 @@ class BandTables:
         first.
         """
         most = self.most_blocks
+        width = -(-(12 + 5 * most) // 4) * 4
         rows = []
         for slots, chunks, v_start in zip(self.slots, self.sources, self.v_starts, strict=True):
             row = [len(slots.keys), len(slots.keys) + len(slots.others), slots.first_value, 0]
@@ -123,8 +124,8 @@ class BandTables:
                 row += [0] * 4
             row += [0] * (4 * most + 12 - len(row))
             row += [number - v_start for number in slots.values]
-            rows.append([*row, *[0] * (5 * most + 12 - len(row))])
-        return torch.tensor(rows, dtype=torch.int32).view(-1, self.num_heads, 5 * most + 12)
+            rows.append([*row, *[0] * (width - len(row))])
+        return torch.tensor(rows, dtype=torch.int32).view(-1, self.num_heads, width)
 
 
 def band_tables(layer: LayerShape, bands: BandFormat, v_tiles: int) -> BandTables:

@@ -177,7 +177,9 @@ void product(float (&sum)[kCount], const uint32_t* a, uint64_t shared_a, uint64_
     const int index = static_cast<int>(&warp - machine.warps.data());
     product.first_row = index % 4 * 16;
     for (int other = index / 4 * 4; other < index / 4 * 4 + 4 && !product.in_registers; ++other) {
-      if (!machine.warps[other].known) machine.fail("an operand that products do not know yet");
+      if (!warp.known || machine.warps[other].times_known < warp.times_known) {
+        machine.fail("an operand that products do not know yet");
+      }
     }
     for (int lane = 0; lane < 32; ++lane) {
       const uint32_t* words = warp.in[lane];
@@ -289,7 +291,10 @@ inline NarrowOperand narrow_operand(const void* rows) {
 // Until a warp's next wait for products, after which it writes operands anew.
 inline void shared_fence() {
   emulation::Machine::get().exchange("fence.proxy.async", nullptr, 0,
-                                     [](emulation::Warp& warp) { warp.known = true; });
+                                     [](emulation::Warp& warp) {
+    warp.known = true;
+    ++warp.times_known;
+  });
 }
 
 struct SwizzledOperand {

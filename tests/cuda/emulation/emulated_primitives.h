@@ -86,7 +86,8 @@ struct Warp {
   std::map<float*, std::vector<float>> sums;   // by lane 0's registers: [16][128] in flight
   std::vector<uint64_t> operands;              // of all products so far
   bool fenced = false;
-  bool known = true;  // to products: what the warp has written to shared memory
+  bool known = false;  // to products: what the warp has written to shared memory
+  int times_known = 0;
 };
 
 // What another engine than the threads does: at once, or when nothing else can go on.
