@@ -178,8 +178,8 @@ def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
     def rounds(inner: range) -> int | None:
         text = [code.text[i] for i in inner]
         if any("HGMMA" in each for each in text):
-            # Of elements, the first chunk of 64 columns is in front of the loop.
-            return len(layout.k_bits) or -(-layout.k_width // 64) - 1
+            # 64 columns a round; of elements, the first round is in front of the loop.
+            return len(layout.k_bits) // 2 or -(-layout.k_width // 64) - 1
         if copies := sum("LDGSTS.E" in each for each in text):
             return -(-chunks // (8 * lines)) if copies == 16 * lines else None
         found = [bits for bits, mark in MARKS.items() if any(mark in each for each in text)]

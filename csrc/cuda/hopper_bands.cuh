@@ -183,6 +183,20 @@ RECALKV_DEVICE void open_blocks(unsigned char* memory, CodedTile& tile, const Ba
   }
 }
 
+// keys (+)= latents factor^T of the next slots.
+template <typename S, int kCount>
+RECALKV_DEVICE void multiply_slots(float (&keys)[S::kHeadDim / 2], NarrowOperand& slots,
+                                   NarrowOperand& factor, bool add) {
+#pragma unroll
+  for (int i = 0; i < 2 * kCount; ++i) {
+    const NarrowOperand a = slots.at(i / 2 * kSlotBytes + i % 2 * 32);
+    const NarrowOperand b = factor.at(i / 2 * S::kHeadDim * 64 + i % 2 * 32);
+    product(typename S::Element{}, keys, a, b, add || i > 0);
+  }
+  slots = slots.at(kCount * kSlotBytes);
+  factor = factor.at(kCount * S::kHeadDim * 64);
+}
+
 // keys = latents factor^T of the first `k_blocks` slots, and the values of all.
 template <typename S>
 RECALKV_DEVICE void reconstruct_coded(float (&keys)[S::kHeadDim / 2], unsigned char* memory,
@@ -193,13 +207,10 @@ RECALKV_DEVICE void reconstruct_coded(float (&keys)[S::kHeadDim / 2], unsigned c
   shared_fence();
   team_sync(team, 128);
   product_fence();
+  const int odd = k_blocks % 2;
+  if (odd) multiply_slots<S, 1>(keys, slots, factor, false);
 #pragma unroll 1
-  for (int i = 0; i < k_blocks; ++i) {
-    product(Element{}, keys, slots, factor, i > 0);
-    product(Element{}, keys, slots.at(32), factor.at(32), true);
-    slots = slots.at(kSlotBytes);
-    factor = factor.at(S::kHeadDim * 64);
-  }
+  for (int i = odd; i < k_blocks; i += 2) multiply_slots<S, 2>(keys, slots, factor, i > 0);
   product_commit();
   open_blocks<S>(memory, tile, blocks + k_blocks + 1);
   product_wait<0>(keys);

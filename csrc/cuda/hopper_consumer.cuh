@@ -231,7 +231,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
                             HopperState<S>& state, const TokenRange& range,
                             const TileColumns& columns, const BandTable& bands, int v_columns,
                             int lane, int warp) {
-  const int group = warp / 4;
+  const int group = uniform(warp / 4);
   const int first = warp % 4 * 16;  // of the warp's tokens in a tile
   const int row = first * shared.row_bytes;
   const int k_place = row + lane % 16 * shared.row_bytes + columns.k_offset() * 2 + lane / 16 * 16;
@@ -251,7 +251,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
   const SwizzledOperand factor = swizzled_operand(memory + shared.factor);
   const int k_chunks = (p.k_width + 63) / 64;
   const BandBlock* blocks = reinterpret_cast<const BandBlock*>(memory + shared.blocks);
-  const int k_blocks = S::kBands ? bands.k_blocks() : 0;
+  const int k_blocks = S::kBands ? uniform(bands.k_blocks()) : 0;
   const int v_tiles = v_columns / 16;
   const float offset = static_cast<float>(first + lane / 4 - 32);
   const float cap = p.soft_cap * kLog2E;

@@ -20,6 +20,10 @@
 namespace recalkv {
 
 RECALKV_DEVICE void warp_sync() { __syncwarp(); }
+
+// A value that all lanes have, told to the compiler: it may use the registers that a warp shares.
+RECALKV_DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 RECALKV_DEVICE bool warp_any(bool value) { return __any_sync(0xffffffffu, value); }
 
 // 1 as an element, and the bits of an element's mantissa.

@@ -212,6 +212,8 @@ inline void warp_sync() {
   emulation::Machine::get().exchange("syncwarp", nullptr, 0, [](emulation::Warp&) {});
 }
 
+inline int uniform(int value) { return value; }
+
 inline bool warp_any(bool value) {
   const uint32_t in[1] = {value};
   return emulation::Machine::get().exchange("vote", in, 1, [](emulation::Warp& warp) {
