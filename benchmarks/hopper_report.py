@@ -172,8 +172,10 @@ def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
     the queries'."""
 
     chunks = layout.row_bytes // 16
-    # Where columns are one piece, lanes copy two lines of 128 bytes at a time.
+    # Where columns are one piece, lanes copy two lines of 128 bytes at a time; a row of few bytes
+    # has four lanes, not eight.
     lines = 2 if layout.one_piece and chunks % 16 == 0 else 1
+    lanes = 4 if layout.k_bits and chunks <= 4 else 8
 
     def rounds(inner: range) -> int | None:
         text = [code.text[i] for i in inner]
@@ -181,7 +183,7 @@ def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
             # 64 columns a round; of elements, the first round is in front of the loop.
             return len(layout.k_bits) // 2 or -(-layout.k_width // 64) - 1
         if copies := sum("LDGSTS.E" in each for each in text):
-            return -(-chunks // (8 * lines)) if copies == 16 * lines else None
+            return -(-chunks // (lanes * lines)) if copies == 2 * lanes * lines else None
         found = [bits for bits, mark in MARKS.items() if any(mark in each for each in text)]
         if found:
             # Blocks of the K span come before its products. A loop over all bits has one round.

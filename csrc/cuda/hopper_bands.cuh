@@ -92,12 +92,11 @@ RECALKV_BOTH constexpr int code_place(int q) {
 // format says, if (2^p + 2^(bits - 1)) scale is exact: a scale has four bits. Float16 might overflow
 // on the way, and takes two.
 template <typename Element>
-RECALKV_DEVICE uint32_t scaled(uint32_t value, uint32_t scale, float center) {
-  const uint32_t pair = pack<Element>(-center, -center);
+RECALKV_DEVICE uint32_t scaled(uint32_t value, uint32_t scale, uint32_t center) {
   if (mantissa_bits(Element{}) > 7) {
-    return multiply_pairs<Element>(add_pairs<Element>(value, pair), scale);
+    return multiply_pairs<Element>(add_pairs<Element>(value, center), scale);
   }
-  return multiply_add_pairs<Element>(value, scale, multiply_pairs<Element>(pair, scale));
+  return multiply_add_pairs<Element>(value, scale, multiply_pairs<Element>(center, scale));
 }
 
 // Sixteen columns of `kLow + kHigh` bits, as eight pairs.
@@ -116,8 +115,10 @@ RECALKV_DEVICE void dequantize(uint32_t (&pairs)[8], const unsigned char* low,
     const uint32_t rest = one_bits(Element{}) + (power << kMantissa) + (1u << place >> 1);
     uint32_t value = plane_bits<kLow>(low_codes[i / 4], i % 4, place, rest | rest << 16);
     if (kHigh) value = plane_bits<kHigh>(high_codes[i / 4], i % 4, place + kLow, value);
-    const float center = static_cast<float>((1 << power) + (1 << kBits >> 1));
-    pairs[i] = scaled<Element>(value, scale, center);
+    // -(2^power + 2^(kBits - 1)): the second is a bit of the first's mantissa.
+    const uint32_t center = 0x8000u + one_bits(Element{}) + (power << kMantissa) +
+                            (1u << (kMantissa + kBits - 1 - power));
+    pairs[i] = scaled<Element>(value, scale, center | center << 16);
   }
 }
 
