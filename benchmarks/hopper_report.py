@@ -34,6 +34,9 @@ ARCH = "sm_90a"
 #: and of scales one by one.
 EDGE_COPY = re.compile(r"LDGSTS.*, !?P\d|STS\.U8")
 
+#: The first product of a tile where no loop has it: it adds to nothing.
+FIRST_PRODUCT = re.compile(r"HGMMA\S* R\d+, .*RZ, !UPT")
+
 
 @dataclass(frozen=True, slots=True)
 class HopperInstantiation:
@@ -184,6 +187,8 @@ def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
             return len(layout.k_bits) // 2 or -(-layout.k_width // 64) - 1
         if copies := sum("LDGSTS.E" in each for each in text):
             return -(-chunks // (lanes * lines)) if copies == 2 * lanes * lines else None
+        if any("UBLKCP" in each for each in text):
+            return 4  # lanes that start a copy of scales
         found = [bits for bits, mark in MARKS.items() if any(mark in each for each in text)]
         if found:
             # Blocks of the K span come before its products. A loop over all bits has one round.
@@ -192,7 +197,9 @@ def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
         return 1
 
     def avoided(text: str) -> bool:
-        return EDGE_COPY.search(text) is not None
+        # An odd number of blocks has a product in front of the loop.
+        even = len(layout.k_bits) % 2 == 0 and layout.k_bits
+        return bool(EDGE_COPY.search(text) or (even and FIRST_PRODUCT.search(text)))
 
     outer = code.loop_with("HGMMA", "MOVM")
     products = code.loop_with("HGMMA", within=outer).start
