@@ -30,6 +30,8 @@ from .sass_paths import Code
 
 ELEMENTS = ("BFloat16", "Float16")
 ARCH = "sm_90a"
+#: Lanes that start a copy of scales, one after the other.
+SCALE_LANES = 4
 #: Copies that a tile at an edge of what is seen takes: with a predicate, by which they are zeros,
 #: and of scales one by one.
 EDGE_COPY = re.compile(r"LDGSTS.*, !?P\d|STS\.U8")
@@ -111,17 +113,17 @@ CODED = HopperInstantiation("BFloat16", 128, 1, 8, True, True)
 WIDE = HopperInstantiation("BFloat16", 128, 1, 16, True, True)
 #: Llama-3.1-8B, one head per group, one query.
 LAYOUTS = (
-    Layout("joint, 50 %, bf16", PLAIN, k_width=128, row_bytes=256, one_piece=True, budget=1500),
-    Layout("split, 50 %, bf16", PLAIN, k_width=64, row_bytes=256, one_piece=False, budget=1500),
-    Layout("joint, 87 %, bands", CODED, 128, 64, one_piece=True, budget=3000, k_bits=(6, 4, 4, 2)),
-    Layout("joint, 76 %, bands", CODED, 128, 112, one_piece=True, budget=3400, k_bits=(8, 8, 6, 6)),
+    Layout("joint, 50 %, bf16", PLAIN, k_width=128, row_bytes=256, one_piece=True, budget=1400),
+    Layout("split, 50 %, bf16", PLAIN, k_width=64, row_bytes=256, one_piece=False, budget=1400),
+    Layout("joint, 87 %, bands", CODED, 128, 64, one_piece=True, budget=2450, k_bits=(6, 4, 4, 2)),
+    Layout("joint, 76 %, bands", CODED, 128, 112, one_piece=True, budget=2750, k_bits=(8, 8, 6, 6)),
     Layout(
         "nested, 76 %, bands",
         WIDE,
         k_width=128,
         row_bytes=112,
         one_piece=True,
-        budget=4400,
+        budget=3400,
         k_bits=(6, 6, 4, 4),
         v_bits=(3, 3, 2),
     ),
@@ -173,7 +175,7 @@ def compile_hopper(wanted: Sequence[HopperInstantiation]) -> list[HopperRow]:
 def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
     """Warp instructions of a tile: of one consumer warp's round, of the latents' producer's, and of
     the queries'."""
-
+    consumer = consumer_length(code, layout)
     chunks = layout.row_bytes // 16
     # Where columns are one piece, lanes copy two lines of 128 bytes at a time; a row of few bytes
     # has four lanes, not eight.
@@ -181,32 +183,46 @@ def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
     lanes = 4 if layout.k_bits and chunks <= 4 else 8
 
     def rounds(inner: range) -> int | None:
-        text = [code.text[i] for i in inner]
-        if any("HGMMA" in each for each in text):
-            # 64 columns a round; of elements, the first round is in front of the loop.
-            return len(layout.k_bits) // 2 or -(-layout.k_width // 64) - 1
+        text = code.text[inner.start : inner.stop]
         if copies := sum("LDGSTS.E" in each for each in text):
             return -(-chunks // (lanes * lines)) if copies == 2 * lanes * lines else None
-        if any("UBLKCP" in each for each in text):
-            return 4  # lanes that start a copy of scales
-        found = [bits for bits, mark in MARKS.items() if any(mark in each for each in text)]
-        if found:
-            # Blocks of the K span come before its products. A loop over all bits has one round.
-            wanted = layout.k_bits if inner.start < products else layout.v_bits
-            return (wanted.count(found[0]) if len(found) == 1 else min(1, len(wanted))) or None
-        return 1
+        return SCALE_LANES if any("UBLKCP" in each for each in text) else 1
 
-    def avoided(text: str) -> bool:
-        # An odd number of blocks has a product in front of the loop.
-        even = len(layout.k_bits) % 2 == 0 and layout.k_bits
-        return bool(EDGE_COPY.search(text) or (even and FIRST_PRODUCT.search(text)))
+    def edge(text: str) -> bool:
+        return EDGE_COPY.search(text) is not None
 
+    latents = code.round_length(code.loop_with("LDGSTS.E", "ARRIVES"), rounds, edge)
+    queries = code.round_length(code.loop_with("STS.64", "SYNCS"), rounds, edge)
+    return consumer, latents, queries
+
+
+def consumer_length(
+    code: Code, layout: Layout, dequantize: bool = True, multiply: bool = True
+) -> int:
+    """Warp instructions of a consumer's round; without the loops that take codes to elements, or
+    those of the keys' products, if so asked."""
     outer = code.loop_with("HGMMA", "MOVM")
     products = code.loop_with("HGMMA", within=outer).start
-    consumer = code.round_length(outer, rounds, avoided)
-    latents = code.round_length(code.loop_with("LDGSTS.E", "ARRIVES"), rounds, avoided)
-    queries = code.round_length(code.loop_with("STS.64", "SYNCS"), rounds, avoided)
-    return consumer, latents, queries
+    even = len(layout.k_bits) % 2 == 0
+
+    def rounds(inner: range) -> int | None:
+        text = code.text[inner.start : inner.stop]
+        if any("HGMMA" in each for each in text):
+            # 64 columns a round; of elements, the first round is in front of the loop.
+            times = len(layout.k_bits) // 2 or -(-layout.k_width // 64) - 1
+            return times * multiply
+        found = [bits for bits, mark in MARKS.items() if any(mark in each for each in text)]
+        if not found:
+            return 1
+        # Blocks of the K span come before its products. A loop over all bits has one round.
+        wanted = layout.k_bits if inner.start < products else layout.v_bits
+        times = wanted.count(found[0]) if len(found) == 1 else min(1, len(wanted))
+        return times * dequantize if times else None
+
+    def odd_block(text: str) -> bool:
+        return bool(layout.k_bits and even and FIRST_PRODUCT.search(text))
+
+    return code.round_length(outer, rounds, odd_block)
 
 
 def main() -> int:
@@ -229,10 +245,13 @@ def main() -> int:
                 consumer, *producers = instructions_per_tile(row.code, layout)
                 total = 4 * consumer + sum(producers)
                 faults += total > layout.budget
+                opening = consumer - consumer_length(row.code, layout, dequantize=False)
+                products = consumer - consumer_length(row.code, layout, multiply=False)
                 print(
                     f"{layout.name}: 4 x {consumer} + {producers[0]} + {producers[1]} = {total} "
                     f"warp instructions per tile, budget {layout.budget}; predicted time "
-                    f"{predicted_time(layout, total):.2f} of the dense cache's"
+                    f"{predicted_time(layout, total):.2f} of the dense cache's; of a consumer's, "
+                    f"{opening} dequantize and {products} are of loops over products"
                 )
     print(f"{faults} faults", file=sys.stderr)
     return 1 if faults else 0
