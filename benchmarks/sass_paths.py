@@ -53,7 +53,7 @@ class Code:
         once more.
 
         Args:
-            rounds: of an inner loop within one of what surrounds it; None: the way must not meet it.
+            rounds: of an inner loop in one of what is around it; None: the way must not meet it.
             avoided: instructions that the way must not meet.
         """
         weight = dict.fromkeys(loop, 1)

@@ -48,11 +48,6 @@ RECALKV_DEVICE int value_column(const BandTable& bands, int place) {
 // The four 16-byte words of a row of a slot are permuted by the row.
 RECALKV_DEVICE int slot_word(int row, int word) { return row * 64 + (word ^ row / 2 % 4) * 16; }
 
-template <int kBits>
-struct Bits {
-  RECALKV_BOTH constexpr operator int() const { return kBits; }
-};
-
 // A lane's 16 codes of a plane of `kBits` bits, so that pair q of either eight starts at bit
 // kBits · q of both halves. Planes are aligned to 4 bytes only.
 template <int kBits>
@@ -89,8 +84,8 @@ RECALKV_BOTH constexpr int code_place(int q) {
 }
 
 // One fused operation takes 2^p + u + 1/2 to (u + 1/2 - 2^(bits - 1)) scale, rounded once as the
-// format says, if (2^p + 2^(bits - 1)) scale is exact: a scale has four bits. Float16 might overflow
-// on the way, and takes two.
+// format says, if (2^p + 2^(bits - 1)) scale is exact: a scale has four bits. Float16 might
+// overflow on the way, and takes two.
 template <typename Element>
 RECALKV_DEVICE uint32_t scaled(uint32_t value, uint32_t scale, uint32_t center) {
   if (mantissa_bits(Element{}) > 7) {
@@ -143,8 +138,6 @@ struct CodedTile {
   int to;    // its place in the next slot
   int half;  // of a block's columns
 };
-
-constexpr int kSlotBytes = 64 * 64;
 
 // Dequantize blocks until one has another number of bits; `block` is the next in the table.
 template <typename S, int kLow, int kHigh>

@@ -212,8 +212,8 @@ RECALKV_DEVICE void weigh(HopperState<S>& state, float (&logits)[S::kColumnTiles
 // Add the warp's 16 tokens' values; `values` is the lane's place for `load_matrices_transposed`: in
 // rows, or in slots, with `odd` bytes from there to a slot's second half.
 template <typename S>
-RECALKV_DEVICE void add_values(HopperState<S>& state, const unsigned char* values,
-                               int odd, const uint32_t (&weights)[2], int v_tiles) {
+RECALKV_DEVICE void add_values(HopperState<S>& state, const unsigned char* values, int odd,
+                               const uint32_t (&weights)[2], int v_tiles) {
 #pragma unroll
   for (int v = 0; v < S::kVTiles; ++v) {
     // Of four at a time: what lies past the span's end adds to sums that nobody reads.
@@ -239,10 +239,10 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
   const int slots = shared.slots + group * p.most_blocks * kSlotBytes;
   const int value = lane / 16 * 8 + lane % 8;
   const int value_word = lane / 8 % 2;
-  const int v_place = S::kBands ? slots + bands.first_value_slot() * kSlotBytes +
-                                      slot_word(first + value, value_word)
-                                : row + columns.v_offset(0) * 2 + value * shared.row_bytes +
-                                      value_word * 16;
+  const int v_place =
+      S::kBands
+          ? slots + bands.first_value_slot() * kSlotBytes + slot_word(first + value, value_word)
+          : row + columns.v_offset(0) * 2 + value * shared.row_bytes + value_word * 16;
   const int v_odd = slot_word(first + value, value_word + 2) - slot_word(first + value, value_word);
   const float4* rotation =
       reinterpret_cast<const float4*>(memory + shared.rotation) + warp % 4 * 32 + lane;

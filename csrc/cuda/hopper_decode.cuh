@@ -52,8 +52,7 @@ RECALKV_DEVICE void consumer_sync() { team_sync(1, kConsumerThreads); }
 template <typename S>
 RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& shared,
                                 unsigned char* memory, HopperState<S>& state, const Rows& rows,
-                                const BandTable& bands, int kv_head, int v_block,
-                                int v_columns) {
+                                const BandTable& bands, int kv_head, int v_block, int v_columns) {
   const int lane = thread_index() % 32;
   const int warp = thread_index() / 32;
   float2* maxima = reinterpret_cast<float2*>(memory + shared.maxima);  // (maximum, sum), by warp

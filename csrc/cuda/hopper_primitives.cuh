@@ -117,8 +117,9 @@ RECALKV_DEVICE void product_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Descriptor of an operand that lies in shared memory as rows of 32 elements, 64 bytes, with 64-byte
-// swizzle: 16-byte word i of row n is at i ^ n / 2 % 4. Aligned to 512 bytes. Its lower half.
+// Descriptor of an operand that lies in shared memory as rows of 32 elements, 64 bytes, with
+// 64-byte swizzle: 16-byte word i of row n is at i ^ n / 2 % 4. Aligned to 512 bytes. Its lower
+// half.
 struct NarrowOperand {
   uint32_t low;
   RECALKV_DEVICE NarrowOperand at(int bytes) const { return {low + bytes / 16}; }
@@ -214,9 +215,6 @@ RECALKV_DEVICE uint32_t spread_bytes(uint32_t word) {
   return __byte_perm(word, 0, 0x4040 | kFirst | (kFirst + 1) << 8);
 }
 
-// A value that is to be kept in a register rather than computed again.
-RECALKV_DEVICE void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
-
 // Byte `i` of a word as a float, plus `kByteOffset`.
 constexpr float kByteOffset = 32768.0f;
 RECALKV_DEVICE float offset_byte(uint32_t word, int i) {
@@ -252,18 +250,18 @@ RECALKV_DEVICE uint32_t scale_of_byte(uint32_t byte) {
   }
 
 // The same with both operands in shared memory, `a` as 64 rows.
-#define RECALKV_SHARED_PRODUCT(ELEMENT, TYPE, COLUMNS, COUNT, A, B, ADD)                \
-  RECALKV_DEVICE void product(ELEMENT, float (&sum)[COUNT], NarrowOperand a,            \
-                              NarrowOperand b, bool add) {                              \
-    asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" ADD          \
-                 ", 0;\n"                                                               \
-                 "mov.b64 a, {%" A ", " RECALKV_NARROW_HIGH                             \
-                 "};\nmov.b64 b, {%" B ", " RECALKV_NARROW_HIGH                         \
-                 "};\n"                                                                 \
-                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE  \
-                 " {" RECALKV_LIST##COUNT "}, a, b, add, 1, 1, 0, 0;\n}"                \
-                 : RECALKV_ACC##COUNT                                                   \
-                 : "r"(a.low), "r"(b.low), "r"(static_cast<int>(add)));                 \
+#define RECALKV_SHARED_PRODUCT(ELEMENT, TYPE, COLUMNS, COUNT, A, B, ADD)                      \
+  RECALKV_DEVICE void product(ELEMENT, float (&sum)[COUNT], NarrowOperand a, NarrowOperand b, \
+                              bool add) {                                                     \
+    asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" ADD                \
+                 ", 0;\n"                                                                     \
+                 "mov.b64 a, {%" A ", " RECALKV_NARROW_HIGH "};\nmov.b64 b, {%" B             \
+                 ", " RECALKV_NARROW_HIGH                                                     \
+                 "};\n"                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE        \
+                 " {" RECALKV_LIST##COUNT "}, a, b, add, 1, 1, 0, 0;\n}"                      \
+                 : RECALKV_ACC##COUNT                                                         \
+                 : "r"(a.low), "r"(b.low), "r"(static_cast<int>(add)));                       \
   }
 
 RECALKV_SHARED_PRODUCT(BFloat16, "bf16", 64, 32, "32", "33", "34")

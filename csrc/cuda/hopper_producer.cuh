@@ -47,8 +47,9 @@ struct PageWalk {
 };
 
 // Start the copies of 16-byte chunks of 64 rows into `to`; `from` has the first row of every 16. A
-// row has `kLanes` lanes. Bit i of `live`: whether row 4i + lane/8 is copied, else zeroed; `kWhole`:
-// all are. Lanes copy `kLines` times `kLanes` chunks at a time, which lie one after the other.
+// row has `kLanes` lanes. Bit i of `live`: whether row 4i + lane/8 is copied, else zeroed;
+// `kWhole`: all are. Lanes copy `kLines` times `kLanes` chunks at a time, which lie one after the
+// other.
 template <bool kWhole, int kLanes, int kLines>
 RECALKV_DEVICE void copy_rows(const DecodeParams& p, unsigned char* to, int row_bytes,
                               const int32_t* sources, int chunks, const char* const (&from)[4],

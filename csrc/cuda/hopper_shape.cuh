@@ -13,6 +13,8 @@ constexpr int kHopperThreads = kConsumerThreads + 128;
 // Registers of a thread; a multiprocessor has 512 for each of 128 threads.
 constexpr int kConsumerRegisters = 216;
 constexpr int kProducerRegisters = 80;
+// A block of 32 columns of a tile's elements, where latents are in bands.
+constexpr int kSlotBytes = 64 * 64;
 
 // kHeadDim is d; kColumnTiles and kVTiles are those of `DecodeParams::kernel`. A lean kernel
 // rotates only the first half of the pairs and knows no key bias, key norm or soft cap. With
@@ -49,7 +51,7 @@ struct HopperLayout {
     factor_bytes =
         S::kBands ? p.k_width * S::kHeadDim * 2 : (p.k_width + 63) / 64 * S::kHeadDim * 128;
     slots = factor + factor_bytes;  // swizzled too: aligned to 512 bytes
-    rotation = slots + (S::kBands ? 2 * p.most_blocks * 4096 : 0);
+    rotation = slots + (S::kBands ? 2 * p.most_blocks * kSlotBytes : 0);
     bias = rotation + S::kFastTiles * 2048;
     norm = bias + (p.k_bias ? S::kHeadDim * 4 : 0);
     columns = norm + (p.k_norm_weight ? S::kHeadDim * 4 : 0);

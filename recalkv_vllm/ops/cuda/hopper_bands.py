@@ -37,7 +37,7 @@ class Slots(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a block's codes are in a token's: the first byte and the size of its part of a plane."""
+    """Where a block's codes are in a token's: first byte and size of its part of each plane."""
 
     bits: int
     parts: tuple[tuple[int, int], ...]

@@ -56,9 +56,7 @@ class HopperLayer:
     lean: bool
 
 
-def pack_hopper_layer(
-    layer: LatentLayer, k_orders: torch.Tensor | None = None
-) -> HopperLayer:
+def pack_hopper_layer(layer: LatentLayer, k_orders: torch.Tensor | None = None) -> HopperLayer:
     """Pack a layer's constants.
 
     Args:

@@ -74,8 +74,7 @@ void multiply(const Product& product, float (*totals)[128]) {
   float left[16][16];
   for (int row = 0; row < 16 && !product.in_registers; ++row) {
     for (int k = 0; k < 16; ++k) {
-      left[row][k] =
-          decode<Element>(operand_element(product.shared_a, product.first_row + row, k));
+      left[row][k] = decode<Element>(operand_element(product.shared_a, product.first_row + row, k));
     }
   }
   for (int lane = 0; lane < 32 && product.in_registers; ++lane) {
@@ -292,8 +291,7 @@ inline NarrowOperand narrow_operand(const void* rows) {
 
 // Until a warp's next wait for products, after which it writes operands anew.
 inline void shared_fence() {
-  emulation::Machine::get().exchange("fence.proxy.async", nullptr, 0,
-                                     [](emulation::Warp& warp) {
+  emulation::Machine::get().exchange("fence.proxy.async", nullptr, 0, [](emulation::Warp& warp) {
     warp.known = true;
     ++warp.times_known;
   });
@@ -368,7 +366,6 @@ inline uint32_t spread_bytes(uint32_t word) {
 inline uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
   return (word & mask) | bits;
 }
-inline void keep(uint32_t&) {}
 
 constexpr float kByteOffset = 32768.0f;
 inline float offset_byte(uint32_t word, int i) {
@@ -381,15 +378,15 @@ inline uint32_t scale_of_byte(uint32_t byte) {
   return pack<Element>(scale, scale);
 }
 
-#define RECALKV_EMULATED_PRODUCTS(ELEMENT)                                                        \
-  template <int kCount>                                                                           \
-  inline void product(ELEMENT, float (&sum)[kCount], const uint32_t (&a)[4], SwizzledOperand b,   \
-                      bool add) {                                                                 \
-    emulation::product<ELEMENT>(sum, a, 0, b.descriptor, add);                                    \
-  }                                                                                               \
-  template <int kCount>                                                                           \
+#define RECALKV_EMULATED_PRODUCTS(ELEMENT)                                                         \
+  template <int kCount>                                                                            \
+  inline void product(ELEMENT, float (&sum)[kCount], const uint32_t (&a)[4], SwizzledOperand b,    \
+                      bool add) {                                                                  \
+    emulation::product<ELEMENT>(sum, a, 0, b.descriptor, add);                                     \
+  }                                                                                                \
+  template <int kCount>                                                                            \
   inline void product(ELEMENT, float (&sum)[kCount], NarrowOperand a, NarrowOperand b, bool add) { \
-    emulation::product<ELEMENT>(sum, nullptr, a.descriptor, b.descriptor, add);                   \
+    emulation::product<ELEMENT>(sum, nullptr, a.descriptor, b.descriptor, add);                    \
   }
 
 RECALKV_EMULATED_PRODUCTS(BFloat16)
