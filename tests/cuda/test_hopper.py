@@ -65,6 +65,16 @@ def test_bands(case: AttentionCase, dtype: torch.dtype, configure: Configure) ->
     check(case, dtype)
 
 
+def test_nan_of_a_model_reaches_the_output(configure: Configure) -> None:
+    """A scale that is no number must not become a plausible one."""
+    inputs = build(next(case for case in BANDS if case.name == "bands-4"), BF16, DEVICE)
+    _, scales = inputs.layer.latent_format.split_cache(inputs.kv_cache)
+    scales[inputs.batch.block_table[-1, 0], 0, 0] = 0xFF
+    o_lat = run(inputs)[1][0]
+    assert o_lat[-1, :2].isnan().all()
+    assert not o_lat[-1, 2:].isnan().any()
+
+
 @pytest.mark.parametrize("case", [*SUPPORTED, *BANDS], ids=str)
 def test_matrix_with_early_copies_on_one_multiprocessor(
     case: AttentionCase, configure: Configure, multiprocessors: Callable[[int], None]
