@@ -37,7 +37,14 @@ def kernels() -> list[HopperInstantiation]:
 
 
 def layouts(kernel: HopperInstantiation) -> Iterator[Layout]:
-    """Spans that a kernel might read."""
+    """Spans that a kernel might read, where they fit shared memory."""
+    for layout in spans(kernel):
+        if hopper_spends(layer_cost(layout), ARCH) is not None:
+            yield layout
+
+
+def spans(kernel: HopperInstantiation) -> Iterator[Layout]:
+    """Of many widths."""
     widest = 16 * kernel.v_tiles
     for k_width, v_width in product((64, 128, 192), (widest // 2, widest)):
         for joint in (True, False):

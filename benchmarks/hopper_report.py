@@ -30,9 +30,14 @@ from .sass_paths import Code
 
 ELEMENTS = ("BFloat16", "Float16")
 ARCH = "sm_90a"
+#: Lanes that start a copy of scales, one after the other.
+SCALE_LANES = 4
 #: Copies that a tile at an edge of what is seen takes: with a predicate, by which they are zeros,
 #: and of scales one by one.
 EDGE_COPY = re.compile(r"LDGSTS.*, !?P\d|STS\.U8")
+
+#: The first product of a tile where no loop has it: it adds to nothing.
+FIRST_PRODUCT = re.compile(r"HGMMA\S* R\d+, .*RZ, !UPT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,23 +113,24 @@ CODED = HopperInstantiation("BFloat16", 128, 1, 8, True, True)
 WIDE = HopperInstantiation("BFloat16", 128, 1, 16, True, True)
 #: Llama-3.1-8B, one head per group, one query.
 LAYOUTS = (
-    Layout("joint, 50 %, bf16", PLAIN, k_width=128, row_bytes=256, one_piece=True, budget=1500),
-    Layout("split, 50 %, bf16", PLAIN, k_width=64, row_bytes=256, one_piece=False, budget=1500),
-    Layout("joint, 87 %, bands", CODED, 128, 64, one_piece=True, budget=3000, k_bits=(6, 4, 4, 2)),
-    Layout("joint, 76 %, bands", CODED, 128, 112, one_piece=True, budget=3400, k_bits=(8, 8, 6, 6)),
+    Layout("joint, 50 %, bf16", PLAIN, k_width=128, row_bytes=256, one_piece=True, budget=1400),
+    Layout("split, 50 %, bf16", PLAIN, k_width=64, row_bytes=256, one_piece=False, budget=1400),
+    Layout("joint, 87 %, bands", CODED, 128, 64, one_piece=True, budget=2450, k_bits=(6, 4, 4, 2)),
+    Layout("joint, 76 %, bands", CODED, 128, 112, one_piece=True, budget=2750, k_bits=(8, 8, 6, 6)),
     Layout(
         "nested, 76 %, bands",
         WIDE,
         k_width=128,
         row_bytes=112,
         one_piece=True,
-        budget=4400,
+        budget=3400,
         k_bits=(6, 6, 4, 4),
         v_bits=(3, 3, 2),
     ),
 )
-#: What tells the code for a block's bits apart: the number that its codes are centered by.
-CENTERS = {2: ", -5.5 ", 3: ", -11.5 ", 4: ", -23.5 ", 6: ", -95.5 ", 8: ", -32895.5 "}
+#: What tells the code for a block's bits apart: a mask of its codes, or the number that they are
+#: centered by.
+MARKS = {2: "0x180018", 3: "0xc000c", 4: "0x780078", 6: "0x1e001e", 8: "-32895.5"}
 
 
 def predicted_time(layout: Layout, instructions: int) -> float:
@@ -169,44 +175,54 @@ def compile_hopper(wanted: Sequence[HopperInstantiation]) -> list[HopperRow]:
 def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
     """Warp instructions of a tile: of one consumer warp's round, of the latents' producer's, and of
     the queries'."""
-
+    consumer = consumer_length(code, layout)
     chunks = layout.row_bytes // 16
-    # Where columns are one piece, lanes copy two lines of 128 bytes at a time.
+    # Where columns are one piece, lanes copy two lines of 128 bytes at a time; a row of few bytes
+    # has four lanes, not eight.
     lines = 2 if layout.one_piece and chunks % 16 == 0 else 1
+    lanes = 4 if layout.k_bits and chunks <= 4 else 8
 
-    def rounds(inner: Sequence[str]) -> int | None:
-        if any("HGMMA" in text for text in inner):
-            # The first chunk of 64 columns is in front of the loop; blocks are counted below.
-            return 0 if layout.k_bits else -(-layout.k_width // 64) - 1
-        if copies := sum("LDGSTS.E" in text for text in inner):
-            return -(-chunks // (8 * lines)) if copies == 16 * lines else None
-        if layout.k_bits and any("HMUL2" in text for text in inner):
-            return 0
-        return 1
+    def rounds(inner: range) -> int | None:
+        text = code.text[inner.start : inner.stop]
+        if copies := sum("LDGSTS.E" in each for each in text):
+            return -(-chunks // (lanes * lines)) if copies == 2 * lanes * lines else None
+        return SCALE_LANES if any("UBLKCP" in each for each in text) else 1
 
-    def avoided(text: str) -> bool:
+    def edge(text: str) -> bool:
         return EDGE_COPY.search(text) is not None
 
-    outer = code.loop_with("HGMMA", "MOVM")
-    consumer = code.round_length(outer, rounds, avoided)
-    if layout.k_bits:
-        consumer += blocks_length(code, code.loop_with("HGMMA", within=outer), layout.k_bits) // 2
-        consumer += blocks_length(code, code.loop_with("HMUL2", within=outer), layout.v_bits)
-    latents = code.round_length(code.loop_with("LDGSTS.E", "ARRIVES"), rounds, avoided)
-    queries = code.round_length(code.loop_with("STS.64", "SYNCS"), rounds, avoided)
+    latents = code.round_length(code.loop_with("LDGSTS.E", "ARRIVES"), rounds, edge)
+    queries = code.round_length(code.loop_with("STS.64", "SYNCS"), rounds, edge)
     return consumer, latents, queries
 
 
-def blocks_length(code: Code, loop: range, bits: Sequence[int]) -> int:
-    """Instructions of rounds of a loop over blocks of 32 columns, one for each of these bits."""
+def consumer_length(
+    code: Code, layout: Layout, dequantize: bool = True, multiply: bool = True
+) -> int:
+    """Warp instructions of a consumer's round; without the loops that take codes to elements, or
+    those of the keys' products, if so asked."""
+    outer = code.loop_with("HGMMA", "MOVM")
+    products = code.loop_with("HGMMA", within=outer).start
+    even = len(layout.k_bits) % 2 == 0
 
-    def length(wanted: int) -> int:
-        others = [text for each, text in CENTERS.items() if each != wanted]
-        return code.round_length(
-            loop, lambda inner: 1, lambda text: any(other in text + " " for other in others)
-        )
+    def rounds(inner: range) -> int | None:
+        text = code.text[inner.start : inner.stop]
+        if any("HGMMA" in each for each in text):
+            # 64 columns a round; of elements, the first round is in front of the loop.
+            times = len(layout.k_bits) // 2 or -(-layout.k_width // 64) - 1
+            return times * multiply
+        found = [bits for bits, mark in MARKS.items() if any(mark in each for each in text)]
+        if not found:
+            return 1
+        # Blocks of the K span come before its products. A loop over all bits has one round.
+        wanted = layout.k_bits if inner.start < products else layout.v_bits
+        times = wanted.count(found[0]) if len(found) == 1 else min(1, len(wanted))
+        return times * dequantize if times else None
 
-    return sum(map(length, bits))
+    def odd_block(text: str) -> bool:
+        return bool(layout.k_bits and even and FIRST_PRODUCT.search(text))
+
+    return code.round_length(outer, rounds, odd_block)
 
 
 def main() -> int:
@@ -229,10 +245,13 @@ def main() -> int:
                 consumer, *producers = instructions_per_tile(row.code, layout)
                 total = 4 * consumer + sum(producers)
                 faults += total > layout.budget
+                opening = consumer - consumer_length(row.code, layout, dequantize=False)
+                products = consumer - consumer_length(row.code, layout, multiply=False)
                 print(
                     f"{layout.name}: 4 x {consumer} + {producers[0]} + {producers[1]} = {total} "
                     f"warp instructions per tile, budget {layout.budget}; predicted time "
-                    f"{predicted_time(layout, total):.2f} of the dense cache's"
+                    f"{predicted_time(layout, total):.2f} of the dense cache's; of a consumer's, "
+                    f"{opening} dequantize and {products} are of loops over products"
                 )
     print(f"{faults} faults", file=sys.stderr)
     return 1 if faults else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 #: An instruction's address and text, as cuobjdump prints them.
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
@@ -44,7 +44,7 @@ class Code:
     def round_length(
         self,
         loop: range,
-        rounds: Callable[[Sequence[str]], int | None],
+        rounds: Callable[[range], int | None],
         avoided: Callable[[str], bool],
     ) -> int:
         """Instructions of the longest way through a loop.
@@ -53,14 +53,14 @@ class Code:
         once more.
 
         Args:
-            rounds: of an inner loop, by its instructions; None: the way must not meet it.
+            rounds: of an inner loop in one of what is around it; None: the way must not meet it.
             avoided: instructions that the way must not meet.
         """
         weight = dict.fromkeys(loop, 1)
         forbidden = {i for i in loop if avoided(self.text[i])}
         for inner in self.loops:
             if inner.start >= loop.start and inner.stop <= loop.stop and inner != loop:
-                times = rounds([self.text[i] for i in inner])
+                times = rounds(inner)
                 for i in inner:
                     weight[i] *= times or 0
                 if times is None:

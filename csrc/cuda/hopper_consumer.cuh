@@ -76,27 +76,30 @@ RECALKV_DEVICE void reconstruct_keys(float (&keys)[S::kHeadDim / 2], const unsig
   }
 }
 
-// Turn the fast pairs of keys by their places in the tile.
+// Keys of the columns 8n and on, of the lane's two tokens, as a left-hand fragment; fast pairs are
+// turned by their places in the tile. Keys stay as they are: a new value for them would have to be
+// moved to the registers of the next tile's products.
 template <typename S>
-RECALKV_DEVICE void rotate_keys(float (&keys)[S::kHeadDim / 2], const float4* rotation) {
-#pragma unroll
-  for (int n = 0; n < S::kFastTiles; ++n) {
-    const float4 turn = rotation[n * 128];  // of the lane's two tokens
-    const float2 upper = rotate({keys[4 * n], keys[4 * n + 1]}, {turn.x, turn.y});
-    const float2 lower = rotate({keys[4 * n + 2], keys[4 * n + 3]}, {turn.z, turn.w});
-    keys[4 * n] = upper.x;
-    keys[4 * n + 1] = upper.y;
-    keys[4 * n + 2] = lower.x;
-    keys[4 * n + 3] = lower.y;
+RECALKV_DEVICE void turned_keys(uint32_t& upper, uint32_t& lower,
+                                const float (&keys)[S::kHeadDim / 2], int n,
+                                const float4* rotation) {
+  using Element = typename S::Element;
+  float2 first = {keys[4 * n], keys[4 * n + 1]}, second = {keys[4 * n + 2], keys[4 * n + 3]};
+  if (n < S::kFastTiles) {
+    const float4 turn = rotation[n * 128];
+    first = rotate(first, {turn.x, turn.y});
+    second = rotate(second, {turn.z, turn.w});
   }
+  upper = pack<Element>(first.x, first.y);
+  lower = pack<Element>(second.x, second.y);
 }
 
 // Scores of the lane's two tokens and its rows: both terms of the product, `offset` tokens from the
 // middle of the tile.
 template <typename S>
 RECALKV_DEVICE void score_keys(float (&scores)[S::kColumnTiles][2],
-                               const float (&keys)[S::kHeadDim / 2], const uint4* queries,
-                               float offset) {
+                               const float (&keys)[S::kHeadDim / 2], const float4* rotation,
+                               const uint4* queries, float offset) {
   using Element = typename S::Element;
   float sums[S::kColumnTiles][4];
 #pragma unroll
@@ -112,9 +115,12 @@ RECALKV_DEVICE void score_keys(float (&scores)[S::kColumnTiles][2],
       query[c] = queries[c * (S::kQueryBytes / 16) + m * 32];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float* key = keys + 8 * (2 * m + half);
-      const uint32_t left[4] = {pack<Element>(key[0], key[1]), pack<Element>(key[2], key[3]),
-                                pack<Element>(key[4], key[5]), pack<Element>(key[6], key[7])};
+      uint32_t left[4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int n = 2 * (2 * m + half) + i;
+        turned_keys<S>(left[2 * i], left[2 * i + 1], keys, n, rotation);
+      }
 #pragma unroll
       for (int c = 0; c < S::kColumnTiles; ++c) {
         const uint4 q = query[c];
@@ -179,16 +185,18 @@ RECALKV_DEVICE void weigh(HopperState<S>& state, float (&logits)[S::kColumnTiles
   }
 }
 
-// Add the warp's 16 tokens' values; `values` is the lane's place for `load_matrices_transposed`.
+// Add the warp's 16 tokens' values; `values` is the lane's place for `load_matrices_transposed`: in
+// rows, or in slots, with `odd` bytes from there to a slot's second half.
 template <typename S>
-RECALKV_DEVICE void add_values(HopperState<S>& state, const unsigned char* values,
+RECALKV_DEVICE void add_values(HopperState<S>& state, const unsigned char* values, int odd,
                                const uint32_t (&weights)[2], int v_tiles) {
 #pragma unroll
   for (int v = 0; v < S::kVTiles; ++v) {
     // Of four at a time: what lies past the span's end adds to sums that nobody reads.
     if (v % 4 == 0 && v >= v_tiles) break;
     uint32_t value[4];
-    load_matrices_transposed(value, values + v * 32);
+    const int place = S::kBands ? v / 2 * kSlotBytes + (v % 2 ? odd : 0) : v * 32;
+    load_matrices_transposed(value, values + place);
     multiply_add<typename S::Element>(state.out[v], value, weights[0], weights[1]);
   }
 }
@@ -199,15 +207,19 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
                             HopperState<S>& state, const Rows& rows, const TokenRange& range,
                             const TileColumns& columns, const BandTable& bands, int kv_head,
                             int v_columns, int lane, int warp) {
-  const int group = warp / 4;
+  const int group = uniform(warp / 4);
   const int first = warp % 4 * 16;  // of the warp's tokens in a tile
   const int row = first * shared.row_bytes;
   const int k_place = row + lane % 16 * shared.row_bytes + columns.k_offset() * 2 + lane / 16 * 16;
-  // Values are columns of the tile, or rows of the warp's own.
-  const int value_row = S::kBands ? S::kValueRowBytes : shared.row_bytes;
-  const int own_values = shared.values + warp * 16 * S::kValueRowBytes;
-  const int v_place = (S::kBands ? own_values : row + columns.v_offset(0) * 2) +
-                      (lane / 16 * 8 + lane % 8) * value_row + lane / 8 % 2 * 16;
+  // Values are columns of the tile, or in the warpgroup's slots.
+  const int slots = shared.slots + group * p.most_blocks * kSlotBytes;
+  const int value = lane / 16 * 8 + lane % 8;
+  const int value_word = lane / 8 % 2;
+  const int v_place =
+      S::kBands
+          ? slots + bands.first_value_slot() * kSlotBytes + slot_word(first + value, value_word)
+          : row + columns.v_offset(0) * 2 + value * shared.row_bytes + value_word * 16;
+  const int v_odd = slot_word(first + value, value_word + 2) - slot_word(first + value, value_word);
   const float4* rotation =
       reinterpret_cast<const float4*>(memory + shared.rotation) + warp % 4 * 32 + lane;
   const float2* bias = reinterpret_cast<const float2*>(memory + shared.bias) + lane % 4;
@@ -215,8 +227,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
   const SwizzledOperand factor = swizzled_operand(memory + shared.factor);
   const int k_chunks = (p.k_width + 63) / 64;
   const BandBlock* blocks = reinterpret_cast<const BandBlock*>(memory + shared.blocks);
-  const int k_blocks = S::kBands ? bands.k_blocks() : 0;
-  const int all_blocks = S::kBands ? bands.all_blocks() : 0;
+  const int k_blocks = S::kBands ? uniform(bands.k_blocks()) : 0;
   const int v_tiles = v_columns / 16;
   const float offset = static_cast<float>(first + lane / 4 - 32);
   const float cap = p.soft_cap * kLog2E;
@@ -243,18 +254,13 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
     }
     barrier_wait(barriers.full + place.stage, place.parity);
     if (S::kBands) {
-      CodedTile tile;
-      tile.values = own_values + lane / 4 * S::kValueRowBytes + lane % 4 * 4;
       const int start = shared.ring + place.stage * shared.stage_bytes;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int token = first + lane / 4 + 8 * i;
-        tile.codes[i] = start + token * shared.row_bytes;
-        tile.scales[i] = start + shared.scales + token * p.token_scales;
-        keep(tile.codes[i]);
-        keep(tile.scales[i]);
-      }
-      reconstruct_coded<S>(keys, memory, tile, blocks, k_blocks, all_blocks, factor, lane % 4);
+      const int token = first + lane % 16;
+      const CodedTile tile = {start + token * shared.row_bytes,
+                              start + shared.scales + token * p.token_scales,
+                              slots + slot_word(token, lane / 16 * 2), lane / 16};
+      reconstruct_coded<S>(keys, memory, tile, blocks, k_blocks, narrow_operand(memory + slots),
+                           narrow_operand(memory + shared.factor), 2 + group);
     } else {
       reconstruct_keys<S>(keys, stage + k_place, factor, k_chunks);
     }
@@ -265,10 +271,9 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
         for (int i = 0; i < 4; ++i) keys[4 * n + i] += i % 2 ? bias[n * 4].y : bias[n * 4].x;
       }
     }
-    rotate_keys<S>(keys, rotation);
     float logits[S::kColumnTiles][2];
     const uint4* queries = reinterpret_cast<const uint4*>(stage + shared.query) + lane;
-    score_keys<S>(logits, keys, queries, offset);
+    score_keys<S>(logits, keys, rotation, queries, offset);
     if (!S::kLean) {
 #pragma unroll
       for (int c = 0; c < S::kColumnTiles; ++c) {
@@ -285,7 +290,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
     }
     uint32_t weights[2];
     weigh<S>(state, logits, weights, p);
-    add_values<S>(state, (S::kBands ? memory : stage) + v_place, weights, v_tiles);
+    add_values<S>(state, (S::kBands ? memory : stage) + v_place, v_odd, weights, v_tiles);
     warp_sync();
     if (lane == 0) barrier_arrive(barriers.empty + place.stage);
     place.advance(2, p.kernel.stages);

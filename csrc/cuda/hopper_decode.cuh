@@ -28,7 +28,7 @@ RECALKV_DEVICE void prepare_block(const DecodeParams& p, const HopperLayout<S>& 
   int32_t* sources = reinterpret_cast<int32_t*>(memory + shared.columns);
   for (int i = thread; i < columns.chunks(); i += kHopperThreads) sources[i] = columns.source(1, i);
   BandBlock* blocks = reinterpret_cast<BandBlock*>(memory + shared.blocks);
-  for (int i = thread; S::kBands && i < bands.all_blocks(); i += kHopperThreads) {
+  for (int i = thread; S::kBands && i < bands.all_blocks() + 2; i += kHopperThreads) {
     blocks[i] = bands.blocks()[i];
   }
   float* bias = reinterpret_cast<float*>(memory + shared.bias);
@@ -48,7 +48,7 @@ RECALKV_DEVICE void consumer_sync() { team_sync(1, kConsumerThreads); }
 template <typename S>
 RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& shared,
                                 unsigned char* memory, HopperState<S>& state, const Rows& rows,
-                                int kv_head, int v_block, int v_columns) {
+                                const BandTable& bands, int kv_head, int v_block, int v_columns) {
   const int lane = thread_index() % 32;
   const int warp = thread_index() / 32;
   float2* maxima = reinterpret_cast<float2*>(memory + shared.maxima);  // (maximum, sum), by warp
@@ -110,8 +110,8 @@ RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& sh
     const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
     float* out = p.out + to * p.v_width + v_block * (16 * S::kVTiles);
     for (int v = lane; v < v_columns; v += 32) {
-      const int place = S::kBands ? value_place(v) : v;
-      out[v] = sums[row * S::kOutStride + place] * inverse;
+      const int column = S::kBands ? value_column(bands, v) : v;
+      out[column] = sums[row * S::kOutStride + v] * inverse;
     }
     if (lane == 0 && v_block == 0) {
       p.lse[to] = total > 0.0f ? (highest + log2_fast(total)) / kLog2E : kMinusInfinity;
@@ -150,7 +150,9 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
   if (warp >= kConsumerWarps) {
     shrink_registers<kProducerRegisters>();
     if (warp == kConsumerWarps) {
-      produce_latents<S>(p, shared, memory, barriers, rows, range, columns, kv_head, lane);
+      // With bands, the order of a factor's columns depends on the block's part of the V span.
+      const int factor = S::kBands ? kv_head * v_blocks + v_block : kv_head;
+      produce_latents<S>(p, shared, memory, barriers, rows, range, columns, factor, lane);
     } else if (warp == kConsumerWarps + 1) {
       produce_queries<S>(p, shared, memory, barriers, rows, range, kv_head, lane);
     }
@@ -159,7 +161,7 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
     HopperState<S> state(p, rows, lane);
     consume<S>(p, shared, memory, barriers, state, rows, range, columns, bands, kv_head, v_columns,
                lane, warp);
-    merge_warps<S>(p, shared, memory, state, rows, kv_head, v_block, v_columns);
+    merge_warps<S>(p, shared, memory, state, rows, bands, kv_head, v_block, v_columns);
   }
 #endif
 }

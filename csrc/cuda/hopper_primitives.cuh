@@ -20,6 +20,10 @@
 namespace recalkv {
 
 RECALKV_DEVICE void warp_sync() { __syncwarp(); }
+
+// A value that all lanes have, told to the compiler: it may use the registers that a warp shares.
+RECALKV_DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 RECALKV_DEVICE bool warp_any(bool value) { return __any_sync(0xffffffffu, value); }
 
 // 1 as an element, and the bits of an element's mantissa.
@@ -113,6 +117,24 @@ RECALKV_DEVICE void product_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
+// Descriptor of an operand that lies in shared memory as rows of 32 elements, 64 bytes, with
+// 64-byte swizzle: 16-byte word i of row n is at i ^ n / 2 % 4. Aligned to 512 bytes. Its lower
+// half.
+struct NarrowOperand {
+  uint32_t low;
+  RECALKV_DEVICE NarrowOperand at(int bytes) const { return {low + bytes / 16}; }
+};
+
+RECALKV_DEVICE NarrowOperand narrow_operand(const void* rows) {
+  return {(shared_address(rows) & 0x3ffff) >> 4 | 1u << 16};
+}
+
+// Its upper half: from 8 rows to the next 8 there are 512 bytes; 64-byte swizzle.
+#define RECALKV_NARROW_HIGH "0x80000020"
+
+// What this thread has written to shared memory is there for products of a barrier's other side.
+RECALKV_DEVICE void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 #define RECALKV_ACC4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define RECALKV_ACC16(i) \
   RECALKV_ACC4(i), RECALKV_ACC4(i + 4), RECALKV_ACC4(i + 8), RECALKV_ACC4(i + 12)
@@ -158,6 +180,23 @@ RECALKV_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
     return result;                                                   \
   }
 
+template <typename Element>
+RECALKV_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c);
+
+template <>
+RECALKV_DEVICE uint32_t multiply_add_pairs<BFloat16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
+template <>
+RECALKV_DEVICE uint32_t multiply_add_pairs<Float16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
 RECALKV_PAIRS(BFloat16, add_pairs, "add.rn.bf16x2")
 RECALKV_PAIRS(BFloat16, multiply_pairs, "mul.rn.bf16x2")
 RECALKV_PAIRS(Float16, add_pairs, "add.rn.f16x2")
@@ -170,8 +209,11 @@ RECALKV_DEVICE uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
   return result;
 }
 
-// A value that is to be kept in a register rather than computed again.
-RECALKV_DEVICE void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+// Bytes `kFirst` and `kFirst + 1` of a word, as halves.
+template <int kFirst>
+RECALKV_DEVICE uint32_t spread_bytes(uint32_t word) {
+  return __byte_perm(word, 0, 0x4040 | kFirst | (kFirst + 1) << 8);
+}
 
 // Byte `i` of a word as a float, plus `kByteOffset`.
 constexpr float kByteOffset = 32768.0f;
@@ -206,6 +248,28 @@ RECALKV_DEVICE uint32_t scale_of_byte(uint32_t byte) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low),             \
                    "r"(static_cast<int>(add)));                                        \
   }
+
+// The same with both operands in shared memory, `a` as 64 rows.
+#define RECALKV_SHARED_PRODUCT(ELEMENT, TYPE, COLUMNS, COUNT, A, B, ADD)                      \
+  RECALKV_DEVICE void product(ELEMENT, float (&sum)[COUNT], NarrowOperand a, NarrowOperand b, \
+                              bool add) {                                                     \
+    asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" ADD                \
+                 ", 0;\n"                                                                     \
+                 "mov.b64 a, {%" A ", " RECALKV_NARROW_HIGH "};\nmov.b64 b, {%" B             \
+                 ", " RECALKV_NARROW_HIGH                                                     \
+                 "};\n"                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE        \
+                 " {" RECALKV_LIST##COUNT "}, a, b, add, 1, 1, 0, 0;\n}"                      \
+                 : RECALKV_ACC##COUNT                                                         \
+                 : "r"(a.low), "r"(b.low), "r"(static_cast<int>(add)));                       \
+  }
+
+RECALKV_SHARED_PRODUCT(BFloat16, "bf16", 64, 32, "32", "33", "34")
+RECALKV_SHARED_PRODUCT(BFloat16, "bf16", 96, 48, "48", "49", "50")
+RECALKV_SHARED_PRODUCT(BFloat16, "bf16", 128, 64, "64", "65", "66")
+RECALKV_SHARED_PRODUCT(Float16, "f16", 64, 32, "32", "33", "34")
+RECALKV_SHARED_PRODUCT(Float16, "f16", 96, 48, "48", "49", "50")
+RECALKV_SHARED_PRODUCT(Float16, "f16", 128, 64, "64", "65", "66")
 
 RECALKV_PRODUCT(BFloat16, "bf16", 64, 32, "32", "33", "34", "35", "36", "37")
 RECALKV_PRODUCT(BFloat16, "bf16", 96, 48, "48", "49", "50", "51", "52", "53")

@@ -46,30 +46,33 @@ struct PageWalk {
   }
 };
 
-// Start the copies of 16-byte chunks of 64 rows into `to`; `from` has the lane's first row of every
-// 16. Bit i of `live`: whether row 4i + lane/8 is copied, else zeroed; `kWhole`: all are. Lanes
-// copy `kLines` times 8 chunks at a time, which lie one after the other.
-template <bool kWhole, int kLines>
+// Start the copies of 16-byte chunks of 64 rows into `to`; `from` has the first row of every 16. A
+// row has `kLanes` lanes. Bit i of `live`: whether row 4i + lane/8 is copied, else zeroed;
+// `kWhole`: all are. Lanes copy `kLines` times `kLanes` chunks at a time, which lie one after the
+// other.
+template <bool kWhole, int kLanes, int kLines>
 RECALKV_DEVICE void copy_rows(const DecodeParams& p, unsigned char* to, int row_bytes,
                               const int32_t* sources, int chunks, const char* const (&from)[4],
                               uint32_t live, int lane) {
-  const int64_t step = 8 * p.cache_slot_stride;  // bytes of 4 slots
+  constexpr int kRows = 32 / kLanes;  // at once
+  const int row = lane / kLanes;
+  const int64_t step = 2 * kRows * p.cache_slot_stride;
 #pragma unroll 1
-  for (int chunk = lane % 8; chunk < chunks; chunk += 8 * kLines) {
-    const int64_t source = 2 * sources[chunk];
-    unsigned char* place = to + chunk * 16;
+  for (int chunk = lane % kLanes; chunk < chunks; chunk += kLanes * kLines) {
+    const int64_t source = 2 * (sources[chunk] + row * p.cache_slot_stride);
+    unsigned char* place = to + row * row_bytes + chunk * 16;
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
-      const char* row = from[quarter] + source;
+      const char* slot = from[quarter] + source;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 16 / kRows; ++i) {
 #pragma unroll
         for (int line = 0; line < kLines; ++line) {
-          copy_async(place + line * 128, row + line * 128,
+          copy_async(place + line * 16 * kLanes, slot + line * 16 * kLanes,
                      kWhole || (live >> (4 * quarter + i) & 1));
         }
-        place += 4 * row_bytes;
-        row += step;
+        place += kRows * row_bytes;
+        slot += step;
       }
     }
   }
@@ -83,24 +86,26 @@ RECALKV_DEVICE void copy_latents(const DecodeParams& p, const HopperLayout<S>& s
                                  bool pairs_of_lines, const TokenRange& range, int position,
                                  const PageWalk& pages, int lane) {
   const int64_t quarter = pages.page * p.cache_block_stride + pages.slot * p.cache_slot_stride;
-  const int row = lane / 8;
-  const char* first_row = reinterpret_cast<const char*>(p.kv_cache + row * p.cache_slot_stride);
   const char* from[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) from[i] = first_row + shuffle(2 * quarter, i);
-  to += row * shared.row_bytes;
+  for (int i = 0; i < 4; ++i) {
+    from[i] = reinterpret_cast<const char*>(p.kv_cache) + shuffle(2 * quarter, i);
+  }
   if (range.first <= position && position + 64 <= range.end) {
-    if (pairs_of_lines) {
-      copy_rows<true, 2>(p, to, shared.row_bytes, sources, chunks, from, 0, lane);
+    if (S::kBands && chunks <= 4) {
+      copy_rows<true, 4, 1>(p, to, shared.row_bytes, sources, chunks, from, 0, lane);
+    } else if (pairs_of_lines) {
+      copy_rows<true, 8, 2>(p, to, shared.row_bytes, sources, chunks, from, 0, lane);
     } else {
-      copy_rows<true, 1>(p, to, shared.row_bytes, sources, chunks, from, 0, lane);
+      copy_rows<true, 8, 1>(p, to, shared.row_bytes, sources, chunks, from, 0, lane);
     }
   } else {
+    const int row = lane / 8;
     const int dead = (range.first - position - row + 3) >> 2;
     const int end = (range.end - position - row + 3) >> 2;
     const uint32_t after = dead > 0 ? ~0u << dead : ~0u;
     const uint32_t live = end < 16 ? after & ~(~0u << end) : after;
-    copy_rows<false, 1>(p, to, shared.row_bytes, sources, chunks, from, live, lane);
+    copy_rows<false, 8, 1>(p, to, shared.row_bytes, sources, chunks, from, live, lane);
   }
 }
 
@@ -220,14 +225,14 @@ template <typename S>
 RECALKV_DEVICE void produce_latents(const DecodeParams& p, const HopperLayout<S>& shared,
                                     unsigned char* memory, const HopperBarriers& barriers,
                                     const Rows& rows, const TokenRange& range,
-                                    const TileColumns& columns, int kv_head, int lane) {
+                                    const TileColumns& columns, int factor_index, int lane) {
   if (lane == 0) {
     // One head's factor, as it lies in shared memory, and the rotations of the fast pairs.
-    const int factor_bytes = shared.rotation - shared.factor;
+    const int factor_bytes = shared.factor_bytes;
     const int rotation_bytes = S::kFastTiles * 2048;
     const char* factor = static_cast<const char*>(p.k_factor);
     barrier_expect(barriers.factor, factor_bytes + rotation_bytes);
-    copy_bulk(memory + shared.factor, factor + static_cast<int64_t>(kv_head) * factor_bytes,
+    copy_bulk(memory + shared.factor, factor + static_cast<int64_t>(factor_index) * factor_bytes,
               factor_bytes, barriers.factor);
     copy_bulk(memory + shared.rotation, p.local_rotation, rotation_bytes, barriers.factor);
   }

@@ -13,10 +13,12 @@ constexpr int kHopperThreads = kConsumerThreads + 128;
 // Registers of a thread; a multiprocessor has 512 for each of 128 threads.
 constexpr int kConsumerRegisters = 216;
 constexpr int kProducerRegisters = 80;
+// A block of 32 columns of a tile's elements, where latents are in bands.
+constexpr int kSlotBytes = 64 * 64;
 
 // kHeadDim is d; kColumnTiles and kVTiles are those of `DecodeParams::kernel`. A lean kernel
-// rotates only the first half of the pairs and knows no key bias, key norm or soft cap. With
-// `kBands`, latents are coded: a row of a tile has codes, and each warp its own values.
+// rotates only the first half of the pairs and knows no key bias, key scales or soft cap. With
+// `kBands`, latents are coded: a row of a tile has codes, and each warpgroup elements of its own.
 template <typename Element_, int kHeadDim_, int kColumnTiles_, int kVTiles_, bool kLean_,
           bool kBands_>
 struct HopperShape {
@@ -34,25 +36,26 @@ struct HopperShape {
   static constexpr int kFastTiles = kLean ? kHeadDim / 16 : kHeadDim / 8;
   static constexpr int kQueryBytes = kHeadDim / 32 * 512;  // of 4 rows
   static constexpr int kOutStride = 16 * kVTiles + 4;
-  static constexpr int kValueRowBytes = 32 * kVTiles + 16;
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128 && kColumnTiles <= 2);
 };
 
 // Byte offsets into a block's shared memory. What the end needs reuses the ring.
 template <typename S>
 struct HopperLayout {
-  int factor, rotation, bias, columns, blocks, values, barriers, ring, row_bytes, query, scales,
-      stage_bytes, maxima, sums, total;
+  int factor, factor_bytes, slots, rotation, bias, columns, blocks, barriers, ring, row_bytes,
+      query, scales, stage_bytes, maxima, sums, total;
 
   RECALKV_BOTH explicit HopperLayout(const DecodeParams& p) {
     const auto& k = p.kernel;
     factor = 0;  // swizzled: aligned to 1024 bytes
-    rotation = factor + (p.k_width + 63) / 64 * S::kHeadDim * 128;
+    factor_bytes =
+        S::kBands ? p.k_width * S::kHeadDim * 2 : (p.k_width + 63) / 64 * S::kHeadDim * 128;
+    slots = factor + factor_bytes;  // swizzled too: aligned to 512 bytes
+    rotation = slots + (S::kBands ? 2 * p.most_blocks * kSlotBytes : 0);
     bias = rotation + S::kFastTiles * 2048;
     columns = bias + (p.k_bias ? S::kHeadDim * 4 : 0);
     blocks = columns + (k.tile_width / 8 * 4 + 15) / 16 * 16;
-    values = blocks + (S::kBands ? p.most_blocks * 16 : 0);
-    barriers = values + (S::kBands ? kConsumerWarps * 16 * S::kValueRowBytes : 0);
+    barriers = blocks + (S::kBands ? (p.most_blocks + 2) * 16 : 0);
     ring = barriers + (2 * k.stages + 1 + 1) / 2 * 16;
     // An odd number of 16-byte words: eight rows start in different banks.
     row_bytes = k.tile_width * 2 + 16;

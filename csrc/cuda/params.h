@@ -20,7 +20,7 @@ struct DecodeParams {
   const float* local_rotation;  // [32, d/2, 2]: of the first positions; Hopper: [d/8, 4, lane, 4]
   const float* slow_rotation;   // Hopper only: [d/2, 4], see `load_queries`
   const int32_t* tile_columns;  // [v_blocks, head_blocks, 2 + heads + chunks], see `TileColumns`
-  const int32_t* band_blocks;   // Hopper only: [v_blocks, h_kv, 4 + 4 most_blocks], or null
+  const int32_t* band_blocks;   // Hopper only: see `BandTable`, or null
   float* out;                   // [splits, tokens, h_q, v_width]
   float* lse;                   // [splits, tokens, h_q]
   int64_t q_token_stride;

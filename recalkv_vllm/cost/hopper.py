@@ -23,8 +23,8 @@ ROWS = 4
 ROW_TILES = 2
 #: Shared memory of a block (CUDA C++ Programming Guide, compute capability 9.0).
 SHARED_BYTES = 227 << 10
-#: Warps that keep values of codes in rows of their own.
-CONSUMER_WARPS = 8
+#: Warpgroups that dequantize codes into slots of their own.
+CONSUMER_GROUPS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class Instructions:
 #: ``python -m recalkv_vllm.benchmarks.hopper_counts`` counts and fits again; a kernel that is not
 #: lean takes more. Each count is within :data:`TOLERANCE`.
 COUNTED = {
-    False: Instructions(36.6, 4.617, 278.7, 15.95, 3.294, 1.480),
-    True: Instructions(207.5, 5.013, 280.2, 22.35, 14.218, 11.892),
+    False: Instructions(24.92, 4.784, 282.9, 14.92, 2.960, 1.599),
+    True: Instructions(349.8, 4.686, 278.0, 22.73, 8.978, 7.496),
 }
 TOLERANCE = 0.15
 
@@ -78,7 +78,7 @@ def hopper_spends(layer: LayerCost, arch: int) -> Spent | None:
         + counted.per_row_tile * row_tiles
         + counted.per_v_tile * v_tiles
         + counted.per_k_column * layer.k_width
-        + counted.per_v_column * (v_width - layer.shared)
+        + counted.per_v_column * (_columns(layer, v_width) - layer.k_width)
     )
     return Spent(
         KERNEL,
@@ -104,13 +104,21 @@ def _row_bytes(layer: LayerCost) -> float:
 
 
 def _shared_bytes(layer: LayerCost, v_width: float, row_tiles: int) -> float:
-    """Of a block per cached token: latents written and read, and values of codes once more; queries
-    written by one warp and read by four; the factor and the rotation, read once for 64 tokens."""
+    """Of a block per cached token: latents written and read, those that are codes once more as
+    elements; queries written by one warp and read by four; the factor and the rotation, read once
+    for 64 tokens."""
     row = _row_bytes(layer)
-    latents = row + (row + 4 * v_width if layer.coded else 2 * (layer.k_width + v_width))
+    latents = row + 2 * (layer.k_width + v_width)
+    if layer.coded:
+        latents += row + 2 * _columns(layer, v_width)
     queries = 16 * row_tiles * layer.head_dim * (1 + 4) / TILE
     factor = 2 * layer.head_dim * layer.k_width / TILE
     return latents + queries + factor + _rotation_bytes(layer) / TILE
+
+
+def _columns(layer: LayerCost, v_width: float) -> float:
+    """That a block of threads reads at most, with so many of the V span."""
+    return layer.k_width + v_width - max(0, layer.shared - (layer.v_width - v_width))
 
 
 def _rotation_bytes(layer: LayerCost) -> int:
@@ -120,8 +128,10 @@ def _rotation_bytes(layer: LayerCost) -> int:
 
 def _fits(layer: LayerCost) -> bool:
     """Whether the factor fits beside two tiles and their queries."""
-    factor = 2 * layer.head_dim * -(-layer.k_width // 64) * 64
+    padded = layer.k_width if layer.coded else -(-layer.k_width // 64) * 64
+    factor = 2 * layer.head_dim * padded
     queries = 16 * compiled_row_tiles(layer) * layer.head_dim
     tiles = 2 * (TILE * (_row_bytes(layer) + 16) + queries)
-    values = CONSUMER_WARPS * 16 * (32 * compiled_v_tiles(layer) + 16) if layer.coded else 0
-    return factor + _rotation_bytes(layer) + tiles + values <= SHARED_BYTES
+    columns = _columns(layer, min(layer.v_width, 16 * compiled_v_tiles(layer)))
+    slots = CONSUMER_GROUPS * 2 * TILE * columns if layer.coded else 0
+    return factor + _rotation_bytes(layer) + tiles + slots <= SHARED_BYTES

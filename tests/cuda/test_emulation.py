@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recalkv_vllm.ops.cuda.hopper_layout import swizzle_factor
+from recalkv_vllm.ops.cuda.hopper_layout import swizzle_rows
 from tests.cuda import emulation
 
 
@@ -26,25 +26,28 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     subprocess.run([compiler, *flags, *includes, source, "-o", path], check=True)
     loaded = ctypes.CDLL(str(path))
     loaded.recalkv_product.restype = ctypes.c_char_p
+    loaded.recalkv_shared_product.restype = ctypes.c_char_p
     return loaded
 
 
 def product(
-    library: ctypes.CDLL, mistake: str, early: bool
+    library: ctypes.CDLL, mistake: str, early: bool, shared: bool = False
 ) -> tuple[str | None, torch.Tensor, torch.Tensor]:
-    """What was found, the product, and the expected one."""
+    """What was found, the product, and the expected one; ``shared``: of slots of shared memory."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(64, 32, generator=generator).bfloat16() for _ in range(2))
-    rows = swizzle_factor(b[None], 64, torch.arange(64))
+    rows = b.contiguous() if shared else swizzle_rows(b, 64)
     sums = torch.full((64, 64), torch.nan)
     addresses = [ctypes.c_void_p(x.data_ptr()) for x in (a.contiguous(), rows, sums)]
-    found = library.recalkv_product(*addresses, mistake.encode(), int(early))
+    multiply = library.recalkv_shared_product if shared else library.recalkv_product
+    found = multiply(*addresses, mistake.encode(), int(early))
     return found.decode() if found else None, sums, a.float() @ b.float().T
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("early", [False, True])
-def test_product_of_a_swizzled_operand(library: ctypes.CDLL, early: bool) -> None:
-    found, sums, expected = product(library, "", early)
+def test_product_of_swizzled_operands(library: ctypes.CDLL, early: bool, shared: bool) -> None:
+    found, sums, expected = product(library, "", early, shared)
     assert found is None
     torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
 
@@ -69,6 +72,20 @@ def test_mistakes_are_errors(library: ctypes.CDLL, mistake: str) -> None:
     found = product(library, mistake, early=False)[0]
     assert found is not None
     assert MISTAKES[mistake] in found
+
+
+SHARED_MISTAKES = {
+    "no fence of shared memory": "an operand that products do not know yet",
+    "no meeting": "an operand that products do not know yet",
+    "a misaligned operand": "a misaligned operand",
+}
+
+
+@pytest.mark.parametrize("mistake", SHARED_MISTAKES)
+def test_mistakes_with_slots_are_errors(library: ctypes.CDLL, mistake: str) -> None:
+    found = product(library, mistake, early=False, shared=True)[0]
+    assert found is not None
+    assert SHARED_MISTAKES[mistake] in found
 
 
 @pytest.mark.parametrize("mistake", ["no wait for the copy", "a wrong parity"])

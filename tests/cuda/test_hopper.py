@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from recalkv_vllm.ops.cuda import extension, hopper
 from recalkv_vllm.ops.cuda.hopper import HopperAttention, HopperPlan
 from recalkv_vllm.ops.cuda.plan import HEAD_DIMS
-from tests.ops.band_cases import BAND_CASES
-from tests.ops.cases import CASES, AttentionCase, AttentionInputs, build, joint, spanned
+from recalkv_vllm.span import Span
+from tests.ops.band_cases import BAND_CASES, banded
+from tests.ops.cases import CASES, MIXED, AttentionCase, AttentionInputs, build, joint, spanned
 from tests.ops.checks import assert_close_to_oracle, assert_matches_oracle, expected_of
 from tests.ops.strategies import attention_cases
 
@@ -22,7 +23,27 @@ Configure = Callable[[int, int], None]
 #: Two tiles of 1,024 columns do not fit a multiprocessor's shared memory.
 TOO_WIDE = "rank-1024"
 SUPPORTED = [case for case in CASES if case.head_dim in HEAD_DIMS and case.name != TOO_WIDE]
+#: Blocks that the kernel takes in another order than columns have.
+UNSORTED = (
+    banded(
+        joint("bands-ascending", (4, 2, 64), 1, 96, batch=MIXED),
+        *[((32, 2), (32, 4), (32, 6))] * 2,
+    ),
+    banded(
+        AttentionCase(
+            "bands-k-after-v",
+            rank=128,
+            num_heads=2,
+            num_kv_heads=1,
+            k_spans=(Span(64, 128),),
+            v_spans=(Span(0, 96),),
+            batch=MIXED,
+        ),
+        ((32, 3), (32, 8), (32, 2), (32, 4)),
+    ),
+)
 BANDS = [c for c in BAND_CASES if c.head_dim in HEAD_DIMS and c.name != "bands-rank-1024"]
+BANDS += UNSORTED
 BF16 = torch.bfloat16
 #: The whole matrix in float16 is for the long run; slow pairs are tried in both.
 DTYPES = [BF16, pytest.param(torch.float16, marks=pytest.mark.slow)]
@@ -63,6 +84,16 @@ def test_matrix(case: AttentionCase, dtype: torch.dtype, configure: Configure) -
 @pytest.mark.parametrize("case", BANDS, ids=str)
 def test_bands(case: AttentionCase, dtype: torch.dtype, configure: Configure) -> None:
     check(case, dtype)
+
+
+def test_nan_of_a_model_reaches_the_output(configure: Configure) -> None:
+    """A scale that is no number must not become a plausible one."""
+    inputs = build(next(case for case in BANDS if case.name == "bands-4"), BF16, DEVICE)
+    _, scales = inputs.layer.latent_format.split_cache(inputs.kv_cache)
+    scales[inputs.batch.block_table[-1, 0], 0, 0] = 0xFF
+    o_lat = run(inputs)[1][0]
+    assert o_lat[-1, :2].isnan().all()
+    assert not o_lat[-1, 2:].isnan().any()
 
 
 @pytest.mark.parametrize("case", [*SUPPORTED, *BANDS], ids=str)

@@ -80,7 +80,11 @@ def allocate_few(
     picked, time_price = found
     shapes = [candidates.shape(i, way) for i, way in enumerate(picked)]
     if len(set(shapes)) <= most:
-        return Allocation(shapes, _loss(layers, picked))
+        # With prices alone, part of a budget may be left.
+        own = list(dict.fromkeys(shapes))
+        ways = candidates.at(own)
+        improved = _improved(ways, [own.index(shape) for shape in shapes], budget, most_time)
+        return Allocation([own[i] for i in improved], _loss(ways, improved))
     pool = dict.fromkeys(shapes)
     for part, factor in itertools.product(PARTS, TIME_FACTORS if time_price else (1.0,)):
         other = least_priced(layers, int(part * budget), factor * time_price)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from recalkv_vllm.band_format import BandFormat
+from recalkv_vllm.band_format import BLOCK_COLUMNS, BandFormat
 from recalkv_vllm.cost import GPUS
 from recalkv_vllm.cost.gpu import fastest_kernel
 from recalkv_vllm.cost.hopper import KERNEL
@@ -108,13 +108,14 @@ def hopper_shared_bytes(
 ) -> int:
     """Shared memory of a block; mirrors ``HopperLayout`` in ``hopper_shape.cuh``."""
     dim, columns = layer.head_dim, 4 * column_tiles
-    fixed = -(-layer.k_width // SWIZZLED_COLUMNS) * dim * 128
+    padded = layer.k_width if bands else -(-layer.k_width // SWIZZLED_COLUMNS) * SWIZZLED_COLUMNS
+    fixed = padded * dim * 2
     fixed += dim // (16 if lean else 8) * 2048
     fixed += dim * 4 * layer.key_bias
     fixed += -(-width // 32) * 16 + (stages + 1) * 16
     stage = TILE * (width * 2 + 16) + column_tiles * dim // 32 * 512
     if bands is not None:
-        fixed += bands.most_blocks * 16 + CONSUMER_WARPS * 16 * (32 * v_tiles + 16)
+        fixed += 2 * bands.most_blocks * TILE * BLOCK_COLUMNS * 2 + (bands.most_blocks + 2) * 16
         stage += TILE * bands.token_scales
     merge = CONSUMER_WARPS * columns * 8 + columns * (16 * v_tiles + 4) * 4
     return fixed + max(stages * stage, merge)
@@ -140,12 +141,14 @@ class HopperAttention(DecodeAttention):
         return fastest_kernel(cost, GPUS["h100"]) == KERNEL
 
     def prepare(self, layer: LatentLayer, shape: LayerShape) -> dict[int, Plan | None]:
-        self.packed = packed = pack_hopper_layer(small_keys(layer), scaled=layer.key_scales > 0)
-        self.bands = self.band_blocks = None
+        self.bands = self.band_blocks = k_orders = None
         if isinstance(layer.latent_format, BandFormat):
             self.bands = bands = band_tables(shape, layer.latent_format, value_tiles(shape))
             self.band_blocks = bands.band_blocks().to(self.device)
             self.code_bytes = layer.latent_format.code_bytes
+            k_orders = bands.k_orders
+        scaled = layer.key_scales > 0
+        self.packed = packed = pack_hopper_layer(small_keys(layer), scaled, k_orders)
         return {
             tiles: hopper_plan(shape, self.limits, tiles, packed.lean, self.bands)
             for tiles in HOPPER_COLUMN_TILES

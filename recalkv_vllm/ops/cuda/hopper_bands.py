@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import torch
 
@@ -16,20 +18,57 @@ from recalkv_vllm.span import Span
 CHUNK = 16
 
 
+class Slots(NamedTuple):
+    """Blocks of 32 columns in the order in which a block of threads has them in shared memory.
+
+    Args:
+        keys: those of the K span, by their numbers: those that are no values first.
+        others: the other ones of its part of the V span.
+        first_value: the slot of the first that is a value; all after it are.
+    """
+
+    keys: tuple[int, ...]
+    others: tuple[int, ...]
+    first_value: int
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        return (*self.keys, *self.others)[self.first_value :]
+
+
+class Place(NamedTuple):
+    """Where a block's codes are in a token's: first byte and size of its part of each plane."""
+
+    bits: int
+    parts: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class BandTables:
     """What every block of threads reads, by V block and KV head.
 
     Args:
         sources: chunks of 16 bytes of a token's codes, by their numbers.
-        blocks: :func:`block_row` of each.
-        token_scales: scales of a token in the cache.
+        slots: blocks of columns.
+        places: where every block's codes are.
+        k_starts: the first block of each head's K span.
+        v_starts: that of the V span, by V block and KV head.
     """
 
     sources: tuple[tuple[int, ...], ...]
-    blocks: tuple[tuple[int, ...], ...]
-    num_heads: int
-    token_scales: int
+    slots: tuple[Slots, ...]
+    places: tuple[Place, ...]
+    k_starts: tuple[int, ...]
+    v_starts: tuple[int, ...]
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.k_starts)
+
+    @property
+    def token_scales(self) -> int:
+        """Of a token in the cache."""
+        return len(self.places)
 
     @property
     def tile_width(self) -> int:
@@ -39,7 +78,20 @@ class BandTables:
     @property
     def most_blocks(self) -> int:
         """Blocks of 32 columns that a block of threads reads at most."""
-        return max(len(row) for row in self.blocks) // 4 - 1
+        return max(len(slots.keys) + len(slots.others) for slots in self.slots)
+
+    @property
+    def k_orders(self) -> torch.Tensor:
+        """``[h_kv, v_blocks, k_width / 32]``: blocks of the K span, counted from its first."""
+        heads = range(self.num_heads)
+        orders = [
+            [
+                [number - self.k_starts[head] for number in slots.keys]
+                for slots in self.slots[head :: self.num_heads]
+            ]
+            for head in heads
+        ]
+        return torch.tensor(orders)
 
     def tile_columns(self) -> torch.Tensor:
         """As :func:`~.layout.tile_columns`, of chunks of codes."""
@@ -52,32 +104,60 @@ class BandTables:
         return table.view(-1, self.num_heads, table.shape[1])
 
     def band_blocks(self) -> torch.Tensor:
-        """``[v_blocks, h_kv, 4 + 4 most_blocks]`` int32."""
-        width = 4 + 4 * self.most_blocks
-        rows = [[*row, *[0] * (width - len(row))] for row in self.blocks]
+        """``[v_blocks, h_kv, 12 + 5 most_blocks]`` int32, rows padded to multiples of 16 bytes.
+
+        Numbers of K's blocks and of all, the first value's slot and a zero; four numbers a block,
+        and zeros after K's and after the others: its bits, where its planes are in a row of the
+        tile, its scale's number; then of each slot of values its block, counted from the V span's
+        first.
+        """
+        most = self.most_blocks
+        width = -(-(12 + 5 * most) // 4) * 4
+        rows = []
+        for slots, chunks, v_start in zip(self.slots, self.sources, self.v_starts, strict=True):
+            row = [len(slots.keys), len(slots.keys) + len(slots.others), slots.first_value, 0]
+            for numbers in (slots.keys, slots.others):
+                for number in numbers:
+                    bits, parts = self.places[number]
+                    offsets = [chunks.index(at // CHUNK) * CHUNK + at % CHUNK for at, _ in parts]
+                    row += [bits, offsets[0], offsets[-1], number]
+                row += [0] * 4
+            row += [0] * (4 * most + 12 - len(row))
+            row += [number - v_start for number in slots.values]
+            rows.append([*row, *[0] * (width - len(row))])
         return torch.tensor(rows, dtype=torch.int32).view(-1, self.num_heads, width)
 
 
 def band_tables(layer: LayerShape, bands: BandFormat, v_tiles: int) -> BandTables:
     """Tables of a layer, for blocks of threads that own ``16 · v_tiles`` V columns."""
     places = plane_places(bands)
-    sources, blocks = [], []
-    heads = range(len(layer.k_spans))
-    for part, head in product(v_blocks(layer, v_tiles), heads):
+    sources, slots, v_starts = [], [], []
+    for part, head in product(v_blocks(layer, v_tiles), range(len(layer.k_spans))):
         start = layer.v_spans[head].start
         v_span = Span(start + part.start, start + part.end)
-        wanted = sorted({*block_numbers(layer.k_spans[head]), *block_numbers(v_span)})
-        chunks = sorted(
-            {
-                byte // CHUNK
-                for number in wanted
-                for first, size in places[number][1]
-                for byte in range(first, first + size, 4)
-            }
-        )
-        sources.append(tuple(chunks))
-        blocks.append(block_row(layer.k_spans[head], v_span, wanted, places, chunks))
-    return BandTables(tuple(sources), tuple(blocks), len(heads), bands.num_blocks)
+        own = slots_of(layer.k_spans[head], v_span, places)
+        chunks = {
+            byte // CHUNK
+            for number in (*own.keys, *own.others)
+            for first, size in places[number].parts
+            for byte in range(first, first + size, 4)
+        }
+        sources.append(tuple(sorted(chunks)))
+        slots.append(own)
+        v_starts.append(v_span.start // BLOCK_COLUMNS)
+    k_starts = tuple(span.start // BLOCK_COLUMNS for span in layer.k_spans)
+    return BandTables(tuple(sources), tuple(slots), places, k_starts, tuple(v_starts))
+
+
+def slots_of(k_span: Span, v_span: Span, places: Sequence[Place]) -> Slots:
+    """Blocks of two spans; of each kind those with most bits first, as the kernel asks for them."""
+    keys, values = set(block_numbers(k_span)), set(block_numbers(v_span))
+
+    def order(numbers: set[int]) -> tuple[int, ...]:
+        return tuple(sorted(numbers, key=lambda number: (-places[number].bits, number)))
+
+    no_values = order(keys - values)
+    return Slots((*no_values, *order(keys & values)), order(values - keys), len(no_values))
 
 
 def block_numbers(span: Span) -> range:
@@ -85,8 +165,8 @@ def block_numbers(span: Span) -> range:
     return range(span.start // BLOCK_COLUMNS, span.end // BLOCK_COLUMNS)
 
 
-def plane_places(bands: BandFormat) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Of every block: its bits, and the first byte and the size of its part of each plane."""
+def plane_places(bands: BandFormat) -> tuple[Place, ...]:
+    """Of every block."""
     places = []
     offset = 0
     for band in bands.bands:
@@ -96,29 +176,6 @@ def plane_places(bands: BandFormat) -> list[tuple[int, list[tuple[int, int]]]]:
                 size = BLOCK_COLUMNS * bits // 8
                 parts.append((plane_start + i * size, size))
                 plane_start += band.columns * bits // 8
-            places.append((band.bits, parts))
+            places.append(Place(band.bits, tuple(parts)))
         offset += band_bytes(band)
-    return places
-
-
-def block_row(
-    k_span: Span,
-    v_span: Span,
-    wanted: list[int],
-    places: list[tuple[int, list[tuple[int, int]]]],
-    chunks: list[int],
-) -> tuple[int, ...]:
-    """Numbers of K's blocks and of all, two zeros, and four numbers a block, K's first.
-
-    A block has its bits, where its planes are in a row of the tile, and its scale's number with, 16
-    bits higher, one more than its number in the V span (0: it is not in it).
-    """
-    of_k, of_v = block_numbers(k_span), block_numbers(v_span)
-    order = [*of_k, *(number for number in wanted if number not in of_k)]
-    row = [len(of_k), len(order), 0, 0]
-    for number in order:
-        bits, parts = places[number]
-        offsets = [chunks.index(first // CHUNK) * CHUNK + first % CHUNK for first, _ in parts]
-        value = number - of_v.start + 1 if number in of_v else 0
-        row += [bits, offsets[0], offsets[-1], number | value << 16]
-    return tuple(row)
+    return tuple(places)

@@ -18,7 +18,7 @@ from recalkv_vllm.ops.cuda.layout import (
 )
 from recalkv_vllm.ops.rotary import pair_order
 
-#: Tokens of a tile, and columns of a row of the factor in shared memory.
+#: Tokens of a tile, and columns of a row of the factor in shared memory, of elements.
 TILE = 64
 SWIZZLED_COLUMNS = 64
 #: A pair is slow if, within a tile, its rotation is linear in the offset but for this much: half of
@@ -30,7 +30,7 @@ class HopperTensors(NamedTuple):
     """The op's tensors from ``k_factor`` on; columns of a head are in pair order.
 
     Args:
-        k_factor: see :func:`swizzle_factor`.
+        k_factor: see :func:`swizzle_rows`, ``[h_kv, ...]``, or for bands ``[h_kv, v_blocks, ...]``.
         k_bias: ``[h_kv, d]`` float32.
         base_rotation: see :func:`~.layout.rotation_tables`.
         local_rotation: see :func:`lane_rotations`.
@@ -54,8 +54,14 @@ class HopperLayer:
     lean: bool
 
 
-def pack_hopper_layer(layer: LatentLayer, scaled: bool) -> HopperLayer:
-    """Pack the constants of a layer without a norm; ``scaled``: its keys have cached scales.
+def pack_hopper_layer(
+    layer: LatentLayer, scaled: bool, k_orders: torch.Tensor | None = None
+) -> HopperLayer:
+    """Pack the constants of a layer without a norm.
+
+    Args:
+        scaled: its keys have cached scales.
+        k_orders: where latents are in bands, :attr:`~.hopper_bands.BandTables.k_orders`.
 
     Raises:
         KernelUnavailableError: the kernel cannot rotate keys as the layer's table does.
@@ -77,13 +83,19 @@ def pack_hopper_layer(layer: LatentLayer, scaled: bool) -> HopperLayer:
     terms[: layer.head_dim // (4 if lean else 2)] = torch.tensor(
         [1.0, 0.0, 1.0, 0.0], device=device
     )
-    k_up = layer.k_up
-    if layer.latent_format is not None:
-        k_up = k_up.unflatten(2, (-1, BLOCK_COLUMNS))[..., operand_order()].flatten(2)
     order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox).to(device)
+    rows = layer.k_up.reshape(-1, layer.head_dim, layer.k_up.shape[2])[:, order]
+    if k_orders is None:
+        factor = swizzle_rows(rows, SWIZZLED_COLUMNS)
+    else:
+        blocks = rows.unflatten(2, (-1, BLOCK_COLUMNS))[..., operand_order()]
+        index = k_orders.to(device)[:, :, None, :, None]
+        index = index.expand(-1, -1, layer.head_dim, -1, BLOCK_COLUMNS)
+        sorted_blocks = blocks[:, None].expand_as(index).gather(3, index)
+        factor = swizzle_rows(sorted_blocks.flatten(3), BLOCK_COLUMNS)
     return HopperLayer(
         tensors=HopperTensors(
-            k_factor=swizzle_factor(k_up, layer.head_dim, order),
+            k_factor=factor,
             k_bias=packed.tensors.k_bias,
             base_rotation=base,
             local_rotation=lane_rotations(local),
@@ -95,28 +107,25 @@ def pack_hopper_layer(layer: LatentLayer, scaled: bool) -> HopperLayer:
     )
 
 
-def swizzle_factor(k_up: torch.Tensor, head_dim: int, order: torch.Tensor) -> torch.Tensor:
-    """``[h_kv, ceil(k_width / 64), d, 64]``: rows of 128 bytes as ``wgmma`` reads them.
+def swizzle_rows(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """``[..., ceil(width / columns), n, columns]`` of ``[..., n, width]``, as ``wgmma`` reads them.
 
-    Of row ``n``, the 16 bytes that are ``i``-th lie at ``i ^ n % 8``. Columns past the width are
-    zeros.
+    Rows have 128 or 64 bytes. Of row ``n``, the 16 bytes that are ``i``-th lie at ``i ^ n % 8``, or
+    at ``i ^ n // 2 % 4``. Columns past the width are zeros.
     """
-    width = k_up.shape[2]
-    rows = k_up.reshape(-1, head_dim, width)[:, order.to(k_up.device)]
-    rows = torch.nn.functional.pad(rows, (0, -width % SWIZZLED_COLUMNS))
-    words = rows.reshape(rows.shape[0], head_dim, -1, 8, 8).transpose(1, 2)
-    row, place = torch.arange(head_dim)[:, None] % 8, torch.arange(8)
-    index = (place ^ row).to(k_up.device)[..., None].expand(head_dim, 8, 8)
-    return words.gather(3, index.expand_as(words)).flatten(-2).contiguous()
+    count, width = rows.shape[-2:]
+    rows = torch.nn.functional.pad(rows, (0, -width % columns))
+    words = rows.unflatten(-1, (-1, columns // 8, 8)).transpose(-4, -3)
+    place = torch.arange(columns // 8)
+    row = torch.arange(count)[:, None] * columns // SWIZZLED_COLUMNS % (columns // 8)
+    index = (place ^ row).to(rows.device)[..., None].expand(count, columns // 8, 8)
+    return words.gather(-2, index.expand_as(words)).flatten(-2).contiguous()
 
 
 def operand_order() -> torch.Tensor:
-    """Columns of a block of 32 in the order of the product's inner dimension.
-
-    Pair ``q`` of lane ``t`` is of the columns ``8t + q`` and ``8t + q + 4``: see hopper_bands.cuh.
-    """
-    step, half, member, i = torch.meshgrid(*(torch.arange(n) for n in (2, 2, 4, 2)), indexing="ij")
-    return (8 * member + 2 * step + half + 4 * i).flatten()
+    """Columns of a block of 32 in the order of its slot: pairs 4 apart, see hopper_bands.cuh."""
+    eight, pair, i = torch.meshgrid(*(torch.arange(n) for n in (4, 4, 2)), indexing="ij")
+    return (8 * eight + pair + 4 * i).flatten()
 
 
 def lane_rotations(local: torch.Tensor) -> torch.Tensor:

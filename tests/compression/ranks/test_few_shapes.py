@@ -56,8 +56,13 @@ def test_within_both_budgets_and_little_worse(seed, most_time):
     assert found.loss == pytest.approx(loss)
     least = sum(candidates.layers[i].losses[way] for i, way in enumerate(free))
     assert least <= loss < 1.1 * least
-    # As many shapes as layers cost nothing.
-    assert allocate_few(candidates, budget, most_time, 30).loss == pytest.approx(least)
+    # As many shapes as layers cost nothing, and what is left of a budget is spent.
+    many = allocate_few(candidates, budget, most_time, 30)
+    cost, loss, time = spent(candidates.layers, many.shapes)
+    assert cost <= budget
+    assert time <= most_time
+    assert many.loss == pytest.approx(loss)
+    assert loss <= min(least, found.loss) * (1 + 1e-9)
 
 
 def test_one_shape_for_all():

@@ -49,8 +49,8 @@ inline uint32_t shared_offset(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const char*>(pointer) - base) + kWindow;
 }
 
-// Element (n, k) of a right-hand operand whose rows n hold k: k-major, swizzled by 32, 64 or 128
-// bytes (layout types 3, 2, 1). The swizzle is one of address bits.
+// Element (n, k) of an operand in shared memory whose rows n hold k: k-major, swizzled by 32, 64 or
+// 128 bytes (layout types 3, 2, 1). The swizzle is one of address bits.
 inline uint16_t operand_element(uint64_t descriptor, int n, int k) {
   Machine& machine = Machine::get();
   const uint32_t start = (descriptor & 0x3fff) << 4;
@@ -72,7 +72,12 @@ inline uint16_t operand_element(uint64_t descriptor, int n, int k) {
 template <typename Element>
 void multiply(const Product& product, float (*totals)[128]) {
   float left[16][16];
-  for (int lane = 0; lane < 32; ++lane) {
+  for (int row = 0; row < 16 && !product.in_registers; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      left[row][k] = decode<Element>(operand_element(product.shared_a, product.first_row + row, k));
+    }
+  }
+  for (int lane = 0; lane < 32 && product.in_registers; ++lane) {
     for (int i = 0; i < 8; ++i) {
       const int row = lane / 4 + i / 2 % 2 * 8;
       const int k = lane % 4 * 2 + i % 2 + i / 4 * 8;
@@ -101,7 +106,7 @@ inline float (*totals_of(Warp& warp, float* sum))[128] {
 
 inline void perform(Warp& warp, const Product& product) {
   for (int lane = 0; lane < 32; ++lane) {
-    if (std::memcmp(product.a[lane], product.a_values[lane], 16)) {
+    if (product.in_registers && std::memcmp(product.a[lane], product.a_values[lane], 16)) {
       Machine::get().fail("registers of a product were written before it ended");
     }
   }
@@ -135,7 +140,7 @@ inline void wait_products(Warp& warp, size_t pending) {
       if (last) release(warp, group[i]);
     }
   }
-  if (groups.size() <= 1) warp.fenced = false;
+  if (groups.size() <= 1) warp.fenced = warp.known = false;
 }
 
 template <typename T>
@@ -143,37 +148,46 @@ T* pointer_of(const uint32_t* words) {
   return reinterpret_cast<T*>(words[0] | static_cast<uintptr_t>(words[1]) << 32);
 }
 
+// `a` is a fragment of registers, or null and `shared_a` a descriptor.
 template <typename Element, int kCount>
-void product(float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
+void product(float (&sum)[kCount], const uint32_t* a, uint64_t shared_a, uint64_t b, bool add) {
   const auto to = reinterpret_cast<uintptr_t>(sum);
   const auto from = reinterpret_cast<uintptr_t>(a);
-  const uint32_t in[11] = {static_cast<uint32_t>(to),
-                           static_cast<uint32_t>(to >> 32),
-                           static_cast<uint32_t>(from),
-                           static_cast<uint32_t>(from >> 32),
-                           static_cast<uint32_t>(b),
-                           static_cast<uint32_t>(b >> 32),
-                           add,
-                           a[0],
-                           a[1],
-                           a[2],
-                           a[3]};
-  Machine::get().exchange("wgmma", in, 11, [](Warp& warp) {
+  uint32_t in[13] = {static_cast<uint32_t>(to),
+                     static_cast<uint32_t>(to >> 32),
+                     static_cast<uint32_t>(from),
+                     static_cast<uint32_t>(from >> 32),
+                     static_cast<uint32_t>(shared_a),
+                     static_cast<uint32_t>(shared_a >> 32),
+                     static_cast<uint32_t>(b),
+                     static_cast<uint32_t>(b >> 32),
+                     add};
+  if (a) std::copy(a, a + 4, in + 9);
+  Machine::get().exchange("wgmma", in, 13, [](Warp& warp) {
     Machine& machine = Machine::get();
     if (!warp.fenced) machine.fail("a product without a fence");
     Product product;
     product.columns = 2 * kCount;
     product.multiply = multiply<Element>;
-    product.b = warp.in[0][4] | static_cast<uint64_t>(warp.in[0][5]) << 32;
-    product.add = warp.in[0][6];
+    product.in_registers = pointer_of<const uint32_t>(warp.in[0] + 2) != nullptr;
+    product.shared_a = warp.in[0][4] | static_cast<uint64_t>(warp.in[0][5]) << 32;
+    product.b = warp.in[0][6] | static_cast<uint64_t>(warp.in[0][7]) << 32;
+    product.add = warp.in[0][8];
+    const int index = static_cast<int>(&warp - machine.warps.data());
+    product.first_row = index % 4 * 16;
+    for (int other = index / 4 * 4; other < index / 4 * 4 + 4 && !product.in_registers; ++other) {
+      if (!warp.known || machine.warps[other].times_known < warp.times_known) {
+        machine.fail("an operand that products do not know yet");
+      }
+    }
     for (int lane = 0; lane < 32; ++lane) {
       const uint32_t* words = warp.in[lane];
-      if (!std::equal(words + 4, words + 7, warp.in[0] + 4)) {
+      if (!std::equal(words + 4, words + 9, warp.in[0] + 4)) {
         machine.fail("lanes of a warp with different products");
       }
       product.sum[lane] = pointer_of<float>(words);
       product.a[lane] = pointer_of<const uint32_t>(words + 2);
-      std::copy(words + 7, words + 11, product.a_values[lane]);
+      std::copy(words + 9, words + 13, product.a_values[lane]);
     }
     if (warp.sums.find(product.sum[0]) == warp.sums.end()) {
       warp.sums[product.sum[0]].resize(16 * 128);
@@ -196,6 +210,8 @@ void product(float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b, bool add)
 inline void warp_sync() {
   emulation::Machine::get().exchange("syncwarp", nullptr, 0, [](emulation::Warp&) {});
 }
+
+inline int uniform(int value) { return value; }
 
 inline bool warp_any(bool value) {
   const uint32_t in[1] = {value};
@@ -262,6 +278,25 @@ inline void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) 
   });
 }
 
+struct NarrowOperand {
+  uint64_t descriptor;
+  NarrowOperand at(int bytes) const { return {descriptor + bytes / 16}; }
+};
+
+inline NarrowOperand narrow_operand(const void* rows) {
+  const uint64_t start = emulation::shared_offset(rows);
+  if (start % 512) emulation::Machine::get().fail("a misaligned operand");
+  return {2ull << 62 | (512ull >> 4) << 32 | 1ull << 16 | (start & 0x3ffff) >> 4};
+}
+
+// Until a warp's next wait for products, after which it writes operands anew.
+inline void shared_fence() {
+  emulation::Machine::get().exchange("fence.proxy.async", nullptr, 0, [](emulation::Warp& warp) {
+    warp.known = true;
+    ++warp.times_known;
+  });
+}
+
 struct SwizzledOperand {
   uint64_t descriptor;
   SwizzledOperand at(int bytes) const { return {descriptor + bytes / 16}; }
@@ -317,10 +352,20 @@ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return pack<Element>(left.x * right.x, left.y * right.y);
 }
 
+template <typename Element>
+inline uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  const float2 left = unpack<Element>(a), right = unpack<Element>(b), more = unpack<Element>(c);
+  return pack<Element>(std::fma(left.x, right.x, more.x), std::fma(left.y, right.y, more.y));
+}
+
+template <int kFirst>
+inline uint32_t spread_bytes(uint32_t word) {
+  return (word >> 8 * kFirst & 0xff) | (word >> 8 * (kFirst + 1) & 0xff) << 16;
+}
+
 inline uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
   return (word & mask) | bits;
 }
-inline void keep(uint32_t&) {}
 
 constexpr float kByteOffset = 32768.0f;
 inline float offset_byte(uint32_t word, int i) {
@@ -333,16 +378,18 @@ inline uint32_t scale_of_byte(uint32_t byte) {
   return pack<Element>(scale, scale);
 }
 
-template <int kCount>
-inline void product(BFloat16, float (&sum)[kCount], const uint32_t (&a)[4], SwizzledOperand b,
-                    bool add) {
-  emulation::product<BFloat16>(sum, a, b.descriptor, add);
-}
+#define RECALKV_EMULATED_PRODUCTS(ELEMENT)                                                         \
+  template <int kCount>                                                                            \
+  inline void product(ELEMENT, float (&sum)[kCount], const uint32_t (&a)[4], SwizzledOperand b,    \
+                      bool add) {                                                                  \
+    emulation::product<ELEMENT>(sum, a, 0, b.descriptor, add);                                     \
+  }                                                                                                \
+  template <int kCount>                                                                            \
+  inline void product(ELEMENT, float (&sum)[kCount], NarrowOperand a, NarrowOperand b, bool add) { \
+    emulation::product<ELEMENT>(sum, nullptr, a.descriptor, b.descriptor, add);                    \
+  }
 
-template <int kCount>
-inline void product(Float16, float (&sum)[kCount], const uint32_t (&a)[4], SwizzledOperand b,
-                    bool add) {
-  emulation::product<Float16>(sum, a, b.descriptor, add);
-}
+RECALKV_EMULATED_PRODUCTS(BFloat16)
+RECALKV_EMULATED_PRODUCTS(Float16)
 
 }  // namespace recalkv

@@ -68,6 +68,9 @@ struct Product {
   const uint32_t* a[32];
   uint32_t a_values[32][4];
   int columns;
+  bool in_registers;  // the left-hand operand; else `shared_a` describes it
+  uint64_t shared_a;
+  int first_row;  // of the warp
   uint64_t b;
   bool add;
   void (*multiply)(const Product&, float (*totals)[128]);
@@ -83,6 +86,8 @@ struct Warp {
   std::map<float*, std::vector<float>> sums;   // by lane 0's registers: [16][128] in flight
   std::vector<uint64_t> operands;              // of all products so far
   bool fenced = false;
+  bool known = false;  // to products: what the warp has written to shared memory
+  int times_known = 0;
 };
 
 // What another engine than the threads does: at once, or when nothing else can go on.

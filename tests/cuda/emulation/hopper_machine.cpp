@@ -57,6 +57,31 @@ void product_kernel(const Call call) {
   }
 }
 
+// The same with both operands in slots of shared memory, `b` as [64, 32], that its warps write.
+void shared_product_kernel(const Call call) {
+  unsigned char* memory = shared_memory();
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  for (int i = lane; i < 16 * 32; i += 32) {
+    const int row = warp * 16 + i / 32, column = i % 32;
+    const int place = row * 32 + (column / 8 ^ row / 2 % 4) * 8 + column % 8;
+    reinterpret_cast<uint16_t*>(memory)[place] = call.a[row * 32 + column];
+    reinterpret_cast<uint16_t*>(memory + 4096)[place] = call.b[row * 32 + column];
+  }
+  if (!call.makes("no fence of shared memory")) shared_fence();
+  if (!call.makes("no meeting")) team_sync(1, 128);
+  const NarrowOperand a = narrow_operand(memory);
+  const NarrowOperand b = narrow_operand(memory + (call.makes("a misaligned operand") ? 16 : 4096));
+  float sum[32];
+  product_fence();
+  for (int k = 0; k < 2; ++k) product(BFloat16{}, sum, a.at(k * 32), b.at(k * 32), k > 0);
+  product_commit();
+  product_wait<0>(sum);
+  for (int i = 0; i < 32; ++i) {
+    const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8;
+    call.sum[row * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sum[i];
+  }
+}
+
 }  // namespace
 }  // namespace recalkv
 
@@ -66,4 +91,11 @@ extern "C" const char* recalkv_product(const uint16_t* a, const uint16_t* b, flo
   recalkv::emulation::Machine::get().early_copies = early != 0;
   const recalkv::Call call = {a, b, sum, mistake};
   return recalkv::launch(recalkv::product_kernel, 1, 1, 128, 8192 + 16, nullptr, call);
+}
+
+extern "C" const char* recalkv_shared_product(const uint16_t* a, const uint16_t* b, float* sum,
+                                              const char* mistake, int early) {
+  recalkv::emulation::Machine::get().early_copies = early != 0;
+  const recalkv::Call call = {a, b, sum, mistake};
+  return recalkv::launch(recalkv::shared_product_kernel, 1, 1, 128, 8192, nullptr, call);
 }
