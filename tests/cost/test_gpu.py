@@ -125,7 +125,7 @@ def test_layers_that_fit_are_those_that_have_a_plan(
         shared=min(k_width, v_width),
         token_bytes=token_bytes(bands, rank, 2),
     )
-    shape = LayerShape(head_dim, 1, (Span(0, k_width),), (Span(0, v_width),), False, False)
+    shape = LayerShape(head_dim, 1, (Span(0, k_width),), (Span(0, v_width),), False)
     tables = band_tables(shape, bands, value_tiles(shape)) if bands else None
     planned = hopper_plan(shape, Limits(132, SHARED_BYTES, 228 << 10), 1, True, tables)
     assert (hopper_spends(layer, 90) is not None) == (planned is not None)
