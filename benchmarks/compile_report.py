@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 
 from recalkv_vllm.band_format import BLOCK_COLUMNS, Band, BandFormat, CacheFormat, bands_of
 from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.key_scales import write_key_scales
 from recalkv_vllm.kernels.reconstruction import reconstruct_tokens
 from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.latent_format import BITS, LatentFormat
@@ -211,7 +212,7 @@ def compile_row(case: Case, mode: str, arch: int, launch: Launch) -> Row:
     registers, spills = resources(cubin)
     tile = launch.arguments.get("TILE")
     loop, tiles = Loop(0, 0), 1
-    if launch.kernel is reconstruct_tokens:  # its loops are over columns of a tile
+    if launch.kernel in (reconstruct_tokens, write_key_scales):  # loops are over a tile's columns
         loop = whole_of(cubin)
     elif tile:
         loop = loop_of(cubin)
