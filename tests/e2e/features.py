@@ -154,8 +154,8 @@ SHOWN = (
         f"{BASES}::test_quantized_activations_change_no_more_than_in_stock",
     ),
     works(
-        "`--load-format dummy` with a reload, `runai_streamer`; `sharded_state`, whose weights tests "
-        "keep from being packed away before they are saved",
+        "`--load-format dummy` with a reload; `runai_streamer`; `sharded_state`, for which tests "
+        "keep weights that vLLM packs away on CPUs",
         "e2e/test_load_formats.py::test_sharded_state",
         "e2e/test_load_formats.py::test_random_weights_and_then_those_of_the_checkpoint",
         "e2e/test_load_formats.py::test_runai_streamer",
@@ -164,6 +164,13 @@ SHOWN = (
         "`reload_weights` from a checkpoint, or of tensors under the factors' names",
         f"{RELOAD}::test_the_engine_serves_what_it_reloaded",
         f"{RELOAD}::test_part_of_the_weights_replaces_that_part",
+    ),
+    emulated(
+        "Sleep mode, levels 1 and 2, with a pretended allocator; `reload_weights` while graphs "
+        "hold attention",
+        "e2e/test_sleep.py::test_sleep_and_wake_up",
+        "kernels/test_rebind.py::test_captured_launches_compute_with_the_new_weights",
+        "cuda/test_tracing.py::test_replayed_calls_see_the_weights_that_a_layer_is_bound_to_anew",
     ),
     works("LoRA on modules other than k and v", f"{FEATURES}::test_lora_on_other_modules"),
     works(
@@ -210,11 +217,6 @@ REFUSED = (
         "they need GPUs or packages that the tests have not; vLLM 0.32 offloads from GPUs only",
         OPTION,
         f"{CONNECTORS}::test_refused",
-    ),
-    refused(
-        "Sleep mode",
-        "a wake-up from level 2 would not restore packed factors",
-        f"{STARTUP}::test_refused",
     ),
 )
 
@@ -326,9 +328,11 @@ its architecture, `"model"` has to name the base model. Of `arctic-inference`, v
 from `weights_path`. The new checkpoint must have the same ranks, spans and latent format. Tensors
 that a trainer sends have the names in the checkpoint's files, with `layers.N.down`, `layers.N.k_up`
 and `layers.N.v_up` of `recalkv.safetensors` in place of key and value projections; those are
-refused, and so are factors in kernel format. On a GPU, start the engine with
-`--compilation-config '{{"cudagraph_mode": "PIECEWISE"}}'`: full CUDA graphs keep the factors that
-kernels packed. Reset the prefix cache afterwards, as for any model.
+refused, and so are factors in kernel format. Where CUDA graphs hold
+attention, what kernels packed is overwritten in place. One case is refused: the CUDA kernel takes
+the largest weight of a key norm as a number, which graphs hold as it was. For new norms, start the
+engine with `--compilation-config '{{"cudagraph_mode": "PIECEWISE"}}'`.
+Reset the prefix cache afterwards, as for any model.
 
 ## Load formats
 
@@ -336,6 +340,12 @@ What `save_sharded_state` writes has factors among its tensors; copy all files b
 `*.safetensors` beside it, as vLLM's example does. `dummy` weights are replaced by `update_config`
 and `reload_weights`, as for any model. `fastsafetensors`, with which vLLM reads into GPUs only, and
 `tensorizer` have not been tried.
+
+## Sleep mode
+
+At level 1 vLLM saves all that it allocated with the weights, packed factors among them. At level 2
+it keeps buffers, such as tables of RoPE, and discards the rest: call `reload_weights` after
+`wake_up`, as for any model.
 
 ## Memory under tensor parallelism
 

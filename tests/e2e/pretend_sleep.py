@@ -20,7 +20,8 @@ GONE = 0xFF
 
 
 def storages(tree):
-    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and not x.is_meta]
+    return [x.untyped_storage() for x in tensors]
 
 
 class NotedMemory(TorchDispatchMode):

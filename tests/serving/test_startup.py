@@ -17,7 +17,6 @@ def configuration(**changes):
         },
         "model_config": {
             "dtype": torch.float32,
-            "enable_sleep_mode": False,
             "hf_config": SimpleNamespace(sliding_window=None),
         },
         "cache_config": {"cache_dtype": "auto"},
@@ -44,11 +43,6 @@ def configuration(**changes):
         (
             {"parallel_config": {"prefill_context_parallel_size": 2}},
             "--prefill-context-parallel-size: expected 1, found 2",
-        ),
-        (
-            {"model_config": {"enable_sleep_mode": True}},
-            "--enable-sleep-mode: not supported: a wake-up from level 2 would not restore the "
-            "factors that kernels hold packed",
         ),
         (
             {

@@ -40,8 +40,6 @@ def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
         "--prefill-context-parallel-size: expected 1, found "
         f"{parallel.prefill_context_parallel_size}": parallel.prefill_context_parallel_size > 1,
         f"--kv-transfer-config: {connector}": connector is not None,
-        "--enable-sleep-mode: not supported: a wake-up from level 2 would not restore the factors "
-        "that kernels hold packed": bool(getattr(model, "enable_sleep_mode", False)),
         f"--speculative-config: expected method {' or '.join(TESTED_SPECULATION)}, found "
         f"{speculative and speculative.method}": (
             speculative is not None and speculative.method not in TESTED_SPECULATION
