@@ -109,6 +109,10 @@ LONG = {
     "gqa": spanned("long", (8, 2, 128), 1, 48, 1, 80, batch=((1, 611), (3, 290), (1, 64))),
     "mha": spanned("long-mha", (2, 2, 64), 1, 32, 2, 32, batch=((1, 700), (2, 333))),
     "joint": joint("long-joint", (6, 3, 64), 3, 96, batch=((1, 511), (4, 512)), key_norm=True),
+    "bands": banded(
+        joint("long-bands", (4, 2, 64), 1, 64, batch=((1, 700), (1, 333))),
+        *[((32, 6), (32, 4))] * 2,
+    ),
 }
 
 
