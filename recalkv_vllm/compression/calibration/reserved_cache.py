@@ -33,7 +33,7 @@ class ReservedLayer(DynamicLayer):
         """Append; returns all keys and values so far, as views of the reserved memory."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.keys.shape[2]
+        start = self.get_seq_length()
         end = start + key_states.shape[2]
         for reserved, states in zip(self._reserved, (key_states, value_states), strict=True):
             reserved[:, :, start:end] = states
