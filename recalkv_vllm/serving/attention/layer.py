@@ -19,6 +19,7 @@ from recalkv_vllm.serving.attention.backend import RecalkvBackend
 from recalkv_vllm.serving.attention.implementation import LatentAttentionImpl
 from recalkv_vllm.serving.attention.page_width import slot_width
 from recalkv_vllm.serving.attention.warm_up import warm_up
+from recalkv_vllm.serving.latent_dtype import model_dtype
 
 
 class LatentAttention(nn.Module, AttentionLayerBase):
@@ -52,7 +53,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.latent_format = latent_format
         self.attn_type = AttentionType.DECODER
         self.attn_backend = RecalkvBackend
-        self.dtype = vllm_config.model_config.dtype
+        self.dtype = model_dtype(vllm_config.model_config)
         self.slot_width = slot_width(rank, latent_format, self.dtype, key_scales)
         #: What vLLM is asked for, see ``slot_widths``.
         self.page_width = self.slot_width

@@ -114,14 +114,10 @@ class LatentAttentionMixin(_Stock):
         # Some classes make these for each model.
         forget_fused_projections(self)
         forget_fused_projections(self.model)
-        served = served_config(
-            self.recalkv_config,
-            vllm_config.cache_config.cache_dtype,
-            model_dtype(vllm_config.model_config),
-        )
-        widths = page_widths(
-            served, self.recalkv_geometry, hf_config, vllm_config.model_config.dtype
-        )
+        dtype = model_dtype(vllm_config.model_config)
+        cache_dtype = vllm_config.cache_config.cache_dtype
+        served = served_config(self.recalkv_config, cache_dtype, dtype)
+        widths = page_widths(served, self.recalkv_geometry, hf_config, dtype)
         attention, parts_of = self._attention()
         for i in self._served_layers():
             layer = self.model.layers[i]
