@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer
 
-from recalkv_vllm.ops import BatchLimits, LatentLayer, bind
+from recalkv_vllm.ops import BatchLimits, CheckedLayer, LatentLayer, bind
 from recalkv_vllm.serving.attention.dense_prefill import DensePrefill
 from recalkv_vllm.serving.attention.flash_attention import flash_attention
 from recalkv_vllm.serving.attention.metadata import LatentMetadata
@@ -48,7 +48,7 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
             self._ops.rebind(layer, captured=captured)
             return
         self._v_width = layer.v_width
-        self._ops = bind(layer)
+        self._ops: CheckedLayer = bind(layer)
         self._ops.reserve(self._limits)
         self._dense = self._dense_prefill(layer)
         self.bound = True
