@@ -39,6 +39,9 @@ def attention_cases(
     kv_heads = group * pick(1, 2)
     heads = (kv_heads * pick(1, 3, 4), kv_heads, pick(*head_dims))
     sequence = st.tuples(st.integers(0, max_queries), st.integers(0, 90))
+    key_norm = draw(st.booleans())
+    # Key scales and codes have their places behind each other in a block.
+    whole_blocks = st.sampled_from(("dense", "blocks"))
     batch = draw(st.lists(sequence.map(lambda x: (x[0], sum(x))), min_size=1, max_size=4))
     rest = {
         "batch": tuple(batch),
@@ -46,14 +49,14 @@ def attention_cases(
         "is_neox": draw(st.booleans()),
         "rot_dim": pick(*(n for n in (0, 16, 20, heads[2]) if n <= heads[2])),
         "key_bias": draw(st.booleans()),
-        "key_norm": draw(st.booleans()),
+        "key_norm": key_norm,
         "sliding_window": draw(st.sampled_from((None, 5, 31, 33, 64, 65))),
         "soft_cap": draw(st.sampled_from((None, 4.0))),
-        "cache": draw(st.sampled_from(("dense", "blocks", "tokens"))),
+        "cache": draw(whole_blocks if key_norm else whole_blocks | st.just("tokens")),
         "padding_rows": pick(0, 0, 2),
     }
     if quantized and draw(st.booleans()):
-        rest["cache"] = draw(st.sampled_from(("dense", "blocks")))
+        rest["cache"] = draw(whole_blocks)
         if draw(st.booleans()):
             return draw(banded_cases(heads, group, rest))
         rest["latent_format"] = draw(latent_formats())
