@@ -65,8 +65,7 @@ test-reliability: install model
 # The C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package
 # that precedes the installed one on PYTHONPATH. Memory from malloc is filled with NaN.
 test-asan: install
-	RECALKV_SANITIZE=1 $(BIN)/python setup.py --quiet build \
-		--build-temp $(SANITIZED)/tmp --build-lib $(SANITIZED)/lib
+	RECALKV_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)/lib
 	RECALKV_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib:$(CURDIR) \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 \
@@ -79,7 +78,7 @@ test-asan: install
 test-cuda-stack: $(CUDA_VENV)/.stack $(CUDA_DRIVER)/libcuda.so.1 $(CUDA_DRIVER)/libnvidia-ml.so.1
 	mkdir -p $(CUDA_BUILD)/lib
 	$(CUDA_BIN)/python setup.py --quiet egg_info --egg-base $(CUDA_BUILD)/lib \
-		build --build-temp $(CUDA_BUILD)/tmp --build-lib $(CUDA_BUILD)/lib
+		build --build-lib $(CUDA_BUILD)/lib
 	LD_LIBRARY_PATH=$(CURDIR)/$(CUDA_DRIVER) \
 	PYTHONPATH=$(CURDIR)/$(PRETENDED):$(CURDIR)/$(CUDA_BUILD)/lib:$(CURDIR) \
 		$(CUDA_BIN)/pytest --import-mode=importlib tests/cuda_stack
@@ -151,6 +150,8 @@ $(CUDA_DRIVER)/libnvidia-ml.so.1: $(PRETENDED)/driver.c
 
 # No build isolation: the extension must be built against the torch that will load it.
 $(PACKAGE): $(STACK) setup.py cuda_build.py pyproject.toml $(wildcard csrc/*/*)
+# One under a longer name, of an earlier build, would be found first.
+	rm -f recalkv_vllm/_c*.so
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 

@@ -18,8 +18,6 @@ from torch.utils.cpp_extension import (
 )
 
 ROOT = Path(__file__).parent
-#: What was built against another torch looks up to date, and would be installed again.
-BUILD = Path("build") / f"torch-{torch.__version__}"
 sys.path.insert(0, str(ROOT))  # pip does not
 from cuda_build import (  # noqa: E402
     architecture_flags,
@@ -39,6 +37,16 @@ CUDA_ROOT = ROOT / "csrc" / "cuda"
 #: RECALKV_SANITIZE=1 builds the C++ extension for "make test-asan": an error ends the process.
 SANITIZE = os.environ.get("RECALKV_SANITIZE") == "1"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+#: What was built against another torch looks up to date, and would be installed again.
+BUILD = Path("build") / f"torch-{torch.__version__}{'-sanitized' if SANITIZE else ''}"
+
+
+class Build(BuildExtension):
+    """Compiles in one folder; pip gives editable installations another one each time."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = str(BUILD / "objects")
 
 
 def extensions() -> list[Extension]:
@@ -112,10 +120,8 @@ setup(
     ext_modules=extensions(),
     options={
         "build": {"build_base": str(BUILD)},
-        # An editable installation would compile in a folder of its own, and every time anew.
-        "build_ext": {"build_temp": str(BUILD / "objects")},
         # The extensions use no more of Python's C API than 3.10 has.
         "bdist_wheel": {"py_limited_api": "cp310"},
     },
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
 )
