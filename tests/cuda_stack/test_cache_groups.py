@@ -9,6 +9,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from recalkv_vllm.band_format import token_bytes
+from recalkv_vllm.checkpoint import AttentionGeometry
 from tests.cuda_stack.checkpoints import EVERY, WINDOW
 from tests.cuda_stack.worker import CACHE_BYTES, Worker
 
@@ -17,8 +18,14 @@ BLOCK = 16
 
 def own_bytes(name: str) -> list[int]:
     """Bytes of a token in each layer."""
-    config = EVERY[name].recalkv_config()
-    return [token_bytes(config.latent_format(i), x.rank, 2) for i, x in enumerate(config.layers)]
+    checkpoint = EVERY[name]
+    config = checkpoint.recalkv_config()
+    geometry = AttentionGeometry.from_hf_config(checkpoint.hf_config().to_dict())
+    scales = geometry.key_scales(geometry.num_kv_heads)
+    return [
+        token_bytes(config.latent_format(i), layout.rank, 2, scales)
+        for i, layout in enumerate(config.layers)
+    ]
 
 
 @pytest.mark.parametrize("name", ["plain", "mixed", "int4", "bands"])
