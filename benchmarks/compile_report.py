@@ -178,7 +178,7 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     slots, (latents, _) = torch.zeros(1, dtype=torch.int64), split_pages(cache, layer.key_scales)
     yield cache_update_launch(z[:1], latents, slots, latent_format)
     if layer.key_scales:
-        yield KeyScales(layer).launch(cache, slots)
+        yield KeyScales(layer, attention.constants).launch(cache, slots)
     yield value_up_launch(o_lat[None], values, heads, lse[None])
     if mode == "decode":  # as good a place as any, for it knows no queries
         dense = layer.v_up.new_empty(16, geometry.num_kv_heads, head_dim)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from recalkv_vllm.kernels.keys import reconstruct_streaming
-from recalkv_vllm.kernels.latents import Format, Tokens, locate_span
+from recalkv_vllm.kernels.latents import Cache, Format, locate_span, tokens_in
 from recalkv_vllm.kernels.reconstruction import add_bias
 
 
@@ -59,14 +59,20 @@ def write_key_scales(
     slot = tl.load(slot_mapping + row, mask=row < num_slots, other=-1).to(tl.int64)
     live = slot >= 0
     slot = tl.maximum(slot, 0)
-    block = slot // BLOCK_SIZE
-    offset = slot % BLOCK_SIZE
-    latents = kv_cache + block * stride_block + offset * stride_slot
-    codes_scales = latents
-    if scales is not None:
-        codes_scales = scales + block * stride_scale_block + offset * stride_scale_slot
-    target = key_scales + block * stride_key_block + offset * stride_key_slot + norm
-    tokens = Tokens(offset, live, latents, codes_scales, target)
+    cache = Cache(
+        None,
+        0,
+        kv_cache,
+        scales,
+        stride_block,
+        stride_slot,
+        stride_scale_block,
+        stride_scale_slot,
+        key_scales,
+        stride_key_block,
+        stride_key_slot,
+    )
+    tokens = tokens_in(cache, slot // BLOCK_SIZE, slot, live, BLOCK_SIZE)
 
     squares = tl.zeros([TILE], tl.float32)
     for j in range(HEADS):
@@ -79,4 +85,4 @@ def write_key_scales(
         )
         squares += tl.sum(keys * keys, axis=1)
     inverse = tl.rsqrt(squares / (HEADS * HEAD_DIM) + norm_eps)
-    tl.store(target, inverse, mask=live)
+    tl.store(tokens.key_scales + norm, inverse, mask=live)

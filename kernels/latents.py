@@ -82,6 +82,12 @@ def locate_tokens(cache, seq, position, end, BLOCK_SIZE: tl.constexpr):
     live = position < end
     entry = cache.block_table + seq.to(tl.int64) * cache.stride_table + position // BLOCK_SIZE
     block = tl.load(entry, mask=live, other=0).to(tl.int64)
+    return tokens_in(cache, block, position, live, BLOCK_SIZE)
+
+
+@triton.jit
+def tokens_in(cache, block, position, live, BLOCK_SIZE: tl.constexpr):
+    """:class:`Tokens` in the slots ``position % BLOCK_SIZE`` of ``block: [TILE]``."""
     latents = cache.latents + block * cache.stride_block
     latents += position % BLOCK_SIZE * cache.stride_slot
     scales = latents  # something, because in Triton 3.6 a function cannot return None

@@ -237,6 +237,14 @@ def token_bytes(
     return latent + KEY_SCALE_BYTES * key_scales
 
 
+def slot_width(
+    latent_format: CacheFormat | None, rank: int, dtype: torch.dtype, key_scales: int = 0
+) -> int:
+    """Width of a token's slot: elements of ``dtype``, or bytes where latents are quantized."""
+    itemsize = dtype.itemsize if latent_format is None else 1
+    return token_bytes(latent_format, rank, itemsize, key_scales) // itemsize
+
+
 def band_bytes(band: Band) -> int:
     """Bytes of a band's codes."""
     return band.columns * band.bits // 8

@@ -17,17 +17,8 @@ import torch
 KEY_SCALE_BYTES = 4
 
 
-def slot_width(latent_width: int, itemsize: int, count: int) -> int:
-    """Elements of a token in the cache: ``latent_width`` for its latent and ``count`` scales.
-
-    Args:
-        latent_width: elements of ``itemsize`` bytes.
-    """
-    return latent_width + KEY_SCALE_BYTES // itemsize * count
-
-
 def latent_width(slot_width: int, itemsize: int, count: int) -> int:
-    """Inverse of :func:`slot_width`."""
+    """Elements, of ``itemsize`` bytes, of a token's latent in a slot that has ``count`` scales."""
     return slot_width - KEY_SCALE_BYTES // itemsize * count
 
 

@@ -160,12 +160,6 @@ RECALKV_DEVICE void product_wait(float (&sum)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
-// The same, where products stay under way: no sum may be read yet.
-template <int kPending>
-RECALKV_DEVICE void product_wait_some() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
 // Sums and products of pairs of elements, rounded once.
 template <typename Element>
 RECALKV_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b);

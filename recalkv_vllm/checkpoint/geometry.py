@@ -40,8 +40,14 @@ class AttentionGeometry:
             key_norm=key_norm(config),
         )
 
-    def key_scales(self, num_kv_heads: int) -> int:
-        """Scales of keys that a token's latent comes with, in a layer's cache of so many heads."""
+    def key_scales(self, num_kv_heads: int | None = None) -> int:
+        """Scales of keys that a token's latent comes with, in a layer's cache of so many heads.
+
+        Args:
+            num_kv_heads: that one rank caches; None for all.
+        """
+        if num_kv_heads is None:
+            num_kv_heads = self.num_kv_heads
         return {None: 0, "head": num_kv_heads, "token": 1}[self.key_norm]
 
     @property

@@ -24,7 +24,7 @@ def kv_bytes_per_token(
     Quantized latents take what their format takes, whatever the ``itemsize``; normed keys come with
     scales of their own.
     """
-    scales = geometry.key_scales(geometry.num_kv_heads)
+    scales = geometry.key_scales()
     return {
         "dense": geometry.dense_width * geometry.num_layers * itemsize,
         "compressed": sum(

@@ -30,7 +30,7 @@ def row_of(options: argparse.Namespace, explored: Explored) -> dict[str, Any]:
     """
     job, plan = explored.job, explored.plan
     geometry = job.model.geometry
-    stored = plan.token_bytes(2, geometry.key_scales(geometry.num_kv_heads))
+    stored = plan.token_bytes(2, geometry.key_scales())
     bands = Counter[int]()
     for layout in plan.layouts:
         for band in layout.bands or ():
@@ -69,7 +69,7 @@ def cache_of(
     if explored is None:
         per_token = capacity.dense_bytes_per_token(geometry, itemsize, 1)
     else:
-        scales = geometry.key_scales(geometry.num_kv_heads)
+        scales = geometry.key_scales()
         per_token = explored.plan.token_bytes(itemsize, scales)
     if options.memory is None and options.kv_cache_memory_bytes is None:
         return {"bytes_per_token": per_token, "tokens": None}

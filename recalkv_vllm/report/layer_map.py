@@ -74,9 +74,7 @@ def _row(
     return LayerRow(
         layer=layer,
         rank=layout.rank,
-        stored_bytes=token_bytes(
-            latent_format, layout.rank, itemsize, geometry.key_scales(geometry.num_kv_heads)
-        ),
+        stored_bytes=token_bytes(latent_format, layout.rank, itemsize, geometry.key_scales()),
         dense_bytes=geometry.dense_width * itemsize,
         stored=parts(range(layout.rank)),
         keys=parts(_covered(layout.k_spans)),

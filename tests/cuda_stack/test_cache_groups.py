@@ -21,7 +21,7 @@ def own_bytes(name: str) -> list[int]:
     checkpoint = EVERY[name]
     config = checkpoint.recalkv_config()
     geometry = AttentionGeometry.from_hf_config(checkpoint.hf_config().to_dict())
-    scales = geometry.key_scales(geometry.num_kv_heads)
+    scales = geometry.key_scales()
     return [
         token_bytes(config.latent_format(i), layout.rank, 2, scales)
         for i, layout in enumerate(config.layers)

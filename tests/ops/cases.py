@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from recalkv_vllm.band_format import BandFormat, CacheFormat
-from recalkv_vllm.key_scales import slot_width
+from recalkv_vllm.band_format import BandFormat, CacheFormat, slot_width
 from recalkv_vllm.latent_format import BITS, LatentFormat
 from recalkv_vllm.ops import Batch, LatentLayer, bind, reference
 from recalkv_vllm.span import Span
@@ -319,21 +318,21 @@ def paged_cache(
 
     Quantized, all its bytes are 0xFF, which makes scales NaN.
     """
-    block_size, rank = case.block_size, case.rank
+    block_size = case.block_size
+    width = slot_width(case.latent_format, case.rank, dtype, case.key_scales)
     poison: float = torch.nan
     if case.latent_format is not None:
-        dtype, rank, poison = torch.uint8, case.latent_format.slot_bytes(rank), 0xFF
-    rank = slot_width(rank, dtype.itemsize, case.key_scales)
+        dtype, poison = torch.uint8, 0xFF
     if case.cache == "dense":
-        shape: tuple[int, ...] = (num_blocks, block_size, rank)
+        shape: tuple[int, ...] = (num_blocks, block_size, width)
     elif case.cache == "blocks":
-        shape = (num_blocks, 3, block_size, rank)
+        shape = (num_blocks, 3, block_size, width)
     else:
-        shape = (num_blocks, block_size, 2, rank + 32)
+        shape = (num_blocks, block_size, 2, width + 32)
     storage = torch.full(shape, poison, dtype=dtype, device=device)
     if case.cache == "dense":
         return storage
-    return storage[:, 1] if case.cache == "blocks" else storage[:, :, 1, 16 : 16 + rank]
+    return storage[:, 1] if case.cache == "blocks" else storage[:, :, 1, 16 : 16 + width]
 
 
 def rope_table(rot_dim: int, dtype: torch.dtype) -> torch.Tensor:

@@ -12,7 +12,7 @@ from recalkv_vllm.kernels.heuristics import AttentionShape, Target
 from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.ops.contract import Batch, BatchLimits, KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda.hopper_layout import HopperLayer
-from recalkv_vllm.ops.cuda.layout import PackedLayer, pack_layer, small_keys, tile_columns
+from recalkv_vllm.ops.cuda.layout import PackedLayer, pack_layer, tile_columns
 from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, plan, split_count
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 from recalkv_vllm.ops.triton.warm_up import empty_batch
@@ -68,7 +68,7 @@ class DecodeAttention:
 
     def prepare(self, layer: LatentLayer, shape: LayerShape) -> dict[int, Plan | None]:
         """Pack the layer's constants; returns plans by tiles of query rows."""
-        self.packed = pack_layer(small_keys(layer))
+        self.packed = pack_layer(layer)
         return {tiles: plan(shape, self.limits, tiles) for tiles in (1, 2)}
 
     def columns(self, shape: LayerShape, plan: Plan) -> torch.Tensor:

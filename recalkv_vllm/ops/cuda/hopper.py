@@ -18,7 +18,6 @@ from recalkv_vllm.ops.cuda.attention import DecodeAttention
 from recalkv_vllm.ops.cuda.cost import layer_cost
 from recalkv_vllm.ops.cuda.hopper_bands import BandTables, band_tables
 from recalkv_vllm.ops.cuda.hopper_layout import SWIZZLED_COLUMNS, TILE, pack_hopper_layer
-from recalkv_vllm.ops.cuda.layout import small_keys
 from recalkv_vllm.ops.cuda.plan import tile_spans, v_blocks
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 
@@ -147,8 +146,7 @@ class HopperAttention(DecodeAttention):
             self.band_blocks = bands.band_blocks().to(self.device)
             self.code_bytes = layer.latent_format.code_bytes
             k_orders = bands.k_orders
-        scaled = layer.key_scales > 0
-        self.packed = packed = pack_hopper_layer(small_keys(layer), scaled, k_orders)
+        self.packed = packed = pack_hopper_layer(layer, k_orders)
         return {
             tiles: hopper_plan(shape, self.limits, tiles, packed.lean, self.bands)
             for tiles in HOPPER_COLUMN_TILES

@@ -15,6 +15,7 @@ from recalkv_vllm.ops.cuda.layout import (
     PackedLayer,
     pack_layer,
     rotation_tables,
+    small_keys,
 )
 from recalkv_vllm.ops.rotary import pair_order
 
@@ -54,18 +55,17 @@ class HopperLayer:
     lean: bool
 
 
-def pack_hopper_layer(
-    layer: LatentLayer, scaled: bool, k_orders: torch.Tensor | None = None
-) -> HopperLayer:
-    """Pack the constants of a layer without a norm.
+def pack_hopper_layer(layer: LatentLayer, k_orders: torch.Tensor | None = None) -> HopperLayer:
+    """Pack a layer's constants.
 
     Args:
-        scaled: its keys have cached scales.
         k_orders: where latents are in bands, :attr:`~.hopper_bands.BandTables.k_orders`.
 
     Raises:
         KernelUnavailableError: the kernel cannot rotate keys as the layer's table does.
     """
+    plain = layer.k_bias is None and not layer.key_scales and not layer.soft_cap
+    layer = small_keys(layer)
     packed: PackedLayer = pack_layer(layer)
     device = layer.k_up.device
     rotations = rotation_tables(layer.cos_sin_cache, layer.head_dim, device, TILE)
@@ -78,7 +78,6 @@ def pack_hopper_layer(
     # Pairs turn more slowly from one to the next; those that RoPE leaves alone come last.
     turning = errors > SLOW_ERROR[layer.k_up.dtype]
     fast = int((turning * torch.arange(1, len(errors) + 1, device=errors.device)).max())
-    plain = layer.k_bias is None and not scaled and not layer.soft_cap
     lean = plain and fast <= layer.head_dim // 4
     terms[: layer.head_dim // (4 if lean else 2)] = torch.tensor(
         [1.0, 0.0, 1.0, 0.0], device=device

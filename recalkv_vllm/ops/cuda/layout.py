@@ -68,11 +68,12 @@ class PackedLayer:
 
 
 def pack_layer(layer: LatentLayer) -> PackedLayer:
-    """Pack the constants of a layer without a norm for the kernel that all devices have.
+    """Pack a layer's constants for the kernel that all devices have.
 
     Raises:
         KernelUnavailableError: the kernel cannot rotate keys as the layer's table does.
     """
+    layer = small_keys(layer)
     device = layer.k_up.device
     rotations = rotation_tables(layer.cos_sin_cache, layer.head_dim, device)
     if rotations is None:

@@ -29,7 +29,7 @@ class CacheAndValues(BoundLayer):
         bias = None if layer.v_bias is None else layer.v_bias.contiguous()
         self.values = Values(layer.v_up.contiguous(), bias)
         self._reconstruction = Reconstruction(layer, constants)
-        self._key_scales = KeyScales(layer) if layer.key_scales else None
+        self._key_scales = KeyScales(layer, constants) if layer.key_scales else None
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor

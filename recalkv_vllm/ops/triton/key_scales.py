@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
@@ -12,36 +14,35 @@ from recalkv_vllm.kernels.key_scales import write_key_scales
 from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.rotary import pair_order
 from recalkv_vllm.ops.triton.launch import Launch
-from recalkv_vllm.ops.triton.layout import (
-    cache_arguments,
-    format_constants,
-    pack_heads,
-    padded_head_dim,
-    span_starts,
+from recalkv_vllm.ops.triton.layout import cache_arguments, pack_heads
+
+#: Of what a layer fixes, that which the kernel takes; its factors are without the norm's weight.
+CONSTANTS = (
+    *("first_columns", "first_codes", "HEAD_DIM", "DIM", "K_WIDTH"),
+    *("CODEC", "SCALE_SHIFT", "CODE_UNIT"),
 )
 
 
 class KeyScales:
-    """Scales of one normed layer's keys; its factors without the norm's weight."""
+    """Scales of one normed layer's keys.
 
-    def __init__(self, layer: LatentLayer):
-        dim = padded_head_dim(layer)
+    Args:
+        constants: of the layer, as :func:`~.layout.kernel_constants` packs them.
+    """
+
+    def __init__(self, layer: LatentLayer, constants: dict[str, Any]):
+        dim = constants["DIM"]
         columns = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)
         bands = layer.latent_format if isinstance(layer.latent_format, BandFormat) else None
         bias = layer.k_bias
         factors = layer.k_up.reshape(layer.num_kv_heads, layer.head_dim, layer.k_width)
         self.latent_format, self.count = layer.latent_format, layer.key_scales
         self.config = heuristics.reconstruction_config(dim, layer.k_up.element_size())
-        self.constants = {
+        self.constants = {name: constants[name] for name in CONSTANTS} | {
             "k_up": pack_heads(factors, columns, dim),
             "k_bias": None if bias is None else pack_heads(bias, columns, dim),
-            "first_columns": span_starts(layer),
-            **format_constants(layer),
             "norm_eps": layer.k_norm_eps,
             "HEADS": layer.num_kv_heads // self.count,
-            "HEAD_DIM": layer.head_dim,
-            "DIM": dim,
-            "K_WIDTH": layer.k_width,
             "K_STREAMS": streams_of(runs_of_span(layer.k_spans[0], bands), self.config.stream),
             "TILE": self.config.tile,
             "STAGES": self.config.stages,

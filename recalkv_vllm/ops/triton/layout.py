@@ -27,6 +27,8 @@ def kernel_constants(layer: LatentLayer) -> dict[str, Any]:
     columns = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)
     padded = torch.zeros(dim, dtype=torch.int32)
     padded[: layer.head_dim] = columns
+    spans = zip(layer.head_k_spans, layer.head_v_spans, strict=True)
+    starts = torch.tensor([(k.start, v.start) for k, v in spans], dtype=torch.int32) // 16
     factors = layer.k_up.reshape(layer.num_kv_heads, layer.head_dim, layer.k_width)
     rope = layer.cos_sin_cache
 
@@ -36,7 +38,7 @@ def kernel_constants(layer: LatentLayer) -> dict[str, Any]:
     return {
         "k_up": packed(factors),
         "k_bias": packed(layer.k_bias),
-        "first_columns": span_starts(layer),
+        "first_columns": starts.to(device),
         **format_constants(layer),
         "head_columns": padded.to(device),
         "rope_table": None if rope is None else rope.contiguous(),
@@ -51,13 +53,6 @@ def kernel_constants(layer: LatentLayer) -> dict[str, Any]:
         "KEY_SCALES": key_scales,
         "WINDOW": layer.sliding_window or 0,
     }
-
-
-def span_starts(layer: LatentLayer) -> torch.Tensor:
-    """``[h_kv, 2]`` int32, in units of 16: where each head's K span and V span start."""
-    spans = zip(layer.head_k_spans, layer.head_v_spans, strict=True)
-    starts = torch.tensor([(k.start, v.start) for k, v in spans], dtype=torch.int32) // 16
-    return starts.to(layer.k_up.device)
 
 
 def format_constants(layer: LatentLayer) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionType, max_decode_query_len
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from recalkv_vllm.band_format import CacheFormat
+from recalkv_vllm.band_format import CacheFormat, slot_width
 from recalkv_vllm.ops import BatchLimits
 from recalkv_vllm.serving.attention.backend import RecalkvBackend
 from recalkv_vllm.serving.attention.implementation import LatentAttentionImpl
-from recalkv_vllm.serving.attention.page_width import slot_width
 from recalkv_vllm.serving.attention.warm_up import warm_up
 from recalkv_vllm.serving.latent_dtype import model_dtype
 
@@ -54,7 +53,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.attn_type = AttentionType.DECODER
         self.attn_backend = RecalkvBackend
         self.dtype = model_dtype(vllm_config.model_config)
-        self.slot_width = slot_width(rank, latent_format, self.dtype, key_scales)
+        self.slot_width = slot_width(latent_format, rank, self.dtype, key_scales)
         #: What vLLM is asked for, see ``slot_widths``.
         self.page_width = self.slot_width
         limits = BatchLimits(

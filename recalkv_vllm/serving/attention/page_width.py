@@ -6,16 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from recalkv_vllm.band_format import CacheFormat, token_bytes
-
-
-def slot_width(
-    rank: int, latent_format: CacheFormat | None, dtype: torch.dtype, key_scales: int
-) -> int:
-    """Width of a token's slot: elements of ``dtype``, or bytes where latents are quantized."""
-    itemsize = dtype.itemsize if latent_format is None else 1
-    return token_bytes(latent_format, rank, itemsize, key_scales) // itemsize
-
 
 def slot_widths(own: Sequence[int], windows_differ: bool) -> tuple[int, ...]:
     """Width of a slot that each layer asks vLLM for, of the ``own`` width that it needs.

@@ -22,9 +22,9 @@ from vllm.distributed import (
 )
 from vllm.distributed.utils import get_pp_indices
 
-from recalkv_vllm.band_format import stored_format
+from recalkv_vllm.band_format import slot_width, stored_format
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
-from recalkv_vllm.serving.attention.page_width import slot_width, slot_widths
+from recalkv_vllm.serving.attention.page_width import slot_widths
 from recalkv_vllm.serving.factor_files import SEPARATE_FACTORS, locate_factors
 from recalkv_vllm.serving.latent_dtype import model_dtype, served_config
 from recalkv_vllm.serving.model.reload import config_beside, old_weights_kept, reloading
@@ -75,8 +75,8 @@ def page_widths(
     shards = [shard_latent(layout, geometry, rank, size) for layout in served.layers]
     own = [
         slot_width(
-            shard.rank,
             stored_format(shard.bands, served.latent_quantization),
+            shard.rank,
             dtype,
             shard.key_scales,
         )

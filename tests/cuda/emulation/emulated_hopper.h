@@ -328,13 +328,6 @@ inline void product_wait(float (&)[kCount]) {
   });
 }
 
-template <int kPending>
-inline void product_wait_some() {
-  emulation::Machine::get().exchange("wgmma.wait", nullptr, 0, [](emulation::Warp& warp) {
-    emulation::wait_products(warp, kPending);
-  });
-}
-
 constexpr uint32_t one_bits(BFloat16) { return 0x3f80; }
 constexpr uint32_t one_bits(Float16) { return 0x3c00; }
 constexpr int mantissa_bits(BFloat16) { return 7; }
