@@ -33,9 +33,9 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
         dest="datasets",
         action="append",
         help="calibration text: a .txt, .jsonl or .parquet file; NAME[:CONFIG[:SPLIT]] of the "
-        "datasets library; builtin (the Python language reference, needs no network); or self "
-        "(text that the model writes); give it several times for a mix in equal shares (default: "
-        f"{' and '.join(DEFAULT_DATASETS)})",
+        "datasets library; builtin (the Python language reference, needs no network); self "
+        "(text that the model writes); or recall (records of random strings, stated twice); give "
+        f"it several times for a mix in equal shares (default: {', '.join(DEFAULT_DATASETS)})",
     )
     add("--text-column", metavar="C", default="text", help="column of the dataset with the text")
     add(

@@ -169,9 +169,9 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("device", "options", "expected"),
     [
-        ("cpu", [], (("self", "builtin"), 64, 512)),
-        ("spread", [], (("self", "builtin"), 256, 2048)),
-        ("spread", ["--seq-len", 9], (("self", "builtin"), 256, 9)),
+        ("cpu", [], (("self", "builtin", "recall"), 64, 512)),
+        ("spread", [], (("self", "builtin", "recall"), 256, 2048)),
+        ("spread", ["--seq-len", 9], (("self", "builtin", "recall"), 256, 9)),
         ("cpu", ["--dataset", "a", "--dataset", "b", *FEW], (("a", "b"), 4, 32)),
     ],
 )

@@ -11,21 +11,27 @@ import torch
 from recalkv_vllm.compression.base_model.devices import calibration_dtype
 from recalkv_vllm.compression.base_model.model import BaseModel
 from recalkv_vllm.compression.cache_directory import cache_directory
-from recalkv_vllm.compression.calibration.samples import draw_samples, interleave, shares
+from recalkv_vllm.compression.calibration.recall_text import draw_recall
+from recalkv_vllm.compression.calibration.samples import (
+    draw_samples,
+    interleave,
+    shares,
+    token_ids,
+)
 from recalkv_vllm.compression.calibration.self_text import sample_self
 from recalkv_vllm.compression.calibration.statistics import (
     Statistics,
     collect,
     samples_digest,
 )
-from recalkv_vllm.compression.calibration.text import SELF, describe, documents
+from recalkv_vllm.compression.calibration.text import RECALL, SELF, describe, documents
 from recalkv_vllm.compression.check import Job
 from recalkv_vllm.compression.options import CompressOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Samples ``[samples, seq_len]``, their statistics, and what to record of them."""
+    """Token ids ``[samples, seq_len]``, their statistics, and what to record of them."""
 
     samples: torch.Tensor
     statistics: Statistics
@@ -37,7 +43,7 @@ def calibrate(job: Job, samples: torch.Tensor) -> Calibration | None:
 
     Args:
         job: as checked.
-        samples: ``[samples, seq_len]`` token ids.
+        samples: as :func:`draw` gives them.
 
     Raises:
         InputError: a model that overflows.
@@ -62,7 +68,7 @@ def calibrate(job: Job, samples: torch.Tensor) -> Calibration | None:
         "samples_digest": digest,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    return Calibration(samples, statistics, provenance)
+    return Calibration(token_ids(samples), statistics, provenance)
 
 
 def draw(
@@ -78,7 +84,9 @@ def draw(
         num_samples: more samples begin with the same ones.
 
     Returns:
-        ``[samples, seq_len]`` int64; fewer than asked for where a dataset has too little text.
+        Token ids ``[samples, seq_len]``, int64, some of them perhaps left out of the loss
+        (:func:`..samples.leave_out`); fewer samples than asked for where a dataset has too little
+        text.
 
     Raises:
         InputError: no text, or no tokenizer.
@@ -90,8 +98,10 @@ def draw(
             documents(dataset, options.text_column), tokenizer, size, options.seq_len, options.seed
         )
         for dataset, size in sizes.items()
-        if dataset != SELF
+        if dataset not in (SELF, RECALL)
     }
+    if RECALL in sizes:
+        drawn[RECALL] = draw_recall(tokenizer, sizes[RECALL], options.seq_len, options.seed)
     # Last, as it takes minutes: a file that is missing shows before.
     if SELF in sizes:
         drawn[SELF] = draw_self(model, dtype, device, sizes[SELF], options.seq_len, options.seed)

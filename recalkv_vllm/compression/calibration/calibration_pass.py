@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.attention import Attention, CausalLM, attention_modules
 from recalkv_vllm.compression.calibration.observers import Observer
+from recalkv_vllm.compression.calibration.samples import token_ids
 from recalkv_vllm.compression.calibration.sum_store import SumStore
 from recalkv_vllm.compression.progress import Stage
 
@@ -27,7 +28,8 @@ def run_pass(
     Args:
         model: a causal language model of a supported architecture without dropout; its
             ``requires_grad`` flags and mode are changed.
-        samples: ``[samples, seq_len]`` token ids.
+        samples: ``[samples, seq_len]`` token ids, some of them perhaps left out of the loss
+            (:func:`..samples.leave_out`).
         observers: what to sum up.
         store: open, with the observers' shapes.
     """
@@ -65,7 +67,7 @@ def _run_sample(
     gradient: bool,
 ) -> None:
     embedding = model.get_input_embeddings()
-    ids = sample.unsqueeze(0).to(embedding.weight.device)
+    ids = token_ids(sample).unsqueeze(0).to(embedding.weight.device)
     # Hooks must not see the second forward pass that recomputes activations.
     handles = [h for o in observers for h in o.attach(attention, sums)]
     try:
@@ -77,7 +79,8 @@ def _run_sample(
         for handle in handles:
             handle.remove()
     if gradient:
-        hidden.backward(_loss_gradient(model, hidden.detach(), ids))
+        counted = (sample[1:] >= 0).nonzero().squeeze(1)
+        hidden.backward(_loss_gradient(model, hidden.detach(), ids, counted))
         for observer in observers:
             if observer.needs_gradient:
                 observer.after_backward(attention, sums)
@@ -106,7 +109,9 @@ def freeze(model: CausalLM, gradient: bool, seq_len: int) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _loss_gradient(model: CausalLM, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _loss_gradient(
+    model: CausalLM, hidden: torch.Tensor, ids: torch.Tensor, counted: torch.Tensor
+) -> torch.Tensor:
     """Gradient of the next-token loss, summed over tokens, with respect to ``hidden``.
 
     Summed, so that the gradient of a token has the same size in samples of any length.
@@ -115,15 +120,14 @@ def _loss_gradient(model: CausalLM, hidden: torch.Tensor, ids: torch.Tensor) -> 
         model: its output head is frozen.
         hidden: ``[1, tokens, H]``.
         ids: ``[1, tokens]``.
+        counted: positions whose next token counts; there may be none.
     """
     hidden.requires_grad_(True)
-    predicted = ids.shape[1] - 1
-    for start in range(0, predicted, LOGIT_CHUNK):
-        end = min(start + LOGIT_CHUNK, predicted)
-        logits = output_logits(model, hidden[0, start:end])
-        target = ids[0, start + 1 : end + 1].to(logits.device)
+    hidden.grad = torch.zeros_like(hidden)
+    for positions in counted.split(LOGIT_CHUNK):
+        logits = output_logits(model, hidden[0, positions.to(hidden.device)])
+        target = ids[0, positions.to(ids.device) + 1].to(logits.device)
         F.cross_entropy(logits, target, reduction="sum").backward()
-    assert hidden.grad is not None
     return hidden.grad
 
 

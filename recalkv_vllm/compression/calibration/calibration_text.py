@@ -8,6 +8,7 @@ import torch
 
 from recalkv_vllm.compression.base_model.devices import calibration_dtype
 from recalkv_vllm.compression.calibration.calibrate import draw
+from recalkv_vllm.compression.calibration.samples import token_ids
 from recalkv_vllm.compression.check import Job
 from recalkv_vllm.compression.errors import InputError
 
@@ -22,7 +23,8 @@ class CalibrationText:
     """Samples ``[samples, seq_len]``, by what is done with them; there may be none.
 
     Args:
-        factoring: that statistics and the output refit see.
+        factoring: that statistics and the output refit see; as :func:`..calibrate.draw` gives
+            them, the others as token ids.
         training: to heal on, one a step if the text has so many.
         held_out: to measure losses on; none of the others.
     """
@@ -62,4 +64,4 @@ def draw_text(job: Job) -> CalibrationText:
         )
     held = min(held, max(1, len(samples) // 4))
     training = torch.cat((fresh[held:], factoring))[: options.heal]
-    return CalibrationText(factoring, training, fresh[:held])
+    return CalibrationText(factoring, token_ids(training), token_ids(fresh[:held]))

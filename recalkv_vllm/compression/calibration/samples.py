@@ -98,6 +98,16 @@ def draw_samples(
     return torch.cat((torch.tensor(start).expand(len(chosen), -1).long(), bodies), dim=1)
 
 
+def leave_out(ids: torch.Tensor) -> torch.Tensor:
+    """Tokens whose loss calibration leaves out: complements of their ids, which are negative."""
+    return ~ids
+
+
+def token_ids(samples: torch.Tensor) -> torch.Tensor:
+    """Ids of all tokens, also of those that :func:`leave_out` marks."""
+    return torch.where(samples < 0, ~samples, samples)
+
+
 def shares(num_samples: int, parts: int) -> list[int]:
     """``num_samples`` divided among so many parts, as equally as it goes, larger ones first."""
     return [-(-(num_samples - part) // parts) for part in range(parts)]

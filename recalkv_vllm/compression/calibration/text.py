@@ -12,6 +12,8 @@ BUILTIN = "builtin"
 SOURCE = "builtin-source"
 #: Text that the model writes.
 SELF = "self"
+#: Arbitrary strings, each stated twice.
+RECALL = "recall"
 #: File endings that are tables; every other file is plain text.
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 

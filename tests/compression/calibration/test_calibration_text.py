@@ -11,6 +11,7 @@ from recalkv_vllm.compression.calibration.calibration_text import (
     HELD_OUT_FOR_BUDGET,
     draw_text,
 )
+from recalkv_vllm.compression.calibration.samples import leave_out
 from recalkv_vllm.compression.check import check
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.options import CompressOptions
@@ -84,3 +85,12 @@ def test_all_text_is_factored_on(job, drawn, found):
     drawn(found)
     with pytest.raises(InputError, match=f"found {found} and 0 of that kind; give more text"):
         draw_text(job)
+
+
+def test_only_statistics_see_which_tokens_are_left_out(job, monkeypatch):
+    samples = torch.stack([leave_out(torch.full((4,), row)) for row in range(40)])
+    monkeypatch.setattr(calibration_text, "draw", lambda *_: samples)
+    text = draw_text(job)
+    assert (text.factoring < 0).all()
+    assert (text.training >= 0).all()
+    assert (text.held_out >= 0).all()

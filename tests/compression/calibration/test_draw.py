@@ -54,7 +54,9 @@ def test_datasets_take_turns(tiny, tmp_path, texts):
     assert all(set(text) <= set("QXZJ ") for text in mixed[1::2])
 
 
-@pytest.mark.parametrize("datasets", [("builtin",), ("self", "builtin"), ("builtin", "self")])
+@pytest.mark.parametrize(
+    "datasets", [("builtin",), ("self", "builtin"), ("builtin", "self", "recall")]
+)
 def test_more_samples_begin_with_the_same_ones(tiny, tmp_path, datasets):
     few = drawn(tiny, tmp_path, datasets, 5)
     assert len({tuple(sample) for sample in few.tolist()}) == 5
@@ -95,7 +97,7 @@ def test_fewer_samples_than_datasets(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "self + builtin"),
+        ([], "self + builtin + recall"),
         (["--dataset", "builtin"], "builtin"),
         (["--dataset", "digits.txt", "--dataset", "builtin"], "digits.txt + builtin"),
     ],
