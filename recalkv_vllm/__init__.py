@@ -44,8 +44,8 @@ def compress(
         compression: fraction of the KV cache's bytes to remove, in [0, 1). It or ``max_loss``.
         max_loss: in nats per token of held-out text, above the dense model's.
         dataset: one or several calibration texts: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a
-            name for the ``datasets`` library, ``"builtin"`` or ``"self"``; None is the mix of the
-            last two.
+            name for the ``datasets`` library, ``"builtin"``, ``"self"`` or ``"recall"``; None is
+            the mix of the last three.
         target: device that will serve: ``"h100"``, ``"a100"``, ``"cpu-amx"``, ``"cpu"``, the one at
             hand (``"auto"``), or ``"none"`` for the best accuracy at any speed.
         latent_dtype: how latents are stored; ``"auto"`` is bands for ``kfac``.
