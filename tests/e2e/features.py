@@ -48,7 +48,7 @@ PARALLEL, LORA = "e2e/test_distribution.py", "serving/test_lora.py"
 SHARDS, COMPILED = "serving/test_sharding.py", "serving/test_captured_code.py"
 HUB, CONNECTORS = "e2e/test_hub.py", "serving/test_connectors.py"
 RUNNER_V2 = "e2e/test_model_runner_v2.py"
-SPECULATION = "e2e/test_speculation.py"
+SPECULATION, REQUESTS = "e2e/test_speculation.py", "e2e/test_requests.py"
 STARTUP, ARCHITECTURES = "serving/test_startup.py", "e2e/test_architectures.py"
 OPTION = f"{REFUSALS}::test_unsupported_option"
 
@@ -70,6 +70,12 @@ SHOWN = (
         f"{EQUALITY}::test_prefix_caching",
     ),
     works("Preemption and recompute", f"{EQUALITY}::test_preemption"),
+    works(
+        "All of it at once, with n-gram speculation, offloading, structured output and LoRA",
+        "e2e/test_everything_at_once.py::test_everything_at_once",
+    ),
+    works("Pausing generation and resuming it", f"{REQUESTS}::test_pause_and_resume"),
+    works("Streaming input", f"{REQUESTS}::test_streamed_input"),
     works("Several samples per prompt (`n`)", f"{FEATURES}::test_several_samples_of_a_prompt"),
     works("Beam search", f"{FEATURES}::test_beam_search"),
     works("Log-probabilities, including the prompt's", f"{FEATURES}::test_log_probabilities"),
@@ -102,6 +108,7 @@ SHOWN = (
         f"{PARALLEL}::test_tensor_parallel_with_one_group_for_all_ranks",
     ),
     works("Pipeline parallel", f"{PARALLEL}::test_pipeline_parallel"),
+    works("Data parallel", f"{REQUESTS}::test_data_parallel"),
     works(
         "`torch.compile` of the model around attention", f"{FEATURES}::test_compiled_by_inductor"
     ),
