@@ -69,8 +69,8 @@ def test_good_checkpoint_passes_with_and_without_the_flag(half):
         ),
         ({"attention_backend": "CPU_ATTN"}, ["--attention-backend", "recalkv", "found CPU_ATTN"]),
         (
-            {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
-            ["--kv-transfer-config", "ExampleConnector", "found NixlConnector"],
+            {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
+            ["--kv-transfer-config", "ExampleConnector", "found LMCacheConnectorV1"],
         ),
         (
             {"kv_offloading_size": 1.0},

@@ -19,28 +19,30 @@ from recalkv_vllm.serving.startup.connectors import unsupported_connector
         ("OffloadingConnector", {"cpu_bytes_to_use": 1, "canonical_layout": True}, True),
         ("MultiConnector", {"connectors": [{"kv_connector": "ExampleConnector"}]}, False),
         ("OffloadingConnector", {"spec_name": "Own", "spec_module_path": "own"}, False),
+        ("NixlConnector", {}, True),
     ],
 )
 def test_accepted(name, extra_config, on_gpu):
-    assert unsupported_connector(name, extra_config, on_gpu) is None
+    assert unsupported_connector(name, extra_config, on_gpu, ranks=1) is None
 
 
 @pytest.mark.parametrize(
     ("name", "extra_config", "on_gpu", "message"),
     [
         ("SimpleCPUOffloadConnector", {}, True,
-         "expected ExampleConnector or OffloadingConnector or MultiConnector, found "
-         "SimpleCPUOffloadConnector"),
+         "expected ExampleConnector or OffloadingConnector or NixlConnector or MultiConnector, "
+         "found SimpleCPUOffloadConnector"),
         ("MultiConnector", {"connectors": [{"kv_connector": "OffloadingConnector"}]}, False,
          "MultiConnector: OffloadingConnector: vLLM offloads from GPUs only, found a CPU"),
         ("OffloadingConnector", {}, False, "OffloadingConnector: vLLM offloads from GPUs only, "
          "found a CPU"),
         ("OffloadingConnector", {"spec_name": "TieringOffloadingSpec"}, True,
          "spec_name: expected CPUOffloadingSpec, found TieringOffloadingSpec"),
+        ("NixlConnector", {}, True, "NixlConnector: expected an engine of one rank, found 2"),
     ],
 )  # fmt: skip
 def test_refused(name, extra_config, on_gpu, message):
-    assert unsupported_connector(name, extra_config, on_gpu) == message
+    assert unsupported_connector(name, extra_config, on_gpu, ranks=2) == message
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 8])

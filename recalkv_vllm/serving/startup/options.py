@@ -26,7 +26,10 @@ def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
     parallel, model = config.parallel_config, config.model_config
     speculative, transfer = config.speculative_config, config.kv_transfer_config
     connector = transfer and unsupported_connector(
-        transfer.kv_connector, transfer.kv_connector_extra_config, not current_platform.is_cpu()
+        transfer.kv_connector,
+        transfer.kv_connector_extra_config,
+        not current_platform.is_cpu(),
+        parallel.world_size,
     )
     refusals = {
         f"--attention-backend: expected recalkv for a compressed checkpoint, found {requested}": (
