@@ -109,15 +109,25 @@ def test_ngram_speculation(both, small_prompts):
     assert ours["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
-@pytest.mark.parametrize("draft", ["stock", "compressed"])
+@pytest.mark.parametrize(
+    ("base", "draft", "options"),
+    [
+        ("llama3-rope", "stock", {}),
+        ("llama3-rope", "compressed", {}),
+        # Windows on every other layer, of the model and of the draft.
+        ("gemma3", "stock", {"disable_hybrid_kv_cache_manager": True}),
+        ("gemma3", "compressed", {"disable_hybrid_kv_cache_manager": True}),
+    ],
+)
 @pytest.mark.slow
-def test_draft_model_speculation(small, compressed, small_prompts, draft):
-    checkpoint = compressed(small)
-    model = small if draft == "stock" else checkpoint
+def test_draft_model_speculation(make_small, compressed, small_prompts, base, draft, options):
+    stock = make_small(base)
+    checkpoint = compressed(stock)
+    model = stock if draft == "stock" else checkpoint
     speculation = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 3}
     alone, drafted = (
         run_engines(small_prompts.job(checkpoint, **RECALKV, **engine))[0]
-        for engine in ({}, {"speculative_config": speculation})
+        for engine in ({}, {"speculative_config": speculation, **options})
     )
     assert drafted["tokens"] == alone["tokens"]
     # The draft computes what the model does, so that every token is right.

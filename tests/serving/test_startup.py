@@ -7,6 +7,10 @@ import torch
 
 from recalkv_vllm.serving.startup.options import unsupported_option
 
+FULL, WINDOWS = (
+    SimpleNamespace(hf_config=SimpleNamespace(sliding_window=width)) for width in (None, 64)
+)
+
 
 def configuration(**changes):
     """As much of a ``VllmConfig`` as is looked at, with nothing to refuse."""
@@ -17,9 +21,10 @@ def configuration(**changes):
         },
         "model_config": {
             "dtype": torch.float32,
-            "hf_config": SimpleNamespace(sliding_window=None),
+            "hf_config": FULL.hf_config,
         },
         "cache_config": {"cache_dtype": "auto"},
+        "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
     }
     for part, values in changes.items():
         parts.setdefault(part, {}).update(values)
@@ -46,11 +51,18 @@ def configuration(**changes):
         ),
         (
             {
-                "speculative_config": {"method": "draft_model"},
-                "model_config": {"hf_config": SimpleNamespace(sliding_window=64)},
+                "speculative_config": {"method": "draft_model", "draft_model_config": FULL},
+                "model_config": vars(WINDOWS),
             },
-            "--speculative-config: draft_model does not go with sliding-window layers, beside "
-            "which vLLM does not look for the draft model's own cache group",
+            "--speculative-config: beside sliding-window layers, draft_model needs "
+            "--disable-hybrid-kv-cache-manager: vLLM gives a draft model the blocks of the first "
+            "cache group",
+        ),
+        (
+            {"speculative_config": {"method": "draft_model", "draft_model_config": WINDOWS}},
+            "--speculative-config: beside sliding-window layers, draft_model needs "
+            "--disable-hybrid-kv-cache-manager: vLLM gives a draft model the blocks of the first "
+            "cache group",
         ),
         (
             {"speculative_config": {"method": "dflash"}},
@@ -63,5 +75,16 @@ def test_refused(changes, message):
     assert unsupported_option(configuration(**changes), "RECALKV") == message
 
 
-def test_nothing_else_is():
-    assert unsupported_option(configuration(), "RECALKV") is None
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "speculative_config": {"method": "draft_model", "draft_model_config": WINDOWS},
+            "model_config": vars(WINDOWS),
+            "scheduler_config": {"disable_hybrid_kv_cache_manager": True},
+        },
+    ],
+)
+def test_nothing_else_is(changes):
+    assert unsupported_option(configuration(**changes), "RECALKV") is None

@@ -47,12 +47,17 @@ def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
         f"{speculative and speculative.method}": (
             speculative is not None and speculative.method not in TESTED_SPECULATION
         ),
-        # vLLM 0.32 does so for EAGLE's heads, and gives other drafts the first group's blocks.
-        "--speculative-config: draft_model does not go with sliding-window layers, beside which "
-        "vLLM does not look for the draft model's own cache group": (
+        # vLLM 0.32 looks for the group of an EAGLE head, not for that of a draft model.
+        "--speculative-config: beside sliding-window layers, draft_model needs "
+        "--disable-hybrid-kv-cache-manager: vLLM gives a draft model the blocks of the first "
+        "cache group": (
             speculative is not None
             and speculative.method == "draft_model"
-            and bool(getattr(model.hf_config, "sliding_window", None))
+            and any(
+                getattr(each.hf_config, "sliding_window", None)
+                for each in (model, speculative.draft_model_config)
+            )
+            and not config.scheduler_config.disable_hybrid_kv_cache_manager
         ),
     }
     return next((message for message, refused in refusals.items() if refused), None)
