@@ -88,7 +88,8 @@ SHOWN = (
     ),
     works("N-gram speculation", f"{FEATURES}::test_ngram_speculation"),
     works(
-        "Speculation with a draft model, stock or compressed",
+        "Speculation with a draft model, stock or compressed; beside sliding windows with "
+        "`--disable-hybrid-kv-cache-manager`",
         f"{FEATURES}::test_draft_model_speculation",
     ),
     works(
@@ -108,6 +109,10 @@ SHOWN = (
         f"{PARALLEL}::test_tensor_parallel_with_one_group_for_all_ranks",
     ),
     works("Pipeline parallel", f"{PARALLEL}::test_pipeline_parallel"),
+    works(
+        "Expert parallel, for which tests map experts that vLLM's kernel for CPUs does not",
+        f"{PARALLEL}::test_expert_parallel",
+    ),
     works("Data parallel", f"{REQUESTS}::test_data_parallel"),
     works(
         "`torch.compile` of the model around attention", f"{FEATURES}::test_compiled_by_inductor"
@@ -185,6 +190,10 @@ SHOWN = (
         f"{FEATURES}::test_latents_go_through_kv_connectors",
     ),
     works(
+        "Prefill in one engine and decoding in another by `NixlConnector`, each of one rank",
+        "e2e/test_disaggregation.py::test_nixl",
+    ),
+    works(
         "`canonical_layout` of `OffloadingConnector`: what it maps",
         f"{CONNECTORS}::test_canonical_pages_hold_what_every_rank_caches",
     ),
@@ -201,10 +210,9 @@ SHOWN = (
 
 REFUSED = (
     refused(
-        "A draft model beside sliding-window layers; `dflash`, `dspark`, `extract_hidden_states` "
-        "and `mlp_speculator`",
-        "vLLM 0.32 gives a draft model the first cache group's blocks, and asserts that its layers "
-        "share a group; it has no proposer for MLP speculators; the others are not tested",
+        "`dflash`, `dspark`, `extract_hidden_states` and `mlp_speculator`",
+        "vLLM 0.32 runs the first two in Triton on GPUs, copies hidden states by CUDA streams, and "
+        "has no proposer for MLP speculators",
         f"{STARTUP}::test_refused",
     ),
     refused(
@@ -221,7 +229,8 @@ REFUSED = (
     ),
     refused(
         "Other KV connectors; offloading on a CPU",
-        "they need GPUs or packages that the tests have not; vLLM 0.32 offloads from GPUs only",
+        "LMCache takes a page for keys and values of the model's heads; others need GPUs or "
+        "services that the tests have not; vLLM 0.32 offloads from GPUs only",
         OPTION,
         f"{CONNECTORS}::test_refused",
     ),
@@ -315,6 +324,11 @@ pages on the host; the connector itself decides which pages, and where they go. 
 `canonical_layout`, pages of all ranks are stored as one; a rank's latents are a head of it, or a
 part by itself, and come back as they were. `TieringOffloadingSpec` is not tested and refused.
 
+`NixlConnector` copies whole pages, whatever a layer's rank. Between engines of unequal
+tensor-parallel sizes it would cut them by the model's KV heads, which a latent has not, so both
+engines must be of one rank. The tests ran with `nixl` 1.5.2 and UCX, between two processes of one
+host.
+
 ## Speculation
 
 The layers of a draft model or of a head have their own dense cache and vLLM's own attention,
@@ -322,6 +336,16 @@ whatever the model's; compression changes neither. An MTP layer stays in the com
 as it was, and `{{"method": "mtp"}}` finds it there; for GLM-4.5, which vLLM tells by the name of
 its architecture, `"model"` has to name the base model. Of `arctic-inference`, vLLM asks for version
 0.1.1; the tests ran with its module `suffix_decoding` alone.
+
+vLLM 0.32 looks for the cache group of a head's layers, but gives a draft model the blocks of the
+first group, and layers of several groups share memory. So beside windows, of either model, all
+layers have to be in one group; a window's blocks are then kept to the end of the request.
+
+## LoRA on a CPU
+
+On a CPU, vLLM 0.32 computes requests without an adapter, where they run beside some with one, with
+the last of the `--max-loras` places: let there be one more than adapters in use, which stays zero.
+This is so for stock models too.
 
 ## Metrics
 

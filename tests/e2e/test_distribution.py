@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallel engines give the tokens of a single process."""
+"""Tensor, expert and pipeline parallel engines give the tokens of a single process."""
 
 import pytest
 
@@ -34,6 +34,18 @@ def test_tensor_parallel_with_a_k_and_a_v_group_per_rank(small, small_prompts, c
 def test_tensor_parallel_with_one_group_for_all_ranks(small, small_prompts, compressed, stock):
     checkpoint = compressed(small, k_group_size=4, v_groups=1)
     assert tokens(small_prompts, checkpoint, tensor_parallel_size=2) == stock
+
+
+@pytest.mark.slow
+def test_expert_parallel(make_small, small_prompts, compressed):
+    base = make_small("mixtral")
+    (dense,) = run_engines(small_prompts.job(base))
+    experts = {
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "worker_extension_cls": "expert_map.Mapped",
+    }
+    assert tokens(small_prompts, compressed(base), **experts) == dense["tokens"]
 
 
 @pytest.mark.slow
