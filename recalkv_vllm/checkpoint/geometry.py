@@ -17,6 +17,7 @@ class AttentionGeometry:
 
     Args:
         key_norm: what one norm of keys is over, if there are norms.
+        windows_differ: some layers have a sliding window and some do not.
     """
 
     num_layers: int
@@ -25,6 +26,7 @@ class AttentionGeometry:
     num_kv_heads: int
     head_dim: int
     key_norm: KeyNorm | None = None
+    windows_differ: bool = False
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> AttentionGeometry:
@@ -38,6 +40,7 @@ class AttentionGeometry:
             num_kv_heads=_size(config, "num_key_value_heads", heads),
             head_dim=_size(config, "head_dim", hidden_size // heads),
             key_norm=key_norm(config),
+            windows_differ=_windows_differ(config.get("layer_types")),
         )
 
     def key_scales(self, num_kv_heads: int | None = None) -> int:
@@ -54,6 +57,10 @@ class AttentionGeometry:
     def dense_width(self) -> int:
         """Elements that an uncompressed cache holds per token and layer."""
         return 2 * self.num_kv_heads * self.head_dim
+
+
+def _windows_differ(layer_types: Any) -> bool:
+    return isinstance(layer_types, (list, tuple)) and len(set(map(str, layer_types))) > 1
 
 
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

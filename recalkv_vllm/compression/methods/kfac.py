@@ -42,6 +42,7 @@ from recalkv_vllm.compression.methods.measured_sizes import HeadGrouping, measur
 from recalkv_vllm.compression.plan import Budget, ModelPlan
 from recalkv_vllm.compression.progress import track
 from recalkv_vllm.compression.ranks.decode_time import LayerTimes, most_code_bits
+from recalkv_vllm.compression.ranks.equal_pages import EqualPages
 from recalkv_vllm.compression.ranks.few_shapes import (
     Allocation,
     Candidates,
@@ -131,6 +132,9 @@ class KfacMethod(Method[Measured]):
             steps: of the budget of bytes.
             limit: of decode time.
         """
+        if self.geometry.windows_differ:
+            capped = {size: EqualPages(candidates, steps) for size, candidates in sizes.items()}
+            sizes = {size: candidates for size, candidates in capped.items() if candidates.possible}
         chosen = {
             size: allocation
             for size, candidates in sizes.items()

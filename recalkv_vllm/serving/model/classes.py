@@ -7,7 +7,7 @@ vLLM's models to serve one would cost seconds in every process.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -65,10 +65,7 @@ def _stock_attention_backend(vllm_config: VllmConfig) -> Iterator[None]:
 
 
 def page_widths(
-    served: RecalkvConfig,
-    geometry: AttentionGeometry,
-    hf_config: Mapping[str, Any],
-    dtype: torch.dtype,
+    served: RecalkvConfig, geometry: AttentionGeometry, dtype: torch.dtype
 ) -> tuple[int, ...]:
     """``LatentAttention.page_width`` of every layer, those of other pipeline stages too."""
     size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
@@ -82,7 +79,7 @@ def page_widths(
         )
         for shard in shards
     ]
-    return slot_widths(own, windows_differ=len(set(hf_config.get("layer_types") or ())) > 1)
+    return slot_widths(own, geometry.windows_differ)
 
 
 if TYPE_CHECKING:  # any of vLLM's causal language models
@@ -112,7 +109,7 @@ class LatentAttentionMixin(_Stock):
         dtype = model_dtype(vllm_config.model_config)
         cache_dtype = vllm_config.cache_config.cache_dtype
         served = served_config(self.recalkv_config, cache_dtype, dtype)
-        widths = page_widths(served, self.recalkv_geometry, hf_config, dtype)
+        widths = page_widths(served, self.recalkv_geometry, dtype)
         attention, parts_of = self._attention()
         for i in self._served_layers():
             layer = self.model.layers[i]
