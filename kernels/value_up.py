@@ -34,6 +34,14 @@ def split_weights(
 
 
 @triton.jit
+def shares_beside_sinks(sinks, shift, inverse):
+    """``[ROWS]``: a row's sum of weights over the same with its sink, to which ``sinks`` points."""
+    sink = tl.load(sinks).to(tl.float32)
+    # Without tokens all is the sink's.
+    return tl.where(inverse == 0, 0.0, 1 / (1 + tl.exp(sink - shift) * inverse))
+
+
+@triton.jit
 def merge_columns(
     source, partial_lse, live, shift, inverse, num_splits, stride_split, stride_lse_split,
     STAGES: tl.constexpr,
@@ -63,6 +71,7 @@ def project_values(
     partial_lse,
     v_up,
     v_bias,
+    sinks,
     out,
     tokens,
     num_splits,
@@ -84,7 +93,7 @@ def project_values(
     """``out[t, h] = v_up[h // QUERIES_PER_KV] @ o_lat[t, h] (+ v_bias)``; DEPTH divides V_WIDTH.
 
     With ``partial_lse: [num_splits, tokens, heads]``, ``o_lat`` is the first of as many partial
-    results, ``stride_split`` apart.
+    results, ``stride_split`` apart. ``sinks: [heads]`` take their shares of the outputs by it.
     """
     kv_head = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -114,6 +123,8 @@ def project_values(
     if v_bias is not None:
         bias = tl.load(v_bias + kv_head * HEAD_DIM + column, mask=wanted, other=0.0)
         acc += bias.to(tl.float32)[None, :]
+    if sinks is not None:
+        acc *= shares_beside_sinks(sinks + head, shift, inverse)[:, None]
     target = out + token[:, None] * stride_out_token + (head * stride_out_head)[:, None]
     tl.store(
         target + column[None, :],

@@ -221,8 +221,9 @@ struct Call {
     merge_splits(schedule, batch.num_heads, layer.v_width, partial, outputs.whole);
   }
 
-  // Value latents of all blocks that are not dense to heads, neighbors at once.
-  void up_project(ElementType type, const float* o_lat, void* heads) const {
+  // Value latents of all blocks that are not dense to heads, neighbors at once. Where the layer has
+  // sinks, log-sum-exps become the shares of rows' sums that are left beside them.
+  void up_project(ElementType type, const float* o_lat, float* lse, void* heads) const {
     static thread_local std::vector<std::pair<int64_t, int64_t>> ranges;  // of tokens
     ranges.clear();
     for (const QueryBlock& block : schedule.blocks)
@@ -231,6 +232,7 @@ struct Call {
     std::sort(ranges.begin(), ranges.end());
     ValueUp job{};
     job.o_lat = o_lat;
+    job.shares = layer.sinks ? lse : nullptr;
     job.factors = layer.v_up;
     job.bias = layer.v_bias;
     job.out = heads;
@@ -242,6 +244,8 @@ struct Call {
       const int64_t begin = ranges[i].first;
       int64_t end = ranges[i].second;
       while (++i < ranges.size() && ranges[i].first == end) end = ranges[i].second;
+      for (int64_t row = begin * batch.num_heads; layer.sinks && row < end * batch.num_heads; ++row)
+        lse[row] = 1 / (1 + std::exp(layer.sinks[row % batch.num_heads] - lse[row]));
       job.first_row = begin * batch.queries_per_kv;
       job.rows = (end - begin) * batch.queries_per_kv;
       run_value_up(kernels, type, job);
@@ -271,6 +275,8 @@ at::Tensor paged_latent_attention_heads(const c10::intrusive_ptr<AttentionLayer>
                                         const at::Tensor& query_start_loc) {
   TORCH_CHECK_TYPE(attention_layer->values_dtype() == q.scalar_type(), "q: expected v_up's dtype, ",
                    attention_layer->values_dtype(), ", found ", q.scalar_type());
+  TORCH_CHECK_VALUE(attention_layer->serves(q.size(1)),
+                    "q: expected as many heads as sinks, found ", q.size(1));
   const Call call(*attention_layer, q, kv_cache, block_table, seq_lens, query_start_loc, true);
 
   at::Tensor heads = at::empty(q.sizes(), q.options());
@@ -284,7 +290,7 @@ at::Tensor paged_latent_attention_heads(const c10::intrusive_ptr<AttentionLayer>
   const Results whole{o_lat.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), nullptr};
   char* out = static_cast<char*>(heads.mutable_data_ptr());
   call.run({whole, out, call.layer.head_dim * q.element_size()});
-  call.up_project(element_type_of(q.scalar_type(), "q"), whole.out, out);
+  call.up_project(element_type_of(q.scalar_type(), "q"), whole.out, whole.lse, out);
   return heads;
 }
 

@@ -36,14 +36,14 @@ AttentionLayer::AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> 
                                c10::intrusive_ptr<Spans> spans, c10::intrusive_ptr<Values> values,
                                std::optional<c10::intrusive_ptr<Rotation>> rotation,
                                std::optional<c10::intrusive_ptr<Expansion>> expansion,
-                               const c10::intrusive_ptr<Logits>& logits,
-                               const std::string& latent_dtype, int64_t group_size,
-                               const std::optional<at::Tensor>& bands)
+                               c10::intrusive_ptr<Logits> logits, const std::string& latent_dtype,
+                               int64_t group_size, const std::optional<at::Tensor>& bands)
     : keys_(std::move(keys)),
       spans_(std::move(spans)),
       values_(std::move(values)),
       rotation_(std::move(rotation)),
       expansion_(std::move(expansion)),
+      logits_(std::move(logits)),
       kernels_(checked_isa(isa)),
       latent_format_(latent_dtype, group_size, bands) {
   set_keys(*keys_);
@@ -52,9 +52,7 @@ AttentionLayer::AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> 
   layer_.max_position = std::numeric_limits<int32_t>::max();
   if (rotation_) set_rotation(**rotation_);
   if (expansion_) set_expansion(**expansion_);
-  layer_.scale = static_cast<float>(logits->scale);
-  layer_.soft_cap = static_cast<float>(logits->soft_cap);
-  layer_.window = logits->window;
+  set_logits(*logits_);
 }
 
 const ElementKernels& AttentionLayer::kernels(at::ScalarType dtype) const {
@@ -149,6 +147,19 @@ void AttentionLayer::set_expansion(const Expansion& expansion) {
   layer_.pair_factors = static_cast<const Unit*>(expansion.pair_factors.const_data_ptr());
   layer_.expanded_pairs = static_cast<int>(pairs);
   layer_.exact_pairs = layer_.head_dim / 2 - layer_.expanded_pairs;
+}
+
+void AttentionLayer::set_logits(const Logits& logits) {
+  layer_.scale = static_cast<float>(logits.scale);
+  layer_.soft_cap = static_cast<float>(logits.soft_cap);
+  layer_.window = logits.window;
+  if (!logits.sinks) return;
+  check_dims(*logits.sinks, "sinks", 1);
+  const int64_t heads = logits.sinks->size(0);
+  check(*logits.sinks, "sinks", at::kFloat, {heads});
+  TORCH_CHECK_VALUE(heads > 0 && heads % layer_.num_kv_heads == 0, "sinks: expected a multiple of ",
+                    layer_.num_kv_heads, " KV heads, found ", heads);
+  layer_.sinks = logits.sinks->const_data_ptr<float>();
 }
 
 }  // namespace recalkv

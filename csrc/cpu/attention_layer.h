@@ -70,9 +70,10 @@ struct Logits : torch::CustomClassHolder {
   const double scale;
   const double soft_cap;  // 0 is none
   const int64_t window;   // newest keys that a query sees, itself included; 0 is all
+  const std::optional<at::Tensor> sinks;  // [query heads] float32, see Layer::sinks
 
-  Logits(double scale, double soft_cap, int64_t window)
-      : scale(scale), soft_cap(soft_cap), window(window) {}
+  Logits(double scale, double soft_cap, int64_t window, std::optional<at::Tensor> sinks)
+      : scale(scale), soft_cap(soft_cap), window(window), sinks(std::move(sinks)) {}
 };
 
 class AttentionLayer : public torch::CustomClassHolder {
@@ -82,13 +83,15 @@ class AttentionLayer : public torch::CustomClassHolder {
                  c10::intrusive_ptr<Spans> spans, c10::intrusive_ptr<Values> values,
                  std::optional<c10::intrusive_ptr<Rotation>> rotation,
                  std::optional<c10::intrusive_ptr<Expansion>> expansion,
-                 const c10::intrusive_ptr<Logits>& logits, const std::string& latent_dtype,
+                 c10::intrusive_ptr<Logits> logits, const std::string& latent_dtype,
                  int64_t group_size, const std::optional<at::Tensor>& bands);
 
   const Layer& layer() const { return layer_; }
   const LatentFormat& latent_format() const { return latent_format_; }
   int64_t v_width() const { return layer_.v_width; }
   at::ScalarType values_dtype() const { return values_->factors.scalar_type(); }
+  // Whether the layer has what queries of so many heads need.
+  bool serves(int64_t heads) const { return !logits_->sinks || logits_->sinks->size(0) == heads; }
   // Kernels for a cache and queries of `dtype`; throws a ValueError where there are none.
   const ElementKernels& kernels(at::ScalarType dtype) const;
 
@@ -98,6 +101,7 @@ class AttentionLayer : public torch::CustomClassHolder {
   void set_values(const Values& values);
   void set_rotation(const Rotation& rotation);
   void set_expansion(const Expansion& expansion);
+  void set_logits(const Logits& logits);
 
   // What layer_ points into.
   const c10::intrusive_ptr<Keys> keys_;
@@ -105,6 +109,7 @@ class AttentionLayer : public torch::CustomClassHolder {
   const c10::intrusive_ptr<Values> values_;
   const std::optional<c10::intrusive_ptr<Rotation>> rotation_;
   const std::optional<c10::intrusive_ptr<Expansion>> expansion_;
+  const c10::intrusive_ptr<Logits> logits_;
   const Kernels& kernels_;
   const LatentFormat latent_format_;
   Layer layer_{};

@@ -70,8 +70,8 @@ TORCH_LIBRARY(recalkv_cpu, m) {
   m.class_<Expansion>("Expansion")
       .def(torch::init<at::Tensor, at::Tensor, at::Tensor>(), "",
            {arg("basis"), arg("coefficients"), arg("pair_factors")});
-  m.class_<Logits>("Logits").def(torch::init<double, double, int64_t>(), "",
-                                 {arg("scale"), arg("soft_cap"), arg("window")});
+  m.class_<Logits>("Logits").def(torch::init<double, double, int64_t, std::optional<at::Tensor>>(),
+                                 "", {arg("scale"), arg("soft_cap"), arg("window"), arg("sinks")});
   m.class_<AttentionLayer>("AttentionLayer")
       .def(torch::init<std::string, intrusive_ptr<Keys>, intrusive_ptr<Spans>,
                        intrusive_ptr<Values>, std::optional<intrusive_ptr<Rotation>>,

@@ -40,6 +40,8 @@ struct Layer {
   float scale;
   float soft_cap;  // 0 is none
   int64_t window;  // 0 is none
+  // [query heads], or null: logits that join the sum of a row's softmax and have no value.
+  const float* sinks;
 };
 
 }  // namespace recalkv

@@ -59,6 +59,14 @@ void Attention<Format>::start() {
   for (int64_t i = 0; i < all; i += kLanes) store(sums + i, splat(0.0f));
 }
 
+// What a row's sum `sum * exp(maximum)` is of the same with its sink.
+template <class Format>
+RECALKV_INLINE float Attention<Format>::share_beside_sink(int head, int row, float maximum,
+                                                          float sum) const {
+  const float sink = layer.sinks[out_row(head, row) % batch.num_heads];
+  return sum == 0.0f ? 0.0f : sum / (sum + __builtin_expf(sink - maximum));
+}
+
 template <class Format>
 void Attention<Format>::finish() {
   for (int head = 0; head < num_heads; ++head) {
@@ -70,13 +78,14 @@ void Attention<Format>::finish() {
       const float m = running_max[own] / kLog2E, l = running_sum[own];
       const float* from = sums + own * width;
       const int64_t index = out_row(head, row);
-      // Splits are merged, and divided by the sum, later.
-      const Vec factor = splat(task.weight ? 1.0f : (l == 0.0f ? 0.0f : 1.0f / l));
+      // Splits are merged, and divided by the sum, later; sinks are for heads alone.
+      const float share = dense && layer.sinks ? share_beside_sink(head, row, m, l) : 1.0f;
+      const Vec factor = splat(task.weight ? 1.0f : (l == 0.0f ? 0.0f : share / l));
       if (dense) {
         Raw* to = static_cast<Raw*>(task.heads) + index * layer.head_dim;
         for (int i = 0; i < width; i += kLanes)
-          Format::store_latent(to + i,
-                               fma(load(from + i), factor, bias ? load(bias + i) : splat(0.0f)));
+          Format::store_latent(to + i, fma(load(from + i), factor,
+                                           bias ? mul(load(bias + i), splat(share)) : splat(0.0f)));
         continue;
       }
       float* to = task.out + index * width;

@@ -181,6 +181,7 @@ struct Attention {
   template <class T>
   void reorder(const T* in, T* out, int first, int pairs) const;
   void start();
+  RECALKV_INLINE float share_beside_sink(int head, int row, float maximum, float sum) const;
   void finish();
 
   // gather.h

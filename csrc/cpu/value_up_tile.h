@@ -1,4 +1,4 @@
-// Value latents of some rows to head outputs: out = L_v o_lat + b_v.
+// Value latents of some rows to head outputs: out = (L_v o_lat + b_v) · share.
 #pragma once
 
 #include "products.h"
@@ -83,9 +83,12 @@ void value_up(const ValueUp& job, void* memory) {
       for (int i = 0; i < kLanes; ++i)
         sources[i] = reinterpret_cast<const Unit*>(space.result + (dim + i) * kTile + first);
       transpose(sources, block, kLanes, kLanes);
-      for (int i = 0; i < kLanes && first + i < rows; ++i)
-        Output::store(out + output_row(first + i) * job.head_dim + dim,
-                      load_units(block + i * kLanes));
+      for (int i = 0; i < kLanes && first + i < rows; ++i) {
+        const int64_t index = output_row(first + i);
+        Vec values = load_units(block + i * kLanes);
+        if (job.shares) values = mul(values, splat(job.shares[index]));
+        Output::store(out + index * job.head_dim + dim, values);
+      }
     }
   }
 }

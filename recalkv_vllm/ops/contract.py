@@ -36,12 +36,14 @@ class LatentLayer:
             the position of a token in its sequence. None: keys are not rotated.
         is_neox: RoPE pairs are ``(i, i + rot_dim/2)`` if true, ``(2i, 2i + 1)`` if not.
         k_bias: ``[h_kv, d]``, added to keys before norm and RoPE.
-        v_bias: ``[h_kv, d]``, added to head outputs: once, since probabilities sum to one.
+        v_bias: ``[h_kv, d]``, added to head outputs: once, since probabilities sum to one before
+            sinks take their part.
         k_norm_weight: of an RMS norm of keys before RoPE: ``[d]`` for one of every head,
             ``[h_kv, d]`` for one over all heads of a token.
         k_norm_eps: its epsilon.
         sliding_window: a query sees this many newest keys, itself included.
         soft_cap: logits become ``cap · tanh(logit / cap)``.
+        sinks: ``[h_q]``, a logit per query head that joins the sum of a softmax and has no value.
         latent_format: how latents are quantized in the cache.
     """
 
@@ -59,6 +61,7 @@ class LatentLayer:
     k_norm_eps: float = 1e-6
     sliding_window: int | None = None
     soft_cap: float | None = None
+    sinks: torch.Tensor | None = None
     latent_format: CacheFormat | None = None
 
     def __post_init__(self) -> None:
@@ -223,9 +226,9 @@ class BoundLayer(Protocol):
 
         Returns:
             ``o_lat: [tokens, h_q, v_width]``, per-head value latents, and ``lse: [tokens, h_q]``,
-            the natural log-sum-exp of the logits, both float32. Rows past ``query_start_loc[-1]``,
-            which a padded batch has, are zero in ``o_lat``, as what follows in the model may take
-            a maximum over all rows, and minus infinity in ``lse``.
+            the natural log-sum-exp of the logits, both float32 and without sinks. Rows past
+            ``query_start_loc[-1]``, which a padded batch has, are zero in ``o_lat``, as what
+            follows in the model may take a maximum over all rows, and minus infinity in ``lse``.
         """
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -245,7 +248,9 @@ class BoundLayer(Protocol):
     ) -> torch.Tensor:
         """:meth:`value_up` of what :meth:`attend` gives: head outputs ``[tokens, h_q, d]``.
 
-        Where many queries share a tile, an implementation may reconstruct its values instead.
+        A head with a sink is multiplied by ``sigmoid(lse - sink)``, the share of the softmax's sum
+        that is left beside it. Where many queries share a tile, an implementation may reconstruct
+        its values instead.
 
         Args:
             q: as for :meth:`attend`; the result has its dtype. Rows past ``query_start_loc[-1]``
@@ -254,9 +259,6 @@ class BoundLayer(Protocol):
             out: where the result goes and what is returned, ``[tokens, h_q, d]`` of ``q``'s dtype;
                 new if not given.
         """
-        o_lat, _ = self.attend(q, kv_cache, batch)
-        heads = self.value_up(o_lat)
-        return heads if out is None else out.copy_(heads)
 
     def prefers_dense(self, num_heads: int, queries: float) -> bool:
         """Whether attention of ``queries`` per sequence shall be on what :meth:`reconstruct` gives.

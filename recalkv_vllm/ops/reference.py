@@ -14,6 +14,7 @@ from recalkv_vllm.band_format import CacheFormat
 from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.ops.contract import Batch, BatchLimits, BoundLayer, LatentLayer, Pieces
 from recalkv_vllm.ops.key_norm import stored_latents, update_key_scales
+from recalkv_vllm.ops.sinks import shares_beside_sinks
 
 
 def latent_cache_update(
@@ -220,6 +221,24 @@ def latent_value_up(
     return out.to(out_dtype or v_up.dtype)
 
 
+def paged_latent_heads(
+    layer: LatentLayer,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: Batch,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """See :meth:`BoundLayer.attend_heads`; the result has the dtype of value latents."""
+    o_lat, lse = paged_latent_attention(layer, q, kv_cache, batch, compute_dtype=compute_dtype)
+    heads = latent_value_up(
+        o_lat, layer.v_up, layer.v_bias, out_dtype=o_lat.dtype, compute_dtype=compute_dtype
+    )
+    if layer.sinks is not None:
+        heads = heads * shares_beside_sinks(lse, layer.sinks)[..., None]
+    return heads
+
+
 def unsupported_reason(
     device: torch.device, dtype: torch.dtype, head_dim: int | None
 ) -> str | None:
@@ -250,6 +269,16 @@ class ReferenceLayer(BoundLayer):
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return paged_latent_attention(self.layer, q, kv_cache, batch)
+
+    def attend_heads(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        heads = paged_latent_heads(self.layer, q, kv_cache, batch).to(q.dtype)
+        return heads if out is None else out.copy_(heads)
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         return latent_value_up(o_lat, self.layer.v_up, self.layer.v_bias, out_dtype=out_dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.ops.tracing import RecordedCalls
 
 BATCH = ((1, 45), (2, 300), (0, 0), (1, 1), (20, 70))
 CASE = spanned("decodes-first", (8, 2, 64), 1, 32, 2, 32, batch=BATCH, padding_rows=2)
+SINKS = replace(CASE, name="sinks", sinks=True)
 DECODES = spanned("decodes", (8, 2, 64), 1, 48, 1, 80, batch=BATCH[:4])
 HINTS = {"num_decodes": 4, "num_decode_tokens": 4, "max_decode_query_len": 2}
 
@@ -61,6 +63,18 @@ def test_decodes_take_two_launches(
     multiprocessors(count)
     assert check(DECODES) == ["decode"]
     assert launched == ["project_values"]
+
+
+@needs_triton
+@pytest.mark.parametrize("count", [1, 200], ids=["whole", "split"])
+def test_sinks_take_no_launch(
+    count: int, multiprocessors: Callable[[int], None], launched: list[str]
+) -> None:
+    multiprocessors(count)
+    assert check(replace(DECODES, name="decodes with sinks", sinks=True)) == ["decode"]
+    assert launched == ["project_values"]
+    launched.clear()
+    check(SINKS, **HINTS)
 
 
 @needs_triton

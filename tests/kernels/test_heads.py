@@ -14,6 +14,11 @@ from recalkv_vllm.ops.triton.launch import Launch
 from tests.ops.cases import CASES, QUANTIZED_CASES, AttentionCase, build, spanned
 from tests.ops.checks import assert_within
 from tests.ops.rounding import allowed_heads_error
+from tests.ops.sinks import (
+    check_a_sink_is_a_token_of_no_value,
+    check_a_sink_of_all,
+    check_a_sink_of_nothing,
+)
 from tests.ops.test_attend_heads import heads_in_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,6 +78,8 @@ def check(case: AttentionCase, dtype: torch.dtype, **hints: int) -> None:
         ("mixed", torch.bfloat16, 1),
         ("one-v-group-many-k", torch.bfloat16, 2),
         ("odd-joint-int8-16", torch.bfloat16, 2),
+        ("sinks", torch.float32, 4),
+        ("sinks", torch.bfloat16, 1),
     ],
     ids=str,
 )
@@ -92,14 +99,23 @@ def test_decodes_first(
     assert launched == {"latent_attention": 2, "project_values": 2}
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_decode_takes_two_launches(
-    splits: int, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
+    splits: int, sinks: bool, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
-    case = replace(BY_NAME["decode-lengths"], name="decodes")
+    case = replace(BY_NAME["decode-lengths"], name="decodes", sinks=sinks)
     check(case, torch.bfloat16, num_decodes=6, num_decode_tokens=6)
     assert launched == {"latent_attention": 1, "project_values": 1}
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sinks(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+    check_a_sink_of_nothing(ops.bind, torch.float32, DEVICE)
+    check_a_sink_of_all(ops.bind, torch.float32, DEVICE)
+    check_a_sink_is_a_token_of_no_value(ops.bind, torch.float32, DEVICE)
 
 
 def test_nan_in_the_cache_reaches_the_heads_that_see_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,9 @@ from tests.ops.replay import GraphMemory
 
 BATCH = ((1, 45),)
 LAYERS = {
-    "plain": spanned("plain", (8, 2, 64), 2, 48, 1, 80, batch=BATCH, key_bias=True, key_norm=True),
+    "plain": spanned(
+        "plain", (8, 2, 64), 2, 48, 1, 80, batch=BATCH, key_bias=True, key_norm=True, sinks=True
+    ),
     "bands": banded(joint("bands", (4, 2, 64), 1, 64, batch=BATCH), *[((64, 4),)] * 2),
 }
 
@@ -29,7 +31,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_other_elements(layer: LatentLayer) -> LatentLayer:
     """The layer with other weights, in memory of their own."""
-    weights = ("k_up", "v_up", "k_bias", "v_bias", "k_norm_weight")
+    weights = ("k_up", "v_up", "k_bias", "v_bias", "k_norm_weight", "sinks")
     old = {name: getattr(layer, name) for name in weights}
     return replace(layer, **{name: x.flip(-1) for name, x in old.items() if x is not None})
 

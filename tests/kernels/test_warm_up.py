@@ -33,7 +33,7 @@ def test_requests_compile_nothing() -> None:
     )
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == 36
+    assert len(results) == 39
     for result in results:
         assert result["compiled"] > 5, result
         assert result["cold"] == [], result

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -29,6 +30,8 @@ CASES = (
     Case("qwen2.5-7b", 0.6, 2, "shared-v"),
     Case("smollm2-135m", 0.7, 3, "split"),
 )
+#: The case that is looked at with sinks, too.
+WITH_SINKS = CASES[0]
 SEQ_LEN = 32768
 #: Queries of a decode, and of other sequences.
 DECODE_LENGTHS = (1, 3)
@@ -82,9 +85,12 @@ def warm_up(layer: ops.TritonLayer, cache: torch.Tensor, limits: BatchLimits) ->
     yield
 
 
-def compare(case: Case, arch: int, decode_length: int) -> dict[str, object]:
+def compare(case: Case, arch: int, decode_length: int, sinks: bool = False) -> dict[str, object]:
     geometry, latent, latent_format = GEOMETRIES[case.geometry], case.latent, case.latent_format
     constants = latent_layer(geometry, latent, 1024, torch.bfloat16, latent_format=latent_format)
+    if sinks:
+        of_heads = torch.zeros(geometry.num_heads, dtype=torch.bfloat16)
+        constants = replace(constants, sinks=of_heads)
     layer = ops.bind(constants)
     cache = empty_cache(2, 16, latent.rank, constants)
     heads, head_dim = geometry.num_heads, geometry.head_dim
@@ -105,6 +111,7 @@ def main() -> None:
         heuristics.target_of = lambda device, target=target: target
         for case, decode_length in itertools.product(CASES, DECODE_LENGTHS):
             print(json.dumps(compare(case, arch, decode_length)), flush=True)
+        print(json.dumps(compare(WITH_SINKS, arch, 1, sinks=True)), flush=True)
 
 
 if __name__ == "__main__":

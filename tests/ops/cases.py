@@ -56,6 +56,7 @@ class AttentionCase:
     key_norm: bool | Literal["all heads"] = False
     sliding_window: int | None = None
     soft_cap: float | None = None
+    sinks: bool = False
     cache: Literal["dense", "blocks", "tokens"] = "dense"
     latent_format: CacheFormat | None = None
     padding_rows: int = 0
@@ -129,6 +130,7 @@ EVERY_OPTION: dict[str, Any] = {
     "key_norm": True,
     "sliding_window": 40,
     "soft_cap": 5.0,
+    "sinks": True,
     "padding_rows": 2,
 }
 
@@ -205,6 +207,7 @@ CASES: tuple[AttentionCase, ...] = (
     spanned("window", (4, 2, 64), 1, 32, 2, 32, batch=(*MIXED, (40, 120)), sliding_window=24),
     spanned("window-1", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, sliding_window=1),
     spanned("soft-cap", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, soft_cap=3.0),
+    spanned("sinks", (9, 3, 64), 1, 32, 3, 32, batch=MIXED, sinks=True, padding_rows=2),
     spanned(
         "everything",
         (6, 2, 64),
@@ -387,6 +390,8 @@ def build(
         heads = () if case.key_norm is True else (case.num_kv_heads,)
         norm = 1 + 0.3 * normal(*heads, case.head_dim)
     v_up = normal(case.num_kv_heads, case.head_dim, v_width) / v_width**0.5
+    # As large as a row's log-sum-exp, give or take.
+    sinks = 2 + 3 * normal(case.num_heads) if case.sinks else None
     rot_dim = case.head_dim if case.rot_dim is None else case.rot_dim
 
     def low(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -405,6 +410,7 @@ def build(
         k_norm_weight=low(norm),
         sliding_window=case.sliding_window,
         soft_cap=case.soft_cap,
+        sinks=low(sinks),
         latent_format=case.latent_format,
     )
     for z, slots in latents:

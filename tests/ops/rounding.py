@@ -20,6 +20,7 @@ import torch
 
 from recalkv_vllm.ops import LatentLayer, reference
 from recalkv_vllm.ops.key_norm import key_scales
+from recalkv_vllm.ops.sinks import shares_beside_sinks
 from tests.ops.cases import AttentionInputs, attend_in_torch
 
 SLACK = 3.0
@@ -54,12 +55,21 @@ def allowed_heads_error(inputs: AttentionInputs, dtype: torch.dtype) -> torch.Te
     """Of ``attend_heads`` with operands of ``dtype``, whichever way it takes: ``[tokens, h_q, d]``.
 
     Sums of reconstructed values, which are rounded, or value latents that are summed, rounded and
-    projected.
+    projected. With a sink, a head's share ``s`` of its sum is multiplied in, which an error ``δ``
+    of the log-sum-exp moves by ``s (1 - s) δ``.
     """
     layer = inputs.layer
-    o_lat, _ = attend_in_torch(inputs, torch.float64)
-    projected = allowed_value_up_error(o_lat, layer.v_up, layer.v_bias)
-    return _allowed_sums(inputs, dtype, _values, layer.head_dim).o_lat + projected
+    o_lat, lse = attend_in_torch(inputs, torch.float64)
+    sums = _allowed_sums(inputs, dtype, _values, layer.head_dim)
+    allowed = sums.o_lat + allowed_value_up_error(o_lat, layer.v_up, layer.v_bias)
+    if layer.sinks is None:
+        return allowed
+    shares = shares_beside_sinks(lse, layer.sinks).cpu()
+    moved = shares * (1 - shares) * sums.lse + unit_roundoff(torch.float32) * shares
+    heads = reference.latent_value_up(
+        o_lat, layer.v_up, layer.v_bias, out_dtype=torch.float64, compute_dtype=torch.float64
+    )
+    return shares[..., None] * allowed + moved[..., None] * heads.cpu().abs() + FLOOR
 
 
 def _allowed_sums(

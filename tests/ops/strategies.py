@@ -52,6 +52,7 @@ def attention_cases(
         "key_norm": key_norm,
         "sliding_window": draw(st.sampled_from((None, 5, 31, 33, 64, 65))),
         "soft_cap": draw(st.sampled_from((None, 4.0))),
+        "sinks": draw(st.booleans()),
         "cache": draw(whole_blocks if key_norm else whole_blocks | st.just("tokens")),
         "padding_rows": pick(0, 0, 2),
     }

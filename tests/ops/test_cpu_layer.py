@@ -48,7 +48,7 @@ def make(**changes: object) -> torch.ScriptObject:
             tiles=given["tiles"], max_position=given["max_position"], is_neox=True
         ),
         expansion=None,
-        logits=classes.Logits(scale=1.0, soft_cap=0.0, window=0),
+        logits=classes.Logits(scale=1.0, soft_cap=0.0, window=0, sinks=None),
         latent_dtype=given["latent_dtype"],
         group_size=given["group_size"],
         bands=given["bands"],

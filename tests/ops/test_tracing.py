@@ -38,7 +38,7 @@ CASES = (
     spanned("strided", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, cache="tokens"),
     spanned(
         "norm-bias-window-cap", (4, 2, 64), 2, 64, 2, 32,
-        batch=MIXED, key_bias=True, key_norm=True, sliding_window=24, soft_cap=3.0,
+        batch=MIXED, key_bias=True, key_norm=True, sliding_window=24, soft_cap=3.0, sinks=True,
     ),
     spanned("no-rope", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, rot_dim=0),
     *quantized((PLAIN,), "int8", 32),

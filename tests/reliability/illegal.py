@@ -67,9 +67,11 @@ def illegal_attention(draw: st.DrawFn, inputs: AttentionInputs) -> Call:
         return Call(names, lambda: bound.attend(*call))
     spoiled = draw(spoiled_constant(name, inputs))
     # Head sizes and numbers of groups are read off the up factors.
-    names = {"head_dim": ("k_up",), "k_up": ("k_up", "k_spans", "v_spans", "v_up")}.get(
-        name, (name,)
-    )
+    names = {
+        "head_dim": ("k_up",),
+        "k_up": ("k_up", "k_spans", "v_spans", "v_up"),
+        "sinks": ("sinks", "q"),
+    }.get(name, (name,))
     # What a span needs of the cache shows in the call.
     if name in ("k_spans", "v_spans"):
         names = (name, "kv_cache")
@@ -171,6 +173,9 @@ def spoiled_constant(draw: st.DrawFn, name: str, inputs: AttentionInputs) -> Spo
             # One head's norm and one over the only head are both legal.
             forms = spoiled_form(x).filter(lambda bad: bad.shape != (heads, head_dim))
             way = forms | st.sampled_from(odd)
+        case "sinks":
+            x = torch.ones(inputs.q.shape[1])
+            way = spoiled_form(x) | st.sampled_from([x[:0], torch.cat((x, x[:1]))])
         case "scale":
             way = st.sampled_from([nan, inf, -inf])
         case "k_norm_eps":

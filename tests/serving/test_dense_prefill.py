@@ -50,6 +50,7 @@ CASES = (
     spanned("split", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, padding_rows=2),
     spanned("soft-cap", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, soft_cap=3.0),
     spanned("window", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, sliding_window=24),
+    spanned("sinks", (6, 2, 64), 1, 32, 2, 32, batch=MIXED, sinks=True, padding_rows=2),
     spanned("norm-and-bias", (6, 2, 32), 2, 32, 1, 48, batch=MIXED, key_norm=True, key_bias=True),
 )
 

@@ -106,6 +106,7 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
             scale=layer.scale,
             soft_cap=layer.soft_cap or 0.0,
             window=layer.sliding_window or 0,
+            sinks=None if layer.sinks is None else layer.sinks.float().contiguous(),
         ),
         **pack_format(layer.latent_format)._asdict(),
     )

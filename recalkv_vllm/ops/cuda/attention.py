@@ -113,12 +113,12 @@ class DecodeAttention:
 
     def partial(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same before splits are merged, held until another call on the device.
 
         Returns:
             ``o_lat: [splits, tokens, h_q, v_width]`` and ``lse: [splits, tokens, h_q]``; of a call
-            that is not split, ``[tokens, h_q, v_width]`` and None.
+            that is not split, without splits in front.
         """
         tokens, num_heads, _ = q.shape
         chosen = self._plan(q, kv_cache, batch)
@@ -130,7 +130,7 @@ class DecodeAttention:
         o_lat = q.new_empty(tokens, num_heads, self.v_width, dtype=torch.float32)
         lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
         self._start(chosen, q, kv_cache, batch, o_lat, lse)
-        return o_lat, None
+        return o_lat, lse
 
     def _start(
         self,

@@ -150,7 +150,7 @@ class TritonAttention:
             rows = (len(part.tokens), q.shape[1])
             o_lat, lse = q.new_empty(*rows, self.planner.v_width), q.new_empty(rows, dtype=FLOAT)
             yield from self._attention(plan, part, q, kv_cache, batch, o_lat[None], lse[None])
-            yield value_up_launch(o_lat, values, own_heads)
+            yield value_up_launch(o_lat, values, own_heads, lse)
             return
         partial, partial_lse = self._partial_results(plan, part, q)
         yield from self._attention(plan, part, q, kv_cache, batch, partial, partial_lse)

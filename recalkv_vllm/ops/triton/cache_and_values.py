@@ -26,8 +26,8 @@ class CacheAndValues(BoundLayer):
 
     def __init__(self, layer: LatentLayer, constants: dict[str, Any]):
         self._latent_format = layer.latent_format
-        bias = None if layer.v_bias is None else layer.v_bias.contiguous()
-        self.values = Values(layer.v_up.contiguous(), bias)
+        packed = (None if x is None else x.contiguous() for x in (layer.v_bias, layer.sinks))
+        self.values = Values(layer.v_up.contiguous(), *packed)
         self._reconstruction = Reconstruction(layer, constants)
         self._key_scales = KeyScales(layer, constants) if layer.key_scales else None
 
@@ -85,7 +85,8 @@ class CacheAndValues(BoundLayer):
             rows = (tokens, limits.num_heads)
             o_lat = v_up.new_zeros(*rows, v_width, dtype=torch.float32)
             out = v_up.new_empty(*rows, head_dim)
-            yield value_up_launch(o_lat.to(v_up.dtype), self.values, out)
-            yield value_up_launch(o_lat[None], self.values, out, o_lat.new_zeros(1, *rows))
+            lse = o_lat.new_zeros(rows)
+            yield value_up_launch(o_lat.to(v_up.dtype), self.values, out, lse)
+            yield value_up_launch(o_lat[None], self.values, out, lse[None])
             if merged:
-                yield value_up_launch(o_lat, self.values, out)
+                yield value_up_launch(o_lat, self.values, out, lse)

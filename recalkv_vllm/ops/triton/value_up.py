@@ -14,30 +14,36 @@ from recalkv_vllm.ops.triton.launch import Launch
 
 
 class Values(NamedTuple):
-    """How value latents become head outputs; both contiguous.
+    """How value latents become head outputs; all contiguous.
 
     Args:
         up: ``[h_kv, d, v_width]``.
         bias: ``[h_kv, d]``.
+        sinks: ``[h_q]``.
     """
 
     up: torch.Tensor
     bias: torch.Tensor | None
+    sinks: torch.Tensor | None
 
 
 def value_up_launch(
     o_lat: torch.Tensor,
     values: Values,
     out: torch.Tensor,
-    partial_lse: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> Launch:
     """The launch of ``value_up.py``, for at least one token.
 
     Args:
-        o_lat: ``[tokens, h_q, v_width]``.
+        o_lat: ``[tokens, h_q, v_width]``, or partial results with splits in front.
         out: ``[tokens, h_q, d]``.
-        partial_lse: ``[splits, tokens, h_q]``; ``o_lat`` then has splits in front, too.
+        lse: ``[tokens, h_q]``, with splits in front as ``o_lat``; without it sinks take nothing.
     """
+    sinks = None if lse is None else values.sinks
+    if lse is not None and o_lat.dim() == 3:
+        # A whole result is one split, to what sinks are compared with.
+        o_lat, lse = (o_lat, None) if sinks is None else (o_lat[None], lse[None])
     num_kv_heads, head_dim, v_width = values.up.shape
     if o_lat.stride(-1) != 1:
         o_lat = o_lat.contiguous()
@@ -53,14 +59,15 @@ def value_up_launch(
         ),
         {
             "o_lat": o_lat,
-            "partial_lse": partial_lse,
+            "partial_lse": lse,
             "v_up": values.up,
             "v_bias": values.bias,
+            "sinks": sinks,
             "out": out,
             "tokens": tokens,
-            "num_splits": 1 if partial_lse is None else len(partial_lse),
-            "stride_split": 0 if partial_lse is None else o_lat.stride(0),
-            "stride_lse_split": 0 if partial_lse is None else partial_lse.stride(0),
+            "num_splits": 1 if lse is None else len(lse),
+            "stride_split": 0 if lse is None else o_lat.stride(0),
+            "stride_lse_split": 0 if lse is None else lse.stride(0),
             "stride_token": o_lat.stride(-3),
             "stride_head": o_lat.stride(-2),
             "stride_out_token": out.stride(0),

@@ -57,6 +57,8 @@ def check_attend(
         require_dtype(q, "q", layer.dtype)
     if q.shape[1] == 0 or q.shape[1] % layer.num_kv_heads:
         require(False, "q", f"a multiple of {layer.num_kv_heads} heads", q.shape[1])
+    if layer.num_heads is not None and q.shape[1] != layer.num_heads:
+        require(False, "q", f"{layer.num_heads} heads, as sinks", q.shape[1])
     if q.shape[0] and (q.stride(2) != 1 or q.stride(1) != layer.head_dim):
         require(False, "q", "the heads of a token contiguous", f"strides {q.stride()}")
     _check_layers_cache(layer, kv_cache)

@@ -25,12 +25,14 @@ class LayerSignature:
     """What a bound layer fixes about the arguments of its calls.
 
     Args:
+        num_heads: query heads; None if nothing fixes them.
         rank: columns of the latent that spans need.
         key_scales: of a cached token.
         max_position: rows of ``cos_sin_cache``.
         check_values: ``RECALKV_DEBUG=1`` asked for checks of values when the layer was bound.
     """
 
+    num_heads: int | None
     num_kv_heads: int
     head_dim: int
     rank: int
@@ -56,6 +58,7 @@ def check_layer(layer: LatentLayer) -> LayerSignature:
     if isinstance(layer.latent_format, BandFormat):
         _check_bands(layer, layer.latent_format)
     return LayerSignature(
+        num_heads=None if layer.sinks is None else layer.sinks.shape[0],
         num_kv_heads=layer.num_kv_heads,
         head_dim=layer.head_dim,
         rank=max(span.end for span in (*layer.k_spans, *layer.v_spans)),
@@ -110,6 +113,7 @@ def _check_optional_tensors(layer: LatentLayer) -> None:
         "cos_sin_cache": ("max_position", "rot_dim"),
         "k_bias": (layer.num_kv_heads, layer.head_dim),
         "v_bias": (layer.num_kv_heads, layer.head_dim),
+        "sinks": ("h_q",),
     }
     norm = layer.k_norm_weight
     if norm is not None:
@@ -121,6 +125,14 @@ def _check_optional_tensors(layer: LatentLayer) -> None:
             require_shape(tensor, name, *shape)
             require_dtype(tensor, name, *DTYPES)
             require_device(tensor, name, layer.k_up.device)
+    if layer.sinks is not None:
+        heads = layer.sinks.shape[0]
+        require(
+            heads > 0 and heads % layer.num_kv_heads == 0,
+            "sinks",
+            f"a multiple of {layer.num_kv_heads} heads",
+            heads,
+        )
     if layer.cos_sin_cache is not None:
         require(
             0 < layer.rot_dim <= layer.head_dim and layer.rot_dim % 2 == 0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from recalkv_vllm.ops import CheckedLayer, LatentLayer
+from recalkv_vllm.ops.sinks import shares_beside_sinks
 from recalkv_vllm.ops.workspace import reserve_workspace
 from recalkv_vllm.serving.attention.flash_attention import FlashAttention, Logits, Partial
 from recalkv_vllm.serving.attention.prefills import ContextSlice, Prefills
@@ -24,6 +25,9 @@ class DensePrefill:
         flash: attention over dense keys.
         num_heads: query heads.
         capacity: tokens of a slice; twice those of a batch leave as much room for context.
+
+    Attributes:
+        sinks: the layer's, which are weights and may change.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class DensePrefill:
         self._ops, self._flash = ops, flash
         self._num_heads, self._capacity = num_heads, capacity
         self._logits = Logits(layer.scale, layer.soft_cap, layer.sliding_window)
+        self.sinks = layer.sinks
         self._row = (layer.num_kv_heads, layer.head_dim)
         self._dtype, self._device = layer.k_up.dtype, layer.k_up.device
         self._workspace(capacity)
@@ -77,7 +82,11 @@ class DensePrefill:
             )
             result = partial if result is None else self._flash.merged(result, partial)
         assert result is not None
-        out[:tokens] = result.heads
+        if self.sinks is None:
+            out[:tokens] = result.heads
+        else:
+            shares = shares_beside_sinks(result.lse.T, self.sinks)
+            torch.mul(result.heads, shares[..., None], out=out[:tokens])
         out[tokens:] = 0
 
     def profile(self, q: torch.Tensor) -> None:

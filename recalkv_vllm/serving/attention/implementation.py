@@ -46,6 +46,8 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         """
         if self.bound:
             self._ops.rebind(layer, captured=captured)
+            if self._dense is not None:
+                self._dense.sinks = layer.sinks
             return
         self._v_width = layer.v_width
         self._ops: CheckedLayer = bind(layer)
