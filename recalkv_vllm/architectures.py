@@ -32,6 +32,10 @@ class Architecture:
         reads: fields of a config that change attention, and that serving follows.
         key_norm: of keys before RoPE, if it has one.
         key_norm_field: field of a config without which it has none.
+        attention: what vLLM's decoder layers call their attention module.
+        hidden_states_first: and give it, before positions.
+        fuses_when_loading: vLLM's class fuses projections where it loads them, and its mapper of
+            names does not say so.
     """
 
     vllm_class: str
@@ -41,6 +45,9 @@ class Architecture:
     reads: tuple[str, ...] = ()
     key_norm: KeyNorm | None = None
     key_norm_field: str | None = None
+    attention: str = "self_attn"
+    hidden_states_first: bool = False
+    fuses_when_loading: bool = False
 
     @property
     def served_name(self) -> str:
@@ -83,6 +90,25 @@ SUPPORTED = {
     ),
     "granite": Architecture(
         f"{_MODELS}.granite:GraniteForCausalLM", "Granite 3 (attention multiplier)"
+    ),
+    "granite_swa": Architecture(
+        f"{_MODELS}.granite:GraniteForCausalLM",
+        "Granite SWA (attention sinks; windows and layers without RoPE)",
+        name="GraniteSWAForCausalLM",
+        reads=("attention_sinks",),
+    ),
+    "granitemoe_swa": Architecture(
+        f"{_MODELS}.granitemoeshared:GraniteMoeSharedForCausalLM",
+        "Granite SWA, mixture of experts (attention sinks)",
+        name="GraniteMoeSWAForCausalLM",
+        reads=("attention_sinks",),
+    ),
+    "gpt_oss": Architecture(
+        f"{_MODELS}.gpt_oss:GptOssForCausalLM",
+        "gpt-oss (attention sinks, biases, windows; mixture of experts)",
+        attention="attn",
+        hidden_states_first=True,
+        fuses_when_loading=True,
     ),
     "gemma2": Architecture(
         f"{_MODELS}.gemma2:Gemma2ForCausalLM",

@@ -10,7 +10,7 @@ REASONS = {
         "hunyuan_v1_moe",
         "nanochat",
     ),
-    "attention sinks": ("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"),
+    "keys and values of different head sizes": ("mimo_v2_flash",),
     "gates on what attention gives": ("afmoe", "laguna"),
     "scales that depend on the position": ("llama4", "llama4_text", "ministral3"),
     "a RoPE of its own for each kind of layer, in a model that vLLM runs by transformers": (

@@ -12,6 +12,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -112,6 +113,19 @@ CONFIGS = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         },
     ),
+    "gpt-oss": GptOssConfig(
+        **{**SIZES, **EXPERTS, **WINDOW},
+        head_dim=32,
+        num_local_experts=4,
+        **rope(
+            "yarn",
+            factor=4.0,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            truncate=False,
+            original_max_position_embeddings=256,
+        ),
+    ),
     "cohere2": Cohere2Config(
         **{**SIZES, **WINDOW, "tie_word_embeddings": True}, head_dim=32, layer_types=MIXED
     ),
@@ -135,6 +149,9 @@ def save_random_model(config, directory: Path, seed: int = 0) -> Path:
     for name, parameter in network.named_parameters():
         if name.endswith(".bias"):
             torch.nn.init.normal_(parameter)
+        elif name.endswith(".sinks"):
+            # Near the log-sum-exp of the tokens that a window holds.
+            torch.nn.init.normal_(parameter, mean=4.0, std=2.0)
         elif "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     network.save_pretrained(directory)

@@ -315,7 +315,7 @@ A compressed checkpoint needs no flag: its architecture selects the backend. The
 intention, and makes vLLM refuse a model that has no factors.
 
 Cascade attention is an optimization that vLLM asks a backend for; this backend does not offer it.
-Attention sinks belong to architectures that `recalkv compress` refuses.
+Attention sinks are part of a model, as in gpt-oss, and need no option.
 
 ## KV connectors
 

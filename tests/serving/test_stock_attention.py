@@ -1,6 +1,7 @@
 """What a stock attention does is seen by running it once; what latents lack is refused by name."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +180,13 @@ def with_sinks():
     stock = Stock()
     stock.sinks = nn.Parameter(torch.zeros(4))
     return stock
+
+
+def test_sinks_that_its_attention_layer_has():
+    stock = with_sinks()
+    stock.attn.impl = SimpleNamespace(sinks=stock.sinks)
+    assert stock_parts(stock, HEAD_DIM).sinks is stock.sinks
+    assert stock_parts(Stock(), HEAD_DIM).sinks is None
 
 
 def test_a_part_that_is_none():

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.v1.attention.backend import AttentionType
@@ -32,14 +33,19 @@ def make(kind=Attention, attn_type=AttentionType.DECODER, shared=None, **impleme
     ],
 )
 def test_served(implementation, soft_cap):
-    check_stock_layer(make(**implementation), SCALE, soft_cap)
+    check_stock_layer(make(**implementation), SCALE, soft_cap, None)
+
+
+def test_sinks_that_are_served():
+    sinks = nn.Parameter(torch.zeros(4))
+    check_stock_layer(make(sinks=sinks), SCALE, None, sinks)
 
 
 @pytest.mark.parametrize(
     ("arguments", "soft_cap", "message"),
     [
         ({"alibi_slopes": [0.5]}, None, "ALiBi"),
-        ({"sinks": [0.5]}, None, "attention sinks"),
+        ({"sinks": [0.5]}, None, "other attention sinks"),
         ({"scale": 0.3}, None, "another scale"),
         ({"logits_soft_cap": 3.0}, None, "another soft cap"),
         ({"logits_soft_cap": 0}, 3.0, "another soft cap"),
@@ -50,4 +56,4 @@ def test_served(implementation, soft_cap):
 )
 def test_refused(arguments, soft_cap, message):
     with pytest.raises(CheckpointError, match=f"it: found {message}, which latents are not"):
-        check_stock_layer(make(**arguments), SCALE, soft_cap)
+        check_stock_layer(make(**arguments), SCALE, soft_cap, None)

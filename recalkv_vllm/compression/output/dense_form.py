@@ -15,6 +15,9 @@ ATTENTION_TENSOR = re.compile(
     r"model\.layers\.(?P<layer>\d+)\.self_attn\.(?P<projection>q|k|v|o|qkv)_proj\.(?P<parameter>\w+)"
 )
 
+#: A logit per query head.
+SINKS = re.compile(r"model\.layers\.(?P<layer>\d+)\.self_attn\.sinks")
+
 #: Weights of norms, of a head or of all.
 NORM_WEIGHT = re.compile(r"model\.layers\.(?P<layer>\d+)\.self_attn\.[qk]_norm\.weight")
 
@@ -23,9 +26,9 @@ def dense_form(factors: Sequence[LayerFactors], dtype: torch.dtype, convert: boo
     """How base weights become those of a plain model that computes what is served.
 
     ``k_proj`` and ``v_proj`` become the products of the (rounded) factors, also where they were
-    quantized. Query heads, output columns, all biases and weights of norms over all heads move with
-    their KV heads; quantized ones cannot, and come with heads in natural order. Other tensors stay
-    as they are.
+    quantized. Query heads, output columns, all biases, sinks and weights of norms over all heads
+    move with their KV heads; quantized ones cannot, and come with heads in natural order. Other
+    tensors stay as they are.
 
     Args:
         factors: rounded, one per layer.
@@ -40,6 +43,9 @@ def dense_form(factors: Sequence[LayerFactors], dtype: torch.dtype, convert: boo
             layer = factors[int(of_norm["layer"])]
             of_one_head = tensor.numel() == layer.v_up.shape[1]
             yield name, tensor if of_one_head else reorder_rows(tensor, layer.layout.head_order)
+            return
+        if of_sinks := SINKS.fullmatch(name):
+            yield name, reorder_rows(tensor, factors[int(of_sinks["layer"])].layout.head_order)
             return
         found = ATTENTION_TENSOR.fullmatch(name)
         if found is None:

@@ -33,6 +33,7 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         self.num_kv_heads = 1
         self.kv_cache_dtype = "auto"
         self.bound = False
+        self._dense: DensePrefill | None = None
         self._limits, self._slot_width = limits, slot_width
 
     def bind(self, layer: LatentLayer, *, captured: bool = False) -> None:

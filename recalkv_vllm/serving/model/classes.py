@@ -22,13 +22,14 @@ from vllm.distributed import (
 )
 from vllm.distributed.utils import get_pp_indices
 
+from recalkv_vllm.architectures import SUPPORTED
 from recalkv_vllm.band_format import slot_width, stored_format
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
 from recalkv_vllm.serving.attention.page_width import slot_widths
 from recalkv_vllm.serving.factor_files import SEPARATE_FACTORS, locate_factors
 from recalkv_vllm.serving.latent_dtype import model_dtype, served_config
 from recalkv_vllm.serving.model.reload import config_beside, old_weights_kept, reloading
-from recalkv_vllm.serving.model.self_attention import LatentSelfAttention
+from recalkv_vllm.serving.model.self_attention import HiddenStatesFirst, LatentSelfAttention
 from recalkv_vllm.serving.model.stock_attention import StockParts, stock_parts
 from recalkv_vllm.serving.model.transformers_backend import (
     RotaryTable,
@@ -43,6 +44,7 @@ from recalkv_vllm.serving.model.weights import (
     forget_fused_projections,
     in_factors_order,
     sent_weights,
+    without_queries,
 )
 from recalkv_vllm.serving.names import ARCHITECTURES
 from recalkv_vllm.serving.sharding import shard_latent
@@ -110,18 +112,20 @@ class LatentAttentionMixin(_Stock):
         cache_dtype = vllm_config.cache_config.cache_dtype
         served = served_config(self.recalkv_config, cache_dtype, dtype)
         widths = page_widths(served, self.recalkv_geometry, dtype)
+        self.recalkv_architecture = SUPPORTED[hf_config["model_type"]]
         attention, parts_of = self._attention()
         for i in self._served_layers():
-            layer = self.model.layers[i]
-            layer.self_attn = attention(
-                layer.self_attn,
-                parts_of(layer.self_attn),
+            stock = getattr(self.model.layers[i], self.recalkv_architecture.attention)
+            replacement = attention(
+                stock,
+                parts_of(stock),
                 served.layers[i],
                 self.recalkv_geometry,
                 vllm_config,
                 served.latent_quantization,
             )
-            layer.self_attn.attn.page_width = widths[i]
+            replacement.attn.page_width = widths[i]
+            setattr(self.model.layers[i], self.recalkv_architecture.attention, replacement)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint, or weights that are sent to a running engine.
@@ -130,7 +134,9 @@ class LatentAttentionMixin(_Stock):
             CheckpointError: they are not for the model that was built.
         """
         model_config = self.recalkv_vllm_config.model_config
-        layers = [self.model.layers[i].self_attn for i in self._served_layers()]
+        name = self.recalkv_architecture.attention
+        attentions = {i: getattr(self.model.layers[i], name) for i in self._served_layers()}
+        layers = [*attentions.values()]
         running = any(layer.attn.impl.bound for layer in layers)
         with old_weights_kept(self, model_config):
             factors: Iterable = ()
@@ -145,7 +151,14 @@ class LatentAttentionMixin(_Stock):
             )
             if hasattr(model_config.hf_config, SEPARATE_FACTORS):
                 weights = in_factors_order(weights, self.recalkv_config, self.recalkv_geometry)
-            loaded = super().load_weights(chain(weights, factors))
+            queries: set[str] = set()
+            if self.recalkv_architecture.fuses_when_loading:
+                projections = {
+                    i: (f"model.layers.{i}.{name}.q_proj", attention.q_proj)
+                    for i, attention in attentions.items()
+                }
+                weights = without_queries(weights, projections, queries)
+            loaded = super().load_weights(chain(weights, factors)) | queries
         if running and not reloading(self):
             # A patch of weights in place, of which vLLM tells nobody.
             for layer in layers:
@@ -156,7 +169,10 @@ class LatentAttentionMixin(_Stock):
         """The class that replaces attention modules, and what finds the parts of a stock one."""
         head_dim = self.recalkv_geometry.head_dim
         if not of_transformers(self.model):
-            return LatentSelfAttention, partial(stock_parts, head_dim=head_dim)
+            attention = LatentSelfAttention
+            if self.recalkv_architecture.hidden_states_first:
+                attention = HiddenStatesFirst
+            return attention, partial(stock_parts, head_dim=head_dim)
         rotary = RotaryTable(self.model, self.recalkv_vllm_config.model_config.max_model_len)
         return TransformersSelfAttention, partial(
             transformers_parts, head_dim=head_dim, rotary=rotary

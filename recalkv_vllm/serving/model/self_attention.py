@@ -84,10 +84,12 @@ class LatentSelfAttention(nn.Module):
                 f"recalkv: {name}: expected key norms over a {geometry.key_norm}, found over a "
                 f"{parts.key_norm}, which latents are not served with"
             )
+        # Of this rank's query heads, loaded as in vLLM.
+        self.sinks = parts.sinks
         del vllm_config.compilation_config.static_forward_context[name]
         self.scale = stock.scaling
         self.soft_cap = vllm_config.model_config.hf_config.to_dict().get("attn_logit_softcapping")
-        check_stock_layer(stock.attn, self.scale, self.soft_cap)
+        check_stock_layer(stock.attn, self.scale, self.soft_cap, self.sinks)
         self.attn = LatentAttention(
             stock.attn.num_heads,
             head_dim,
@@ -117,6 +119,7 @@ class LatentSelfAttention(nn.Module):
             v_bias=None if self.v_bias is None else self.v_bias.weight.data,
             sliding_window=self.attn.sliding_window,
             soft_cap=self.soft_cap,
+            sinks=None if self.sinks is None else self.sinks.data,
             latent_format=self.attn.latent_format,
             **self._key_norm(),
         )
@@ -153,3 +156,12 @@ class LatentSelfAttention(nn.Module):
         output = self.o_proj(self.attn(q, latent))
         # vLLM's projections return a bias beside it, unless asked not to.
         return output if isinstance(output, torch.Tensor) else output[0]
+
+
+class HiddenStatesFirst(LatentSelfAttention):
+    """:class:`LatentSelfAttention` called with its arguments in the other order."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        return super().forward(positions, hidden_states)

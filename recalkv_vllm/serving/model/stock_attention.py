@@ -41,12 +41,14 @@ class StockParts:
         k_norm: of keys; there are both norms or none.
         rotary_emb: vLLM's RoPE; None for a layer without.
         key_norm: what one norm is over.
+        sinks: ``[query heads of this rank]``; None for a layer without.
     """
 
     q_norm: nn.Module | None
     k_norm: nn.Module | None
     rotary_emb: nn.Module | None
     key_norm: KeyNorm | None
+    sinks: nn.Parameter | None
 
 
 class _Stub(nn.Module):
@@ -83,7 +85,10 @@ class StockRun:
         known = {*ORDER}
         if unknown := sorted({name for name, _ in stock.named_children()} - known):
             raise self.refusal(f"it has {', '.join(unknown)}")
-        if parameters := sorted(name for name, _ in stock.named_parameters(recurse=False)):
+        # What its attention layer was given and knows what to do with.
+        self.sinks = getattr(getattr(stock.attn, "impl", None), "sinks", None)
+        own = stock.named_parameters(recurse=False)
+        if parameters := sorted(name for name, x in own if x is not self.sinks):
             raise self.refusal(f"it has {', '.join(parameters)}")
         if missing := sorted({PROJECTION, ATTENTION, OUTPUT} - set(stock._modules)):
             raise self.refusal(f"it has no {', '.join(missing)}")
@@ -232,4 +237,4 @@ def stock_parts(stock: Any, head_dim: int) -> StockParts:
     if not torch.equal(result, run.q + 1):
         raise run.refusal("it changes its output")
     rotary_emb = stock.rotary_emb if ROTARY in run.calls else None
-    return StockParts(**run.norms(), rotary_emb=rotary_emb, key_norm=run.key_norm)
+    return StockParts(**run.norms(), rotary_emb=rotary_emb, key_norm=run.key_norm, sinks=run.sinks)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import GeneratorType
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import WeightsMapper
 
 from recalkv_vllm.checkpoint import (
@@ -22,11 +24,13 @@ Weights: TypeAlias = Iterable[tuple[str, torch.Tensor]]
 
 FACTORS = ("down", "k_up", "v_up")
 _FACTOR_NAME = re.compile(rf"layers\.(\d+)\.({'|'.join(FACTORS)})$")
-#: Weights and biases with an axis of heads; a norm's has one if it is over all of them.
+#: Weights, biases and sinks with an axis of heads; a norm's has one if it is over all of them.
 _HEADS_NAME = re.compile(
-    r"layers\.(\d+)\.self_attn\.(q_proj\.weight|o_proj\.weight|[qkv]_proj\.bias|[qk]_norm\.weight)$"
+    r"layers\.(\d+)\.self_attn\."
+    r"(q_proj\.weight|o_proj\.weight|[qkv]_proj\.bias|[qk]_norm\.weight|sinks)$"
 )
 _FUSED_NAME = re.compile(r"\.self_attn\.qkv_proj\.weight$")
+_QUERY_NAME = re.compile(r"layers\.(\d+)\.self_attn\.q_proj\.(\w+)$")
 _KV_BIAS_NAME = re.compile(r"\.self_attn\.[kv]_proj\.bias$")
 _KV_WEIGHT_NAME = re.compile(r"\.self_attn\.(k|v|qkv)_proj\.(?!bias$)")
 
@@ -82,6 +86,29 @@ def base_weights(weights: Weights, geometry: AttentionGeometry, biased: bool) ->
         if _FUSED_NAME.search(name):
             name, weight = name.replace(".qkv_proj.", ".q_proj."), weight[:query_rows]
         yield name, weight
+
+
+def without_queries(
+    weights: Weights, projections: Mapping[int, tuple[str, nn.Module]], loaded: set[str]
+) -> Iterator:
+    """The other weights; those of ``q_proj`` are loaded here.
+
+    For classes whose own loader would give them to a fused projection.
+
+    Args:
+        weights: as a checkpoint names them.
+        projections: of this rank's layers, by their names in the model.
+        loaded: gets the names of what was loaded.
+    """
+    for name, weight in weights:
+        found = _QUERY_NAME.search(name)
+        if found is None:
+            yield name, weight
+        elif int(found[1]) in projections:
+            module, projection = projections[int(found[1])]
+            param = projection.get_parameter(found[2])
+            getattr(param, "weight_loader", default_weight_loader)(param, weight)
+            loaded.add(f"{module}.{found[2]}")
 
 
 def file_factors(reader: FactorReader, layers: Iterable[int], dtype: torch.dtype) -> Iterator:

@@ -12,7 +12,7 @@ from recalkv_vllm.serving.sharding import shard_latent
 
 #: ``--load-format`` of those that vLLM reads into parameters as they are.
 SHARDED_STATE = ("sharded_state", "runai_streamer_sharded")
-_FACTOR = re.compile(r"layers\.(\d+)\.self_attn\.(down|k_up|v_up)\.weight$")
+_FACTOR = re.compile(r"layers\.(\d+)\.(?:self_)?attn\.(down|k_up|v_up)\.weight$")
 
 
 def check_sharded_state(
