@@ -154,7 +154,7 @@ AWQ, GPTQ = {"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits":
     ("settings", "message"),
     [
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes': no dense form"),
-        ({}, "expected one of awq, compressed-tensors, gptq, or the model before"),
+        ({}, "expected one of awq, compressed-tensors, gptq, mxfp4, or the model before"),
         ({**CT, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: latents take the place"),
         ({**CT, "transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
         ({**CT, "sparsity_config": {"format": "sparse-24-bitmask"}}, "(sparse-24-bitmask)"),

@@ -163,11 +163,15 @@ def _load_dense_form(
     config = AutoConfig.from_pretrained(directory, **options)
     del config.quantization_config
     with torch.device("meta"):
-        model_class: Any = type(AutoModelForCausalLM.from_config(config))
+        network = AutoModelForCausalLM.from_config(config)
+    model_class: Any = type(network)
+    names = network.state_dict().keys()
     tensors = {n: t for path in weight_files(directory) for n, t in read_tensors(path)}
     tensors = weight_format.dense(directory, tensors, dtype)
     # What else a quantized model has (scales of activations) is no parameter.
-    parameters = {n: t for n, t in tensors.items() if n.endswith((".weight", ".bias"))}
+    parameters = {
+        n: t for n, t in tensors.items() if n in names or n.endswith((".weight", ".bias"))
+    }
     for name, tensor in parameters.items():
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"{name}: no scale for its {tensor.dtype} values")

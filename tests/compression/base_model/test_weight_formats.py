@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -53,6 +54,13 @@ def quantized(make_model, tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def small_gpt_oss(tokenizer, tmp_path_factory):
+    directory = save_random_model(CONFIGS["gpt-oss"], tmp_path_factory.mktemp("gpt-oss") / "model")
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_dense_form_is_exact(quantized, name):
     """Numbers of a few bits times 16-bit scales fit in float32: no rounding anywhere."""
@@ -75,6 +83,57 @@ def test_dense_form_of_experts(tmp_path, name):
     expected = BaseModel(write_dense(source, tmp_path / "dense", dense)).load(torch.float32, "cpu")
     found = BaseModel(tmp_path / "base").load(torch.float32, "cpu")
     assert torch.equal(logits(found), logits(expected))
+
+
+def microscaled(source, directory):
+    """A copy of a gpt-oss model with random experts in MXFP4, and the same dense."""
+    generator = torch.Generator().manual_seed(0)
+    experts = re.compile(r"model\.layers\.\d\.mlp\.experts\.\w+_proj")
+    packed, dense = {}, {}
+    for key, tensor in load_file(source / "model.safetensors").items():
+        if not experts.fullmatch(key):
+            packed[key] = tensor
+            continue
+        count, inputs, outputs = tensor.shape
+        signs, exponents, halves = (
+            torch.randint(n, (count, outputs, inputs), generator=generator) for n in (2, 4, 2)
+        )
+        codes = 8 * signs + 2 * exponents + halves
+        scales = torch.randint(119, 123, (count, outputs, inputs // 32), generator=generator)
+        pairs = codes.unflatten(2, (-1, 16, 2))
+        packed[f"{key}_blocks"] = (pairs[..., 0] + 16 * pairs[..., 1]).to(torch.uint8)
+        packed[f"{key}_scales"] = scales.to(torch.uint8)
+        # Numbers without a leading one have the smallest exponent.
+        magnitudes = torch.where(
+            exponents == 0, halves / 2, (1 + halves / 2) * 2.0 ** (exponents - 1)
+        )
+        numbers = magnitudes * (1 - 2 * signs) * 2.0 ** (scales.repeat_interleave(32, 2) - 127)
+        dense[key] = numbers.transpose(1, 2)
+    shutil.copytree(source, directory, ignore=shutil.ignore_patterns("model.safetensors"))
+    save_file(packed, directory / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    edit_config(directory, quantization_config=settings)
+    return directory, write_dense(source, directory.with_name("dense"), dense)
+
+
+@pytest.mark.parametrize("compression", [0.0, 0.5])
+def test_experts_in_mxfp4_stay_as_they_are(small_gpt_oss, tmp_path, compression):
+    base, dense = microscaled(small_gpt_oss, tmp_path / "base")
+    assert torch.equal(*(logits(BaseModel(x).load(torch.float32, "cpu")) for x in (base, dense)))
+    out = tmp_path / "out"
+    compress(CompressOptions(str(base), out, compression, k_group_size=2, **FEW))
+    before, after = (load_file(path / "model.safetensors") for path in (base, out))
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert all(re.search(r"self_attn\.[kv]_proj\.weight$", key) for key in changed)
+    assert len(changed) == (6 if compression else 0)
+    configs = [read_hf_config(directory)["quantization_config"] for directory in (base, out)]
+    assert configs[0] == configs[1]
+    if compression == 0:
+        expected, found = (
+            logits(BaseModel(directory).load(torch.float32, "cpu")) for directory in (dense, out)
+        )
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -9,6 +9,7 @@ from recalkv_vllm.architectures import has_fused_qkv
 from recalkv_vllm.compression.base_model.weight_formats.awq import Awq
 from recalkv_vllm.compression.base_model.weight_formats.compressed_tensors import CompressedTensors
 from recalkv_vllm.compression.base_model.weight_formats.gptq import Gptq
+from recalkv_vllm.compression.base_model.weight_formats.mxfp4 import Mxfp4
 from recalkv_vllm.compression.base_model.weight_formats.weight_format import WeightFormat
 from recalkv_vllm.compression.errors import InputError
 
@@ -18,6 +19,7 @@ WEIGHT_FORMATS: dict[str, type[WeightFormat]] = {
     "awq": Awq,
     "compressed-tensors": CompressedTensors,
     "gptq": Gptq,
+    "mxfp4": Mxfp4,
 }
 
 
