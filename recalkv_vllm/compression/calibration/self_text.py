@@ -22,11 +22,12 @@ from recalkv_vllm.compression.calibration.reserved_cache import reserved_cache
 from recalkv_vllm.compression.errors import output_errors
 from recalkv_vllm.compression.progress import Stage
 
-#: Rows of a batch; more are faster per row, but few are needed: half of the default 64 samples,
-#: and some to hold out.
-ROWS = 40
-#: Tokens of a row, at most: the cache of a batch stays small, and more texts are begun.
-ROW_TOKENS = 512
+#: Rows of a batch; more are faster per row, but few are needed: two for each of a third of the
+#: default 64 samples, and some to hold out. No multiple of two or three, the number of kinds of
+#: prompts: a row's next prompt is so many further on, and kinds are to take turns.
+ROWS = 61
+#: Tokens of a row, at most: a step of long rows takes longer, and more texts are begun.
+ROW_TOKENS = 256
 #: A text that has not ended after so many tokens is cut off.
 TEXT_TOKENS = 256
 #: Of a batch's rows in turn: 1 is the model's own distribution; below, text is more coherent.
