@@ -104,6 +104,12 @@ def run_patched(job):
 
         with sleep_mode():
             return run_engine(job)
+    transfer = job["engine"].get("kv_transfer_config") or {}
+    if transfer.get("kv_connector") == "ExampleHiddenStatesConnector":
+        from host_hidden_states import stored_at_once
+
+        with stored_at_once():
+            return run_engine(job)
     if not job.get("dense_prefill"):
         return run_engine(job)
     with dense_prefill() as calls:

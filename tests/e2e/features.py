@@ -102,6 +102,11 @@ SHOWN = (
         "(`custom_class`), and by `ngram_gpu`, whose memory tests do not pin",
         f"{SPECULATION}::test_lookups",
     ),
+    works(
+        "`extract_hidden_states`, with `ExampleHiddenStatesConnector`, which tests make copy "
+        "without streams of CUDA",
+        f"{SPECULATION}::test_hidden_states",
+    ),
     works("Sliding window, soft cap, key norm", f"{ARCHITECTURES}::test_full_rank_equals_stock"),
     works("Tensor parallel", f"{PARALLEL}::test_tensor_parallel_with_a_k_and_a_v_group_per_rank"),
     works(
@@ -144,8 +149,10 @@ SHOWN = (
         f"{RUNNER_V2}::test_abort",
     ),
     emulated(
-        "The same with a draft model, in tensor parallel, and on the Triton kernels",
+        "The same with a draft model, with random heads of DFlash and DSpark, in tensor parallel, "
+        "and on the Triton kernels",
         f"{RUNNER_V2}::test_draft_model_speculation",
+        f"{RUNNER_V2}::test_blocks_drafted_in_one_pass",
         f"{RUNNER_V2}::test_tensor_parallel",
         f"{RUNNER_V2}::test_triton_kernels",
     ),
@@ -210,12 +217,6 @@ SHOWN = (
 
 REFUSED = (
     refused(
-        "`dflash`, `dspark`, `extract_hidden_states` and `mlp_speculator`",
-        "vLLM 0.32 runs the first two in Triton on GPUs, copies hidden states by CUDA streams, and "
-        "has no proposer for MLP speculators",
-        f"{STARTUP}::test_refused",
-    ),
-    refused(
         "Decode or prefill context parallel",
         "vLLM 0.32 leaves the exchange between ranks to every backend, and its own attention on "
         "CPUs has none to compare with",
@@ -237,6 +238,10 @@ REFUSED = (
 )
 
 WRONG = (
+    wrong(
+        "A way to speculate that vLLM 0.32 has no proposer for, such as `mlp_speculator`",
+        f"{STARTUP}::test_refused",
+    ),
     wrong("Another `--attention-backend` on a compressed checkpoint", OPTION),
     wrong(
         "`--attention-backend recalkv` on a model without factors",

@@ -136,6 +136,42 @@ def medusa(text: Continued) -> tuple[Mapping, dict[str, torch.Tensor]]:
     return config, tensors
 
 
+def dflash() -> tuple[Mapping, dict[str, torch.Tensor]]:
+    """Configuration and tensors of a random DFlash head, which proposes a block in one pass.
+
+    It reads what goes into the model's first two layers, and shares its embeddings and output.
+    """
+    torch.manual_seed(0)
+    block = {"target_layer_ids": [0, 1], "mask_token_id": 3}
+    config = {
+        **LAYER,
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "dflash_config": block,
+    }
+    norms = {
+        **dict.fromkeys(("hidden_norm", "norm", "layers.0.input_layernorm"), HIDDEN),
+        **dict.fromkeys(("layers.0.self_attn.q_norm", "layers.0.self_attn.k_norm"), HEAD_DIM),
+    }
+    return config, {
+        "fc.weight": torch.randn(HIDDEN, 2 * HIDDEN) * 0.1,
+        **{f"{name}.weight": torch.ones(size) for name, size in norms.items()},
+        **attention_and_mlp("layers.0."),
+    }
+
+
+def dspark() -> tuple[Mapping, dict[str, torch.Tensor]]:
+    """As ``dflash``, with a head that makes each token of a block depend on the one before."""
+    config, tensors = dflash()
+    rank = 16
+    markov = {
+        "markov_head.markov_w1.weight": torch.randn(VOCABULARY, rank) * 0.1,
+        "markov_head.markov_w2.weight": torch.randn(VOCABULARY, rank) * 0.1,
+    }
+    config = {**config, "architectures": ["Qwen3DSparkModel"], "markov_rank": rank}
+    return config, {**tensors, **markov}
+
+
 def save_head(directory: Path, config: Mapping, tensors: dict[str, torch.Tensor]) -> str:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e import speculators
 from tests.e2e.conftest import run_engines
 from tests.e2e.test_features import SCHEMA
 
@@ -145,6 +146,24 @@ def test_draft_model_speculation(small, compressed, small_prompts):
     )
     assert runs["drafted"]["tokens"] == runs["alone"]["tokens"]
     assert runs["drafted"]["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+@pytest.mark.slow
+def test_blocks_drafted_in_one_pass(small, compressed, small_prompts, tmp_path, on_v1):
+    """DFlash and DSpark read layers of the model, and have a cache of their own."""
+    jobs = {}
+    for method, head in (("dflash", speculators.dflash()), ("dspark", speculators.dspark())):
+        speculation = {
+            "method": method,
+            "model": speculators.save_head(tmp_path / method, *head),
+            "num_speculative_tokens": 3,
+        }
+        jobs[method] = small_prompts.job(
+            compressed(small), speculative_config=speculation, **RECALKV
+        )
+    for run in on_v2(jobs).values():
+        assert run["tokens"] == on_v1["tokens"]
+        assert run["metrics"]["vllm:spec_decode_num_draft_tokens"] > 0
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.e2e import speculators
 from tests.e2e.architectures import SIZES
@@ -101,3 +103,35 @@ def test_lookups(repeated, speculation):
     found = repeated(**speculation)
     assert found["tokens"] == repeated()["tokens"]
     assert found["metrics"][ACCEPTED] > 0
+
+
+def test_hidden_states(small, compressed, small_prompts, tmp_path):
+    """``extract_hidden_states`` proposes nothing; what it stores are the stock model's states."""
+    one = {"max_tokens": 1}
+    # vLLM's connector stores what a request leaves once another is scheduled.
+    batches = [{"prompts": ids, "sampling": one} for ids in (small_prompts.ids, [[5, 6]], [[7]])]
+    layers = {"eagle_aux_hidden_state_layer_ids": [1, 2]}
+    speculation = {
+        "method": "extract_hidden_states",
+        "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": layers},
+    }
+    found = []
+    for name, path, options in (("stock", small, {}), ("ours", compressed(small), RECALKV)):
+        transfer = {
+            "kv_connector": "ExampleHiddenStatesConnector",
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / name)},
+        }
+        job = small_prompts.job(
+            path, *batches, speculative_config=speculation, kv_transfer_config=transfer, **options
+        )
+        run_engines(job)
+        stored = [load_file(file) for file in (tmp_path / name).glob("*.safetensors")]
+        found.append({tuple(one["token_ids"].tolist()): one["hidden_states"] for one in stored})
+    stock, ours = found
+    for prompt in map(tuple, small_prompts.ids):
+        states = stock[prompt]
+        assert states.shape == (len(prompt), 2, SIZES["hidden_size"])
+        rounding = 1e-4 * float(states.abs().max())
+        torch.testing.assert_close(ours[prompt], states, rtol=0, atol=rounding)

@@ -30,8 +30,8 @@ def test_accepted(name, extra_config, on_gpu):
     ("name", "extra_config", "on_gpu", "message"),
     [
         ("SimpleCPUOffloadConnector", {}, True,
-         "expected ExampleConnector or OffloadingConnector or NixlConnector or MultiConnector, "
-         "found SimpleCPUOffloadConnector"),
+         "expected ExampleConnector or ExampleHiddenStatesConnector or OffloadingConnector or "
+         "NixlConnector or MultiConnector, found SimpleCPUOffloadConnector"),
         ("MultiConnector", {"connectors": [{"kv_connector": "OffloadingConnector"}]}, False,
          "MultiConnector: OffloadingConnector: vLLM offloads from GPUs only, found a CPU"),
         ("OffloadingConnector", {}, False, "OffloadingConnector: vLLM offloads from GPUs only, "

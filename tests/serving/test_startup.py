@@ -65,9 +65,10 @@ def configuration(**changes):
             "cache group",
         ),
         (
-            {"speculative_config": {"method": "dflash"}},
+            {"speculative_config": {"method": "mlp_speculator"}},
             "--speculative-config: expected method ngram or ngram_gpu or suffix or custom_class or "
-            "draft_model or eagle or eagle3 or mtp or medusa, found dflash",
+            "draft_model or eagle or eagle3 or mtp or medusa or dflash or dspark or "
+            "extract_hidden_states, found mlp_speculator",
         ),
     ],
 )

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 #: They give the stock model's tokens in our tests.
-TESTED_CONNECTORS = ("ExampleConnector", "OffloadingConnector", "NixlConnector", "MultiConnector")
+TESTED_CONNECTORS = (
+    *("ExampleConnector", "ExampleHiddenStatesConnector", "OffloadingConnector"),
+    *("NixlConnector", "MultiConnector"),
+)
 
 
 def unsupported_connector(

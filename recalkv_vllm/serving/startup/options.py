@@ -12,7 +12,8 @@ from recalkv_vllm.serving.startup.connectors import unsupported_connector
 #: Ways of speculation that give the tokens of a run without in our tests.
 TESTED_SPECULATION = (
     *("ngram", "ngram_gpu", "suffix", "custom_class"),
-    *("draft_model", "eagle", "eagle3", "mtp", "medusa"),
+    *("draft_model", "eagle", "eagle3", "mtp", "medusa", "dflash", "dspark"),
+    "extract_hidden_states",
 )
 
 
