@@ -34,6 +34,7 @@ class Architecture:
         key_norm_field: field of a config without which it has none.
         attention: what vLLM's decoder layers call their attention module.
         hidden_states_first: and give it, before positions.
+        multimodal: the language model is a part of it, of a supported type of its own.
         fuses_when_loading: vLLM's class fuses projections where it loads them, and its mapper of
             names does not say so.
     """
@@ -47,6 +48,7 @@ class Architecture:
     key_norm_field: str | None = None
     attention: str = "self_attn"
     hidden_states_first: bool = False
+    multimodal: bool = False
     fuses_when_loading: bool = False
 
     @property
@@ -109,6 +111,21 @@ SUPPORTED = {
         attention="attn",
         hidden_states_first=True,
         fuses_when_loading=True,
+    ),
+    "llava": Architecture(
+        f"{_MODELS}.llava:LlavaForConditionalGeneration",
+        "LLaVA 1.5 (CLIP tower beside a Llama)",
+        multimodal=True,
+    ),
+    "llava_next": Architecture(
+        f"{_MODELS}.llava_next:LlavaNextForConditionalGeneration",
+        "LLaVA-NeXT (CLIP tower beside a Mistral or Llama)",
+        multimodal=True,
+    ),
+    "mistral3": Architecture(
+        f"{_MODELS}.mistral3:Mistral3ForConditionalGeneration",
+        "Mistral Small 3.1, 3.2 (Pixtral tower beside a Mistral)",
+        multimodal=True,
     ),
     "gemma2": Architecture(
         f"{_MODELS}.gemma2:Gemma2ForCausalLM",
@@ -234,8 +251,16 @@ SUPPORTED = {
 }
 
 
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a Hugging Face config that describes the language model; all of it if it is that
+    model's alone."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
 def key_norm(config: Mapping[str, Any]) -> KeyNorm | None:
     """The key norm of a Hugging Face config's model; None for types that are not supported."""
+    config = language_config(config)
     architecture = SUPPORTED.get(config.get("model_type", ""))
     if architecture is None:
         return None

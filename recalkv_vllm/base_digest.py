@@ -30,7 +30,10 @@ def base_digest(find: Callable[[str], Path | None], num_layers: int) -> str:
     Raises:
         CheckpointError: no such weights.
     """
-    wanted = re.compile(rf"model\.layers\.(0|{num_layers - 1})\.self_attn\.(k|v|qkv)_proj\.\w+")
+    wanted = re.compile(
+        r"(model|model\.language_model|language_model\.model)\.layers\."
+        rf"(0|{num_layers - 1})\.self_attn\.(k|v|qkv)_proj\.\w+"
+    )
     index = find(INDEX_FILE)
     if index is None:
         files = {WEIGHTS_FILE}

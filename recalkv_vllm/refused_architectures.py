@@ -48,18 +48,15 @@ REASONS = {
         "mistral4",
         "youtu",
     ),
-    "language models within models of several modalities": (
-        "gemma3",
+    "attention in both directions within an image": ("gemma3",),
+    "positions of images in several dimensions": (
         "glm4v",
-        "internvl",
-        "llava",
-        "llava_next",
-        "mistral3",
         "qwen2_5_vl",
         "qwen2_vl",
         "qwen3_vl",
         "qwen3_vl_moe",
     ),
+    "a language model within a model of several modalities": ("internvl",),
     "projections under other names than q_proj, k_proj, v_proj and o_proj": (
         "bloom",
         "dbrx",

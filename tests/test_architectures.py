@@ -8,6 +8,7 @@ import sys
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.model_executor.models.registry import (
+    _MULTIMODAL_MODELS,
     _TEXT_GENERATION_MODELS,
     _TRANSFORMERS_BACKEND_MODELS,
 )
@@ -40,7 +41,8 @@ def test_classes_are_vllms_own(model_type):
         assert name in _TRANSFORMERS_BACKEND_MODELS
         assert known_as == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     else:
-        assert (module.rpartition(".")[2], name) == _TEXT_GENERATION_MODELS[known_as]
+        theirs = _MULTIMODAL_MODELS if architecture.multimodal else _TEXT_GENERATION_MODELS
+        assert (module.rpartition(".")[2], name) == theirs[known_as]
 
 
 def test_fused_projections():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recalkv_vllm.architectures import KeyNorm, key_norm
+from recalkv_vllm.architectures import KeyNorm, key_norm, language_config
 from recalkv_vllm.checkpoint.errors import brief, is_int, require
 from recalkv_vllm.checkpoint.files import CONFIG_FILE
 
@@ -31,6 +31,7 @@ class AttentionGeometry:
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> AttentionGeometry:
         """Read the geometry out of a config dictionary (``config.json`` or ``to_dict()``)."""
+        config = language_config(config)
         heads = _size(config, "num_attention_heads")
         hidden_size = _size(config, "hidden_size")
         return cls(

@@ -11,3 +11,5 @@ BACKEND_CLASS = "recalkv_vllm.serving.attention.backend.RecalkvBackend"
 MODEL_MODULE = "recalkv_vllm.serving.model.classes"
 #: Served architecture to vLLM's own class that it derives from, as ``module:class``.
 ARCHITECTURES = {entry.served_name: entry.vllm_class for entry in SUPPORTED.values()}
+#: Those of models of several modalities, whose language model is a part.
+MULTIMODAL = {entry.served_name for entry in SUPPORTED.values() if entry.multimodal}

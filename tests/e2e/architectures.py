@@ -142,10 +142,12 @@ CONFIGS = {
 }
 
 
-def save_random_model(config, directory: Path, seed: int = 0) -> Path:
+def save_random_model(
+    config, directory: Path, seed: int = 0, auto_class=AutoModelForCausalLM
+) -> Path:
     """Write a model of ``config`` with random weights, biases and norms."""
     torch.manual_seed(seed)
-    network = AutoModelForCausalLM.from_config(config)
+    network = auto_class.from_config(config)
     for name, parameter in network.named_parameters():
         if name.endswith(".bias"):
             torch.nn.init.normal_(parameter)

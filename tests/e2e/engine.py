@@ -6,7 +6,8 @@ result is ``{"tokens": [[[ids], ...], ...], "metrics": {name: value}, "outputs":
 tokens are one list per batch and prompt, ``outputs`` what else a batch asked for. Besides
 ``sampling`` (arguments of ``SamplingParams``, ``json_schema`` among them) a batch may have
 ``beam`` (of ``BeamSearchParams``), ``embed: true``, or ``lora``, an adapter's directory;
-``sampling`` and ``lora`` may be lists, with one for each prompt. With ``abort_after: n``, a batch's
+``sampling`` and ``lora`` may be lists, with one for each prompt. ``images`` has a list for each
+prompt of seeds, which random images are drawn from. With ``abort_after: n``, a batch's
 first request is aborted once it has ``n`` tokens; results are the others'. With ``embeddings``, a
 model's directory, prompts are given as its input embeddings.
 
@@ -42,6 +43,10 @@ def resolve_model_class(engine):
     load_general_plugins()
     config = json.loads(Path(cached_file(engine["model"], "config.json")).read_text())
     config |= engine.get("hf_overrides", {})
+    if "vision_config" in config:
+        from pretend_torchvision import pretend_torchvision
+
+        pretend_torchvision()
     architectures = config["architectures"]
     if not ModelRegistry.models.keys() & architectures:
         # vLLM has no class of its own, and runs the model as transformers defines it.
@@ -179,6 +184,8 @@ def run_batch(llm, batch):
     from vllm.sampling_params import BeamSearchParams
 
     prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
+    for prompt, seeds in zip(prompts, batch.get("images", ()), strict=False):
+        prompt["multi_modal_data"] = {"image": [random_image(seed) for seed in seeds]}
     if "embeddings" in batch:
         prompts = embedded_prompts(batch["prompts"], batch["embeddings"])
     if batch.get("embed"):
@@ -208,6 +215,15 @@ def run_batch(llm, batch):
         }
         for output in generated
     ]
+
+
+def random_image(seed):
+    """An image wider than high."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (60, 90 + 30 * seed, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 def adapter(directory):

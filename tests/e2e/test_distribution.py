@@ -53,3 +53,12 @@ def test_pipeline_parallel(small, small_prompts, compressed, stock):
     checkpoint = compressed(small)
     found = tokens(small_prompts, checkpoint, pipeline_parallel_size=2, **COMPILED_BY_NOTHING)
     assert found == stock
+
+
+@pytest.mark.slow
+def test_tensor_parallel_sinks(make_small, small_prompts, compressed):
+    """A rank has those of its query heads, in the order that heads have in the checkpoint."""
+    base = make_small("gpt-oss")
+    (result,) = run_engines(small_prompts.job(base))
+    checkpoint = compressed(base, k_group_size=2, v_groups=2)
+    assert tokens(small_prompts, checkpoint, tensor_parallel_size=2) == result["tokens"]

@@ -8,7 +8,7 @@ import torch
 from recalkv_vllm.serving.startup.options import unsupported_option
 
 FULL, WINDOWS = (
-    SimpleNamespace(hf_config=SimpleNamespace(sliding_window=width)) for width in (None, 64)
+    SimpleNamespace(hf_text_config=SimpleNamespace(sliding_window=width)) for width in (None, 64)
 )
 
 
@@ -21,7 +21,8 @@ def configuration(**changes):
         },
         "model_config": {
             "dtype": torch.float32,
-            "hf_config": FULL.hf_config,
+            "architectures": ["RecalkvLlamaForCausalLM"],
+            "hf_text_config": FULL.hf_text_config,
         },
         "cache_config": {"cache_dtype": "auto"},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
@@ -63,6 +64,13 @@ def configuration(**changes):
             "--speculative-config: beside sliding-window layers, draft_model needs "
             "--disable-hybrid-kv-cache-manager: vLLM gives a draft model the blocks of the first "
             "cache group",
+        ),
+        (
+            {
+                "lora_config": {},
+                "model_config": {"architectures": ["RecalkvLlavaForConditionalGeneration"]},
+            },
+            "--enable-lora: expected a language model alone, found one of several modalities",
         ),
         (
             {"speculative_config": {"method": "mlp_speculator"}},

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from recalkv_vllm.architectures import Architecture, has_fused_qkv
+from recalkv_vllm.architectures import SUPPORTED, Architecture, has_fused_qkv, language_config
 from recalkv_vllm.base_digest import base_digest, local_files
 from recalkv_vllm.checkpoint import AttentionGeometry, read_hf_config
 from recalkv_vllm.compression.base_model.attention import CausalLM, split_fused_projections
 from recalkv_vllm.compression.base_model.devices import SPREAD
 from recalkv_vllm.compression.base_model.find import find_model
+from recalkv_vllm.compression.base_model.language_model import load_language_model
 from recalkv_vllm.compression.base_model.support import supported_architecture
 from recalkv_vllm.compression.base_model.weight_files import (
     content_digest,
@@ -52,8 +53,14 @@ class BaseModel:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``. Raises :class:`CheckpointError` where there is none."""
-        return read_hf_config(self.directory)
+        """``config.json``. Raises :class:`CheckpointError` where there is none.
+
+        That of a language model within it is complete: defaults may be left out in the file.
+        """
+        config = read_hf_config(self.directory)
+        if language_config(config) is config or config.get("model_type") not in SUPPORTED:
+            return config
+        return {**config, "text_config": self._transformers_config.get_text_config().to_dict()}
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -107,6 +114,8 @@ class BaseModel:
     def load(self, dtype: torch.dtype, device: str) -> CausalLM:
         """Load the causal language model, without dropout, from safetensors only.
 
+        Of a model of several modalities, the language model by itself.
+
         Quantized weights are loaded in their dense form, so that they give gradients; activations
         that the model quantizes are not quantized here.
 
@@ -119,12 +128,15 @@ class BaseModel:
                 that cannot be spread.
         """
         spread = device == SPREAD
+        multimodal = language_config(self.config) is not self.config
         if spread and (
-            self.weight_format is not None or has_fused_qkv(self.config.get("model_type"))
+            multimodal
+            or self.weight_format is not None
+            or has_fused_qkv(self.config.get("model_type"))
         ):
             raise InputError(
                 f"--device {SPREAD}: model {self.directory}: expected weights that are neither "
-                "fused nor quantized; name one device"
+                "fused nor quantized, of a language model alone; name one device"
             )
         options: dict[str, Any] = {"local_files_only": True}
         if hasattr(self._transformers_config, "attention_dropout"):
@@ -134,8 +146,14 @@ class BaseModel:
             options["device_map"] = DEVICE_MAP
         weight_format = self.weight_format
         try:
-            if weight_format is None:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
+            if multimodal:
+                tensors = {
+                    n: t for path in weight_files(self.directory) for n, t in read_tensors(path)
+                }
+                text_config = self._transformers_config.get_text_config()
+                loaded: Any = load_language_model(text_config, tensors, dtype)
+            elif weight_format is None:
+                loaded = AutoModelForCausalLM.from_pretrained(
                     self.directory,
                     dtype=dtype,
                     use_safetensors=True,

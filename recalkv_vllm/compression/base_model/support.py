@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recalkv_vllm.architectures import SUPPORTED, VARYING_ROPE, Architecture
+from recalkv_vllm.architectures import SUPPORTED, VARYING_ROPE, Architecture, language_config
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.refused_architectures import REFUSED
 
@@ -68,10 +68,12 @@ def supported_architecture(config: Mapping[str, Any]) -> Architecture:
             f"{', '.join(sorted(SUPPORTED))}"
         )
     architecture = SUPPORTED[model_type]
+    if architecture.multimodal:
+        _check_language_model(model_type, config)
     # Some models call themselves by another's type, and are served by a class of their own.
     expected = (
         architecture.served_name.removeprefix("Recalkv"),
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type],
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, architecture.served_name),
     )
     names = config.get("architectures")
     if names and not {*map(str.lower, expected)} & {*map(str.lower, names)}:
@@ -91,6 +93,19 @@ def supported_architecture(config: Mapping[str, Any]) -> Architecture:
     if not config.get("is_causal", True):
         raise InputError("is_causal false: expected a decoder, found bidirectional attention")
     return architecture
+
+
+def _check_language_model(model_type: str, config: Mapping[str, Any]) -> None:
+    text = language_config(config)
+    if text is config:
+        raise InputError(f"{model_type} without a text_config is not supported")
+    within = supported_architecture(text)
+    if within.multimodal or within.fused_qkv or within.by_transformers:
+        raise InputError(f"{model_type} beside a {text.get('model_type')} is not supported")
+    if config.get("quantization_config"):
+        raise InputError(
+            f"quantization_config: {model_type}: expected weights that are not quantized"
+        )
 
 
 def _ropes(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from recalkv_vllm.compression.base_model.language_model import language_name
 from recalkv_vllm.compression.layer import LayerFactors, reorder_rows
 from recalkv_vllm.compression.output.copy_weights import Change
 
@@ -39,15 +40,16 @@ def dense_form(factors: Sequence[LayerFactors], dtype: torch.dtype, convert: boo
     def change(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         if convert and tensor.is_floating_point():
             tensor = tensor.to(dtype)
-        if of_norm := NORM_WEIGHT.fullmatch(name):
+        own_name = language_name(name)
+        if of_norm := NORM_WEIGHT.fullmatch(own_name):
             layer = factors[int(of_norm["layer"])]
             of_one_head = tensor.numel() == layer.v_up.shape[1]
             yield name, tensor if of_one_head else reorder_rows(tensor, layer.layout.head_order)
             return
-        if of_sinks := SINKS.fullmatch(name):
+        if of_sinks := SINKS.fullmatch(own_name):
             yield name, reorder_rows(tensor, factors[int(of_sinks["layer"])].layout.head_order)
             return
-        found = ATTENTION_TENSOR.fullmatch(name)
+        found = ATTENTION_TENSOR.fullmatch(own_name)
         if found is None:
             yield name, tensor
             return

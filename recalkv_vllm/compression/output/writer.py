@@ -28,7 +28,7 @@ from recalkv_vllm.compression.output.dense_form import dense_form
 #: Files of the base model that are copied as they are.
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template*", "generation_config.json",
+    "chat_template*", "generation_config.json", "*processor_config.json",
 )  # fmt: skip
 
 

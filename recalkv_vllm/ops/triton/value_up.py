@@ -24,7 +24,7 @@ class Values(NamedTuple):
 
     up: torch.Tensor
     bias: torch.Tensor | None
-    sinks: torch.Tensor | None
+    sinks: torch.Tensor | None = None
 
 
 def value_up_launch(

@@ -22,7 +22,7 @@ from vllm.distributed import (
 )
 from vllm.distributed.utils import get_pp_indices
 
-from recalkv_vllm.architectures import SUPPORTED
+from recalkv_vllm.architectures import SUPPORTED, language_config
 from recalkv_vllm.band_format import slot_width, stored_format
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
 from recalkv_vllm.serving.attention.page_width import slot_widths
@@ -46,7 +46,7 @@ from recalkv_vllm.serving.model.weights import (
     sent_weights,
     without_queries,
 )
-from recalkv_vllm.serving.names import ARCHITECTURES
+from recalkv_vllm.serving.names import ARCHITECTURES, MULTIMODAL
 from recalkv_vllm.serving.sharding import shard_latent
 
 
@@ -101,6 +101,10 @@ class LatentAttentionMixin(_Stock):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         with _stock_attention_backend(vllm_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.serve_latents(vllm_config)
+
+    def serve_latents(self, vllm_config: VllmConfig) -> None:
+        """Exchange the attention modules that vLLM has built."""
         hf_config = vllm_config.model_config.hf_config.to_dict()
         self.recalkv_config = RecalkvConfig.from_hf_config(hf_config)
         self.recalkv_geometry = AttentionGeometry.from_hf_config(hf_config)
@@ -112,7 +116,7 @@ class LatentAttentionMixin(_Stock):
         cache_dtype = vllm_config.cache_config.cache_dtype
         served = served_config(self.recalkv_config, cache_dtype, dtype)
         widths = page_widths(served, self.recalkv_geometry, dtype)
-        self.recalkv_architecture = SUPPORTED[hf_config["model_type"]]
+        self.recalkv_architecture = SUPPORTED[language_config(hf_config)["model_type"]]
         attention, parts_of = self._attention()
         for i in self._served_layers():
             stock = getattr(self.model.layers[i], self.recalkv_architecture.attention)
@@ -193,12 +197,32 @@ class LatentAttentionMixin(_Stock):
         return FactorReader(path, self.recalkv_config, self.recalkv_geometry)
 
 
+class LatentLanguageModelMixin(_Stock):
+    """Put before one of vLLM's models of several modalities: latent attention in its language
+    model, all else as it is."""
+
+    language_model: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        with _stock_attention_backend(vllm_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # It was built as one of vLLM's own, whichever way the model asks for one.
+        self.language_model.__class__ = _served_class(type(self.language_model))
+        self.language_model.serve_latents(vllm_config)
+
+
+def _served_class(base: type) -> type:
+    """Latent attention in a class of a language model."""
+    return type(f"Recalkv{base.__name__}", (LatentAttentionMixin, base), {"__module__": __name__})
+
+
 def __getattr__(name: str) -> type:
     """The served class ``name``: latent attention in the class of vLLM that the table names."""
     if name not in ARCHITECTURES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, stock = ARCHITECTURES[name].split(":")
     base = getattr(importlib.import_module(module), stock)
-    cls = type(name, (LatentAttentionMixin, base), {"__module__": __name__})
+    mixin = LatentLanguageModelMixin if name in MULTIMODAL else LatentAttentionMixin
+    cls = type(name, (mixin, base), {"__module__": __name__})
     globals()[name] = cls
     return cls

@@ -14,6 +14,7 @@ from vllm.distributed import (
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 
+from recalkv_vllm.architectures import language_config
 from recalkv_vllm.band_format import stored_format
 from recalkv_vllm.checkpoint import AttentionGeometry, CheckpointError, LatentLayout
 from recalkv_vllm.latent_format import LatentFormat
@@ -88,7 +89,8 @@ class LatentSelfAttention(nn.Module):
         self.sinks = parts.sinks
         del vllm_config.compilation_config.static_forward_context[name]
         self.scale = stock.scaling
-        self.soft_cap = vllm_config.model_config.hf_config.to_dict().get("attn_logit_softcapping")
+        hf_config = language_config(vllm_config.model_config.hf_config.to_dict())
+        self.soft_cap = hf_config.get("attn_logit_softcapping")
         check_stock_layer(stock.attn, self.scale, self.soft_cap, self.sinks)
         self.attn = LatentAttention(
             stock.attn.num_heads,

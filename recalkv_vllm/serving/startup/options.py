@@ -6,7 +6,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from recalkv_vllm.serving.attention.backend import SUPPORTED_DTYPES
-from recalkv_vllm.serving.names import BACKEND_NAME
+from recalkv_vllm.serving.names import BACKEND_NAME, MULTIMODAL
 from recalkv_vllm.serving.startup.connectors import unsupported_connector
 
 #: Ways of speculation that give the tokens of a run without in our tests.
@@ -44,6 +44,9 @@ def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
         "--prefill-context-parallel-size: expected 1, found "
         f"{parallel.prefill_context_parallel_size}": parallel.prefill_context_parallel_size > 1,
         f"--kv-transfer-config: {connector}": connector is not None,
+        "--enable-lora: expected a language model alone, found one of several modalities": (
+            config.lora_config is not None and bool(MULTIMODAL & {*model.architectures})
+        ),
         f"--speculative-config: expected method {' or '.join(TESTED_SPECULATION)}, found "
         f"{speculative and speculative.method}": (
             speculative is not None and speculative.method not in TESTED_SPECULATION
@@ -55,7 +58,7 @@ def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
             speculative is not None
             and speculative.method == "draft_model"
             and any(
-                getattr(each.hf_config, "sliding_window", None)
+                getattr(each.hf_text_config, "sliding_window", None)
                 for each in (model, speculative.draft_model_config)
             )
             and not config.scheduler_config.disable_hybrid_kv_cache_manager

@@ -16,6 +16,8 @@ def config(model_type: str, **changes) -> dict:
 @pytest.mark.parametrize("field", ATTENTION_FIELDS)
 def test_fields_that_change_attention(field):
     for model_type, architecture in SUPPORTED.items():
+        if architecture.multimodal:
+            continue  # its language model's are looked at
         changed = {"model_type": model_type, field: 1}
         if field in architecture.reads:
             assert supported_architecture(changed) is architecture
@@ -51,6 +53,16 @@ def test_types_that_are_refused(model_type):
         ("smollm3", {"rope_parameters": {"rope_type": "dynamic"}}, "dynamic RoPE"),
         ("llama", {"is_causal": False}, "is_causal"),
         ("gemma3_text", {"architectures": ["Rnj1ForCausalLM"]}, "architectures Rnj1ForCausalLM"),
+        ("llava", {"text_config": None}, "llava without a text_config"),
+        ("llava", {"text_config": {"model_type": "llama", "clip_qkv": 8}}, "llama with clip_qkv"),
+        (
+            "mistral3",
+            {"text_config": {"model_type": "ministral3"}},
+            "'ministral3' is not supported",
+        ),
+        ("llava", {"text_config": {"model_type": "phi3"}}, "llava beside a phi3"),
+        ("llava", {"text_config": {"model_type": "olmo2"}}, "llava beside a olmo2"),
+        ("llava", {"quantization_config": {"quant_method": "awq"}}, "that are not quantized"),
     ],
 )
 def test_refused(model_type, changes, message):

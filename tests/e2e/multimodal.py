@@ -1,0 +1,99 @@
+"""Small models of several modalities, with their processors."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    Mistral3Config,
+    MistralConfig,
+    PixtralVisionConfig,
+)
+
+from tests.e2e.architectures import SIZES, WINDOW, save_random_model
+from tests.tiny_models import VOCABULARY, train_tokenizer
+
+#: Tokens of images are behind the vocabulary that the tokenizer learns.
+END_OF_VOCABULARY = VOCABULARY
+#: Its processor needs torchvision, so that here it sees no images.
+TEXT_ALONE = "mistral3"
+IMAGE = "[IMG]"
+TEXT = {**SIZES, "vocab_size": VOCABULARY + 8}
+TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+PIXELS = {"shortest_edge": 56}
+CROP = {"height": 56, "width": 56}
+
+CONFIGS = {
+    "llava": LlavaConfig(
+        text_config=LlamaConfig(**TEXT),
+        vision_config=CLIPVisionConfig(**TOWER, projection_dim=64),
+        image_token_id=VOCABULARY,
+        vision_feature_layer=-1,
+    ),
+    "llava-next": LlavaNextConfig(
+        text_config=MistralConfig(**TEXT, **WINDOW),
+        vision_config=CLIPVisionConfig(**TOWER, projection_dim=64),
+        image_token_id=VOCABULARY,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+    ),
+    "mistral3": Mistral3Config(
+        text_config=MistralConfig(**TEXT, sliding_window=None),
+        vision_config=PixtralVisionConfig(**TOWER, head_dim=32),
+        tie_word_embeddings=False,
+        image_token_id=VOCABULARY,
+        vision_feature_layer=-1,
+    ),
+}
+
+
+def processor(name: str):
+    """As the model's directory has it; of :data:`TEXT_ALONE` the tokenizer."""
+    tokenizer = train_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    if name == TEXT_ALONE:
+        return tokenizer
+    options = {
+        "patch_size": 14,
+        "vision_feature_select_strategy": "default",
+        "image_token": IMAGE,
+        "num_additional_image_tokens": 1,
+    }
+    if name == "llava":
+        images = CLIPImageProcessor(size=PIXELS, crop_size=CROP)
+        return LlavaProcessor(images, tokenizer, **options)
+    pinpoints = CONFIGS[name].image_grid_pinpoints
+    images = LlavaNextImageProcessor(size=PIXELS, crop_size=CROP, image_grid_pinpoints=pinpoints)
+    return LlavaNextProcessor(images, tokenizer, **options)
+
+
+def save_multimodal_model(name: str, directory: Path) -> Path:
+    """Write a model of :data:`CONFIGS` with random weights, and its processor."""
+    save_random_model(CONFIGS[name], directory, auto_class=AutoModelForImageTextToText)
+    if name.startswith("llava"):
+        # As models on the hub call it; transformers writes a shorter name by now.
+        path = directory / "model.safetensors"
+        tower = re.compile(r"^vision_tower\.(?!vision_model\.)")
+        tensors = load_file(path)
+        tensors = {tower.sub("vision_tower.vision_model.", n): x for n, x in tensors.items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    processor(name).save_pretrained(directory)
+    return directory
