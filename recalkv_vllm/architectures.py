@@ -137,6 +137,11 @@ SUPPORTED = {
         "Gemma 3, text models (key norm, windows with a RoPE of their own)",
         key_norm="head",
     ),
+    "gemma3": Architecture(
+        f"{_MODELS}.gemma3_mm:Gemma3ForConditionalGeneration",
+        "Gemma 3 of 4B and more, for text alone",
+        multimodal=True,
+    ),
     "gemma": Architecture(
         f"{_MODELS}.gemma:GemmaForCausalLM", "Gemma 1, CodeGemma (one KV head in 2B)"
     ),

@@ -48,7 +48,6 @@ REASONS = {
         "mistral4",
         "youtu",
     ),
-    "attention in both directions within an image": ("gemma3",),
     "positions of images in several dimensions": (
         "glm4v",
         "qwen2_5_vl",

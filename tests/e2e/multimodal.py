@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
@@ -19,15 +21,16 @@ from transformers import (
     Mistral3Config,
     MistralConfig,
     PixtralVisionConfig,
+    SiglipVisionConfig,
 )
 
-from tests.e2e.architectures import SIZES, WINDOW, save_random_model
+from tests.e2e.architectures import MIXED, SIZES, WINDOW, save_random_model
 from tests.tiny_models import VOCABULARY, train_tokenizer
 
 #: Tokens of images are behind the vocabulary that the tokenizer learns.
 END_OF_VOCABULARY = VOCABULARY
-#: Its processor needs torchvision, so that here it sees no images.
-TEXT_ALONE = "mistral3"
+#: Gemma's images are not served; the processor of Mistral's needs torchvision.
+TEXT_ALONE = ("gemma3", "mistral3")
 IMAGE = "[IMG]"
 TEXT = {**SIZES, "vocab_size": VOCABULARY + 8}
 TOWER = {
@@ -42,6 +45,19 @@ PIXELS = {"shortest_edge": 56}
 CROP = {"height": 56, "width": 56}
 
 CONFIGS = {
+    "gemma3": Gemma3Config(
+        text_config=Gemma3TextConfig(
+            **{**TEXT, **WINDOW, "tie_word_embeddings": True},
+            head_dim=32,
+            query_pre_attn_scalar=20,
+            layer_types=MIXED,
+        ),
+        vision_config=SiglipVisionConfig(**TOWER),
+        mm_tokens_per_image=4,
+        boi_token_index=VOCABULARY + 1,
+        eoi_token_index=VOCABULARY + 2,
+        image_token_index=VOCABULARY,
+    ),
     "llava": LlavaConfig(
         text_config=LlamaConfig(**TEXT),
         vision_config=CLIPVisionConfig(**TOWER, projection_dim=64),
@@ -69,7 +85,7 @@ def processor(name: str):
     """As the model's directory has it; of :data:`TEXT_ALONE` the tokenizer."""
     tokenizer = train_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    if name == TEXT_ALONE:
+    if name in TEXT_ALONE:
         return tokenizer
     options = {
         "patch_size": 14,

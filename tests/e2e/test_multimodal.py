@@ -30,7 +30,7 @@ def job(small_prompts, model, name, **engine):
     """Text as ever, and with it two prompts of an image each, and one of two."""
     greedy = {"sampling": {"max_tokens": 16, "ignore_eos": True}}
     text = {**greedy, "prompts": small_prompts.ids}
-    if name == TEXT_ALONE:
+    if name in TEXT_ALONE:
         return small_prompts.job(model, text, limit_mm_per_prompt={"image": 0}, **engine)
     image, short = END_OF_VOCABULARY, small_prompts.ids[1]
     prompts = [[*short, image, *short], [image, *short], [*short, image, *short, image]]

@@ -23,7 +23,7 @@ from tests.ops.cases import (
 )
 from tests.ops.checks import assert_matches_oracle, assert_within
 from tests.ops.cpu_versions import DTYPES, VERSIONS, poison_free_memory, threads
-from tests.ops.rounding import allowed_value_up_error
+from tests.ops.rounding import allowed_heads_error, allowed_value_up_error
 from tests.ops.strategies import attention_cases, band_formats, latent_formats
 from tests.reliability.figures import count
 from tests.reliability.fuzzing import fuzzed
@@ -48,6 +48,22 @@ def test_attention(case: AttentionCase, version: tuple[str, torch.dtype], worker
     with threads(workers), mock.patch.dict(os.environ, RECALKV_CPU_ISA=isa):
         poison_free_memory(case)
         assert_matches_oracle(attend(inputs), case, dtype)
+    count("batches tried")
+
+
+@fuzzed(60)
+@given(case=CASES, version=st.sampled_from(VERSIONS), workers=st.integers(1, 3))
+def test_heads(case: AttentionCase, version: tuple[str, torch.dtype], workers: int) -> None:
+    isa, dtype = version
+    inputs = build(case, dtype)
+    with threads(workers), mock.patch.dict(os.environ, RECALKV_CPU_ISA=isa):
+        poison_free_memory(case)
+        heads = ops.bind(inputs.layer).attend_heads(*inputs.call)
+    rows = sum(queries for queries, _ in case.batch)
+    exact = reference.paged_latent_heads(inputs.layer, *inputs.call, compute_dtype=torch.float64)
+    allowed = allowed_heads_error(inputs, dtype)
+    assert_within(heads[:rows], exact[:rows], allowed[:rows], "heads")
+    assert heads[rows:].eq(0).all()
     count("batches tried")
 
 

@@ -22,6 +22,7 @@ def configuration(**changes):
         "model_config": {
             "dtype": torch.float32,
             "architectures": ["RecalkvLlamaForCausalLM"],
+            "is_mm_prefix_lm": False,
             "hf_text_config": FULL.hf_text_config,
         },
         "cache_config": {"cache_dtype": "auto"},
@@ -64,6 +65,11 @@ def configuration(**changes):
             "--speculative-config: beside sliding-window layers, draft_model needs "
             "--disable-hybrid-kv-cache-manager: vLLM gives a draft model the blocks of the first "
             "cache group",
+        ),
+        (
+            {"model_config": {"is_mm_prefix_lm": True}},
+            "--limit-mm-per-prompt: expected '{\"image\": 0}' for a model whose images attend to "
+            "themselves in both directions, which latents are not served with",
         ),
         (
             {

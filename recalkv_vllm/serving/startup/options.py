@@ -44,6 +44,8 @@ def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
         "--prefill-context-parallel-size: expected 1, found "
         f"{parallel.prefill_context_parallel_size}": parallel.prefill_context_parallel_size > 1,
         f"--kv-transfer-config: {connector}": connector is not None,
+        "--limit-mm-per-prompt: expected '{\"image\": 0}' for a model whose images attend to "
+        "themselves in both directions, which latents are not served with": model.is_mm_prefix_lm,
         "--enable-lora: expected a language model alone, found one of several modalities": (
             config.lora_config is not None and bool(MULTIMODAL & {*model.architectures})
         ),

@@ -32,12 +32,14 @@ def test_it_computes_what_it_does_within(directory):
 
 def test_defaults_that_a_file_leaves_out_are_filled_in(directory):
     model = BaseModel(directory)
-    assert model.geometry.num_layers == SIZES["num_hidden_layers"]
+    assert model.geometry.hidden_size == SIZES["hidden_size"]
     written = json.loads((directory / "config.json").read_text())["text_config"]
-    few = {name: value for name, value in written.items() if name != "num_hidden_layers"}
+    few = {name: value for name, value in written.items() if name != "hidden_size"}
     edit_config(directory, text_config=few)
-    assert BaseModel(directory).geometry.num_layers > SIZES["num_hidden_layers"]
-    edit_config(directory, text_config=written)
+    try:
+        assert BaseModel(directory).geometry.hidden_size > SIZES["hidden_size"]
+    finally:
+        edit_config(directory, text_config=written)
 
 
 def test_it_is_not_spread(directory):
