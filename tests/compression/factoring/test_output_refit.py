@@ -18,6 +18,9 @@ from tests.compression.methods.test_kfac import options
 from tests.compression.test_compress import read, weights
 from tests.e2e.architectures import CONFIGS, save_random_model
 
+#: The text that errors are measured on.
+TEXT = {"datasets": ("builtin",), "num_samples": 64, "dtype": "float32"}
+
 
 def factor_at_full_rank(base: BaseModel, model, refit: OutputRefit, out) -> list[LayerFactors]:
     """Factors of method kfac that lose nothing."""
@@ -39,7 +42,7 @@ def test_output_refit(tiny, tmp_path):
     errors = {}
     for refit in (False, True):
         out = tmp_path / str(refit)
-        compress(options(tiny, out, 0.7, output_refit=refit, num_samples=64, dtype="float32"))
+        compress(options(tiny, out, 0.7, output_refit=refit, **TEXT))
         errors[refit] = float((outputs(out) - outputs(tiny)).norm())
         assert read(out)[0].settings["output_refit"] is refit
     plain, refitted = weights(tmp_path / "False"), weights(tmp_path / "True")
@@ -75,7 +78,7 @@ def test_refit_makes_up_for_quantized_latents(family, tiny, tokenizer, tmp_path,
     for name, kind in (("blind", lambda *args: OutputRefit(*args[:3])), ("aware", OutputRefit)):
         monkeypatch.setattr(pipeline, "OutputRefit", kind)
         out = tmp_path / name
-        chosen = options(base, out, 0.84, latent_dtype="int3", num_samples=64, dtype="float32")
+        chosen = options(base, out, 0.84, latent_dtype="int3", **TEXT)
         compress(chosen)
         errors[name] = float((outputs(load_served(out)) - dense).norm())
     assert errors["aware"] < 0.99 * errors["blind"]
