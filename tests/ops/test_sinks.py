@@ -55,8 +55,10 @@ def test_a_sink_of_all(bind: Bind, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("bind", "isa"),
-    [(reference.bind, ""), *((cpu.bind, isa) for isa, dtype in VERSIONS if dtype == torch.float32)],
-    ids=str,
+    [
+        pytest.param(reference.bind, "", id="reference"),
+        *(pytest.param(cpu.bind, isa, id=isa) for isa, dtype in VERSIONS if dtype == torch.float32),
+    ],
 )
 def test_a_sink_is_a_token_of_no_value(
     bind: Bind, isa: str, monkeypatch: pytest.MonkeyPatch
