@@ -6,7 +6,7 @@ transformers and vLLM have used two orders of names for it; by itself it has tho
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch
@@ -21,24 +21,33 @@ def language_name(name: str) -> str:
     return _HEAD.sub("lm_head.", _PREFIX.sub("model.", name))
 
 
+def class_and_names(config: Any) -> tuple[Any, Set[str]]:
+    """transformers' class of a language model, and what its tensors are called.
+
+    Args:
+        config: transformers' of the language model.
+    """
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    return type(network), network.state_dict().keys()
+
+
 def load_language_model(
-    config: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+    config: Any, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
 ) -> Any:
     """What ``from_pretrained`` gives of the language model by itself, with loading information.
 
     Args:
         config: transformers' of the language model.
-        tensors: of the whole model, by name.
+        tensors: of the whole model, by name; others are dropped one by one.
         dtype: of the weights.
     """
     if hasattr(config, "attention_dropout"):
         config.attention_dropout = 0.0
-    renamed = {language_name(name): tensor for name, tensor in tensors.items()}
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config)
-    names = network.state_dict().keys()
-    own = {name: tensor for name, tensor in renamed.items() if name in names}
-    model_class: Any = type(network)
+    model_class, names = class_and_names(config)
+    own = {
+        own_name: tensor for name, tensor in tensors if (own_name := language_name(name)) in names
+    }
     return model_class.from_pretrained(
         None, config=config, dtype=dtype, state_dict=own, output_loading_info=True
     )

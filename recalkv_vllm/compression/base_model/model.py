@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from recalkv_vllm.checkpoint import AttentionGeometry, read_hf_config
 from recalkv_vllm.compression.base_model.attention import CausalLM, split_fused_projections
 from recalkv_vllm.compression.base_model.devices import SPREAD
 from recalkv_vllm.compression.base_model.find import find_model
-from recalkv_vllm.compression.base_model.language_model import load_language_model
+from recalkv_vllm.compression.base_model.language_model import class_and_names, load_language_model
 from recalkv_vllm.compression.base_model.support import supported_architecture
 from recalkv_vllm.compression.base_model.weight_files import (
     content_digest,
@@ -147,11 +148,8 @@ class BaseModel:
         weight_format = self.weight_format
         try:
             if multimodal:
-                tensors = {
-                    n: t for path in weight_files(self.directory) for n, t in read_tensors(path)
-                }
                 text_config = self._transformers_config.get_text_config()
-                loaded: Any = load_language_model(text_config, tensors, dtype)
+                loaded: Any = load_language_model(text_config, _all_tensors(self.directory), dtype)
             elif weight_format is None:
                 loaded = AutoModelForCausalLM.from_pretrained(
                     self.directory,
@@ -180,12 +178,8 @@ def _load_dense_form(
     """What ``from_pretrained`` gives of the same model before it was quantized."""
     config = AutoConfig.from_pretrained(directory, **options)
     del config.quantization_config
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config)
-    model_class: Any = type(network)
-    names = network.state_dict().keys()
-    tensors = {n: t for path in weight_files(directory) for n, t in read_tensors(path)}
-    tensors = weight_format.dense(directory, tensors, dtype)
+    model_class, names = class_and_names(config)
+    tensors = weight_format.dense(directory, dict(_all_tensors(directory)), dtype)
     # What else a quantized model has (scales of activations) is no parameter.
     parameters = {
         n: t for n, t in tensors.items() if n in names or n.endswith((".weight", ".bias"))
@@ -196,6 +190,11 @@ def _load_dense_form(
     return model_class.from_pretrained(
         None, config=config, dtype=dtype, state_dict=parameters, output_loading_info=True
     )
+
+
+def _all_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in weight_files(directory):
+        yield from read_tensors(path)
 
 
 def _reason(error: Exception) -> str:
