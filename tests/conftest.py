@@ -1,7 +1,7 @@
 """Set before any test module, or what it imports, imports torch or Triton."""
 
 import os
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: one thread each, and no engine that binds all of them to the same.
@@ -15,26 +15,8 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 
-
-def mend_interpreter() -> None:
-    """Triton 3.6's interpreter makes an integer of an array of one element, NumPy 2.4 refuses."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patch_lang_tensor
-
-
-try:
-    old_interpreter = version("triton").startswith("3.6.")
-except PackageNotFoundError:
-    old_interpreter = False
-if old_interpreter and "TRITON_INTERPRET" in os.environ:
-    mend_interpreter()
+if "TRITON_INTERPRET" in os.environ and find_spec("triton"):
+    import tests.triton_interpreter  # noqa: F401
 
 # The same examples in every run, so that a commit's outcome does not depend on luck. How many of a
 # fuzzer's, and other ones in every run, are asked for by RECALKV_FUZZ_EXAMPLES.

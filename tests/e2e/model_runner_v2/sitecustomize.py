@@ -6,6 +6,8 @@ a CPU it asks for a backend of that name, which stock Triton lacks. Its interpre
 """
 
 import os
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 # Before Triton is imported: it decorates functions of its own.
@@ -48,3 +50,4 @@ def masks_of_bool() -> None:
 
 
 masks_of_bool()
+runpy.run_path(str(Path(__file__).parents[2] / "triton_interpreter.py"))
