@@ -6,6 +6,7 @@ import pandas
 import pytest
 import torch
 
+from recalkv_vllm.compression.calibration.builtin_text import builtin_documents
 from recalkv_vllm.compression.calibration.samples import draw_samples, start_tokens, tokenize
 from recalkv_vllm.compression.calibration.text import describe, documents
 from recalkv_vllm.compression.errors import InputError
@@ -37,9 +38,9 @@ def test_tables(tmp_path, ending, column):
 
 
 def test_builtin_is_much_text_and_always_the_same():
-    first = list(documents("builtin"))
+    first = list(builtin_documents())
     assert sum(map(len, first)) > 400_000
-    assert first == list(documents("builtin"))
+    assert first == list(builtin_documents())
 
 
 @pytest.mark.parametrize(
