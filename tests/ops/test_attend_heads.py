@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -43,6 +44,7 @@ STORED: tuple[AttentionCase, ...] = (
 )
 
 
+@lru_cache(1)
 def heads_in_torch(case: AttentionCase, dtype: torch.dtype, bias: bool) -> tuple[Any, ...]:
     """Inputs, the result in float64, and what it may differ by."""
     inputs = build(case, dtype)
@@ -55,8 +57,8 @@ def heads_in_torch(case: AttentionCase, dtype: torch.dtype, bias: bool) -> tuple
     return inputs, exact, allowed_heads_error(inputs, dtype)
 
 
+@pytest.mark.parametrize(("isa", "dtype"), VERSIONS, ids=str)  # all with one reference
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("isa", "dtype"), VERSIONS, ids=str)
 @pytest.mark.parametrize("case", DENSE_CASES + STORED, ids=str)
 def test_many_queries(
     case: AttentionCase, isa: str, dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
@@ -74,7 +76,7 @@ def test_many_queries(
     assert not torch.equal(heads, bound.value_up(bound.attend(*inputs.call)[0]))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 5])  # all with one reference
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [CASES[1], *CASES[5:9], SINKS, *BAND_CASES[:2]], ids=str)
 def test_few_queries(case: AttentionCase, dtype: torch.dtype, threads: int) -> None:

@@ -89,9 +89,9 @@ inline float half_of(uint32_t unit, int half) {
 }
 
 template <class T>
-T at(int tile, int row, int column) {
+T at(const uint8_t* row, int column) {
   T x;
-  std::memcpy(&x, state.bytes[tile][row] + column * sizeof(T), sizeof(T));
+  std::memcpy(&x, row + column * sizeof(T), sizeof(T));
   return x;
 }
 
@@ -107,20 +107,22 @@ void multiply() {
   require(shapes.row_bytes[kSum] == shapes.row_bytes[kB], "columns of the sum and of b differ");
   require(shapes.row_bytes[kA] == 4 * shapes.rows[kB], "columns of a and rows of b differ");
   const int depth = shapes.rows[kB], columns = shapes.row_bytes[kB] / 4;
+  auto* const tiles = state.bytes;  // looked up for the thread once
   for (int m = 0; m < shapes.rows[kA]; ++m) {
     float even[kTileUnits] = {}, odd[kTileUnits] = {};
     for (int k = 0; k < depth; ++k) {
-      const uint32_t a = at<uint32_t>(kA, m, k);
-      for (int n = 0; n < columns; ++n) {
-        const uint32_t b = at<uint32_t>(kB, k, n);
+      const uint32_t a = at<uint32_t>(tiles[kA][m], k);
+      // What is beyond a row's columns is zero; for all units, this is vector code.
+      for (int n = 0; n < kTileUnits; ++n) {
+        const uint32_t b = at<uint32_t>(tiles[kB][k], n);
         even[n] = multiply_add(half_of(a, 0), half_of(b, 0), even[n]);
         odd[n] = multiply_add(half_of(a, 1), half_of(b, 1), odd[n]);
       }
     }
     for (int n = 0; n < columns; ++n) {
       const float pair = flushed(even[n] + odd[n]);
-      const float sum = flushed(flushed(at<float>(kSum, m, n)) + pair);
-      std::memcpy(state.bytes[kSum][m] + n * 4, &sum, 4);
+      const float sum = flushed(flushed(at<float>(tiles[kSum][m], n)) + pair);
+      std::memcpy(tiles[kSum][m] + n * 4, &sum, 4);
     }
   }
 }
