@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recalkv_vllm import ops
+from recalkv_vllm.compression.calibration import text
+from recalkv_vllm.compression.calibration.builtin_text import builtin_documents
 from recalkv_vllm.compression.options import CompressOptions
 from recalkv_vllm.compression.pipeline import compress
 from tests.e2e.conftest import BIN, run_engines
@@ -57,8 +59,9 @@ def test_same_seed_same_bytes(tiny: Path, tmp_path: Path, monkeypatch, options: 
     assert made[0] == made[1]
 
 
-def test_same_bytes_from_another_process(tiny: Path, tmp_path: Path) -> None:
+def test_same_bytes_from_another_process(tiny: Path, tmp_path: Path, monkeypatch) -> None:
     """String hashes, on which the order of a set depends, differ between processes."""
+    monkeypatch.setattr(text, "builtin_documents", builtin_documents)  # all, as the other has
     here, there = tmp_path / "here" / "out", tmp_path / "there" / "out"
     compress(CompressOptions(str(tiny), here, 0.5, **FEW))
     arguments = ["--compression", "0.5", "--num-samples", "4", "--seq-len", "32"]
