@@ -130,7 +130,9 @@ def show(result: dict[str, Any]) -> None:
             f"{row['expected_loss']:.4f}",
             f"{row['bytes_per_token']:,}",
         ]
-        cells += [f"{row['tokens']:,}"] * with_tokens + ["" if time is None else f"{time:.2f}"]
+        if with_tokens:
+            cells.append(f"{row['tokens']:,}")
+        cells.append("" if time is None else f"{time:.2f}")
         table.add_row(*cells, style=None if row["front"] else "dim")
     Console().print(table)
     fits = f" and {dense['tokens']:,} tokens" if with_tokens else ""

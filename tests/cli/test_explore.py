@@ -86,10 +86,11 @@ def test_without_a_memory_or_a_device(tiny, capsys):
 def test_table_and_plot(tiny, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "front.png"
-    arguments = [tiny, "--target", "cpu", "--compression", 0.5, "--memory", "8GiB", *FEW]
-    for target in ("cpu", "none"):
-        assert main([*map(str, ["explore", *arguments, "--target", target, "--plot", plot])]) == 0
+    arguments = [tiny, "--compression", 0.5, *FEW, "--plot", plot]
+    for target, memory in (("cpu", ["--memory", "8GiB"]), ("none", [])):
+        assert main([*map(str, ["explore", *arguments, "--target", target, *memory])]) == 0
         table = capsys.readouterr().out
+        assert ("tokens" in table.splitlines()[2]) == bool(memory)
         assert plot.read_bytes().startswith(b"\x89PNG")
         assert [path.name for path in tmp_path.glob("front*")] == ["front.png"]
         assert table.count("bands") == 3

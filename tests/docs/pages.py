@@ -21,10 +21,19 @@ PLACEHOLDERS |= {"OPTIONS": "", "...": ""}
 
 @dataclass(frozen=True)
 class Command:
-    """Words of one command, placeholders filled in, without variables before it."""
+    """Words of one command, placeholders filled in, without variables before it.
+
+    Args:
+        page: that shows it.
+        words: of the command.
+        output: the file that the page writes its output to, if any.
+        synopsis: the page shows what may be left out of it.
+    """
 
     page: str
     words: tuple[str, ...]
+    output: str | None = None
+    synopsis: bool = False
 
     def __str__(self) -> str:
         return f"{self.page}: {shlex.join(self.words)}"
@@ -37,7 +46,7 @@ def commands() -> list[Command]:
         for language, block in _FENCE.findall(page.read_text()):
             if language in SHELL and not _is_diagram(block):
                 name = str(page.relative_to(ROOT))
-                found += [Command(name, words) for words in _split(block)]
+                found += [_command(name, words) for words in _split(block)]
     return found
 
 
@@ -45,27 +54,33 @@ def _is_diagram(block: str) -> bool:
     return any(sign in block for sign in "─│►▼")
 
 
-def _split(block: str) -> list[tuple[str, ...]]:
-    """Commands of a block, which ``;``, ``&&`` and lines divide."""
+def _split(block: str) -> list[list[str]]:
+    """Words of the commands of a block, which ``;``, ``&&`` and lines divide."""
     found, words = [], []
     for line in block.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";&")
         lexer.whitespace_split = True
         for word in [*lexer, ";"]:
             if word in (";", "&&"):
-                found.append(_cleaned(words))
+                found.append(_without_variables(words))
                 words = []
             else:
                 words.append(word)
     return [words for words in found if words]
 
 
-def _cleaned(words: list[str]) -> tuple[str, ...]:
+def _without_variables(words: list[str]) -> list[str]:
     while words and re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
-    if any(word.startswith("[") for word in words):  # what may be left out
+    return words
+
+
+def _command(page: str, words: list[str]) -> Command:
+    output = None
+    synopsis = any(word.startswith("[") for word in words)
+    if synopsis:
         words = [word.strip("[]") for word in words]
-    if ">" in words:  # where its output goes
-        words = words[: words.index(">")]
-    words = [PLACEHOLDERS.get(word, word) for word in words]
-    return tuple(word for word in words if word)
+    if ">" in words:
+        words, output = words[: words.index(">")], words[words.index(">") + 1]
+    filled = (PLACEHOLDERS.get(word, word) for word in words)
+    return Command(page, tuple(word for word in filled if word), output, synopsis)
