@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ import pytest
 from recalkv_vllm.cli import main
 from recalkv_vllm.compression.calibration.builtin_text import builtin_documents
 from tests.docs.pages import Command, commands
-from tests.tiny_models import make_model, own_cache, tokenizer
+from tests.tiny_models import make_model, tokenizer
 
-__all__ = ["make_model", "own_cache", "tokenizer"]
+__all__ = ["make_model", "tokenizer"]
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,14 @@ def model(make_model) -> Path:
     return make_model("llama", max_position_embeddings=8192)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_cache(tmp_path_factory) -> Iterator[None]:
+    """One reader of all pages has one cache."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RECALKV_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def checkpoint(model: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("checkpoint") / "OUT"
@@ -49,7 +58,7 @@ def checkpoint(model: Path, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader of a page is: with texts, and with the checkpoint of an earlier page."""
+    """Where that reader is: with texts, and with the checkpoint of an earlier page."""
     text = "\n".join(builtin_documents())
     for name in TEXTS:
         row = json.dumps({"text": text}) + "\n"
