@@ -14,6 +14,7 @@ from recalkv_vllm.checkpoint import (
     FactorReader,
     RecalkvConfig,
 )
+from recalkv_vllm.serving.cold_tier.served_layout import announce_latents
 from recalkv_vllm.serving.factor_files import (
     SEPARATE_FACTORS,
     adopt_separate_factors,
@@ -120,6 +121,7 @@ def _check_checkpoint(config: VllmConfig) -> Served:
                 f"{' and '.join(map(str, sorted(ranks)))} elements per token on different ranks"
             )
     check_cache_size(config, cached, geometry)
+    announce_latents(config, cached, geometry)
     load_format = config.load_config.load_format
     if load_format in SHARDED_STATE:
         check_sharded_state(Path(model.model), stored, geometry, tp_size)

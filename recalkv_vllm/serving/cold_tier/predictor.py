@@ -1,0 +1,122 @@
+"""What a code is likely to be: predicted from those before it, in arithmetic that is exact.
+
+A layer's columns are correlated with one another, since rotations mix them, and with those of the
+layer below, which sees nearly the same hidden state. A predictor has linear weights, fitted once to
+cached latents (``fit.py``). Of a code its distance from the prediction is stored, modulo the number
+of codes: distances are mostly small, so their entropy is.
+
+Who reads has to predict what the writer did to the last bit, on whatever machine. So elements are
+rounded to integers within ±127, and weights to integers whose magnitudes add up to less than 2**17:
+every partial sum is an integer below 2**24, which float32 holds exactly, in any order of summation.
+All else is done element by element, where IEEE 754 leaves no choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from recalkv_vllm.band_format import BLOCK_COLUMNS, BandFormat, decode_scales
+from recalkv_vllm.serving.cold_tier.chunk_layout import Bytes, Latents
+
+Floats = npt.NDArray[np.float32]
+
+#: The largest integer that an element becomes.
+LARGEST = 127
+#: The element before all of a layer's, with which predictions have a mean.
+CONSTANT = 64
+#: More than the magnitudes of a column's weights add up to.
+WEIGHT_SUM = 1 << 17
+#: Columns that are decoded one by one before all behind them learn of them.
+STRIDE = 8
+
+_DECODED = decode_scales(torch.arange(256, dtype=torch.uint8)).numpy()
+#: Scales by their byte, and their inverses; zero where there is none.
+SCALES: Floats = np.where(np.isfinite(_DECODED), _DECODED, 0).astype(np.float32)
+INVERSES: Floats = np.divide(1, SCALES, out=np.zeros_like(SCALES), where=SCALES > 0)
+
+
+@dataclass(frozen=True)
+class LayerPredictor:
+    """Weights of one layer.
+
+    Args:
+        below: ``[rank, 1 + rank below]``, of the constant and the layer below.
+        inside: ``[rank, rank]``, of the layer's own columns; strictly lower triangular.
+        to_integer: ``[rank, 1]``: an element times this is its integer before rounding.
+        from_sum: ``[rank, 1]``: a weighted sum times this is an element.
+        classes: ``[rank]``: distances of columns of one class are about as far.
+        scales: ``[blocks, 1]``: the usual byte of each scale.
+    """
+
+    below: Floats
+    inside: Floats
+    to_integer: Floats
+    from_sum: Floats
+    classes: Bytes
+    scales: Bytes
+
+    def encode(self, latents: Latents, below: Floats, half: Floats) -> tuple[Bytes, Floats]:
+        """Distances ``[rank, tokens]`` of a layer's codes, and what the layer above gets.
+
+        Args:
+            latents: of the layer.
+            below: ``[1 + rank below, tokens]``, see :func:`seen_from_above`.
+            half: ``[rank, 1]``, see :func:`half_ranges`.
+        """
+        integers = to_integers(elements(latents, half), self.to_integer)
+        sums = self.below @ below + self.inside @ integers
+        inverses = np.repeat(INVERSES[latents.scales], BLOCK_COLUMNS, axis=0)
+        centers = np.floor(sums * self.from_sum * inverses + half)
+        centers = np.clip(centers, 0, 2 * half - 1).astype(np.uint8)
+        return latents.codes - centers & (2 * half - 1).astype(np.uint8), integers
+
+    def decode(
+        self, distances: Bytes, scales: Bytes, below: Floats, half: Floats
+    ) -> tuple[Bytes, Floats]:
+        """Inverse of :meth:`encode`: codes ``[rank, tokens]``, and what the layer above gets."""
+        sums = self.below @ below
+        codes, integers = np.empty_like(distances), np.empty_like(sums)
+        for block, start in enumerate(range(0, len(codes), BLOCK_COLUMNS)):
+            scale, inverse = SCALES[scales[block]], INVERSES[scales[block]]
+            middle, end = half[start, 0], start + BLOCK_COLUMNS
+            largest = np.uint8(2 * middle - 1)
+            for first in range(start, end, STRIDE):
+                last = first + STRIDE
+                for j in range(first, last):
+                    center = np.floor(sums[j] * self.from_sum[j] * inverse + middle)
+                    np.clip(center, 0, largest, out=center)
+                    codes[j] = distances[j] + center.astype(np.uint8) & largest
+                    element = (codes[j] + (np.float32(0.5) - middle)) * scale
+                    integers[j] = to_integers(element, self.to_integer[j])
+                    sums[j + 1 : last] += self.inside[j + 1 : last, j, None] * integers[j]
+                sums[last:end] += self.inside[last:end, first:last] @ integers[first:last]
+            sums[end:] += self.inside[end:, start:end] @ integers[start:end]
+        return codes, integers
+
+
+def elements(latents: Latents, half: Floats) -> Floats:
+    """Elements ``[rank, tokens]``; zeros where a scale is not a number."""
+    scales = np.repeat(SCALES[latents.scales], BLOCK_COLUMNS, axis=0)
+    return (latents.codes + (np.float32(0.5) - half)) * scales
+
+
+def to_integers(of: Floats, factor: Floats) -> Floats:
+    """Elements as the integers that predictions are made of."""
+    return np.clip(np.rint(of * factor), -LARGEST, LARGEST)
+
+
+def seen_from_above(integers: Floats | None, tokens: int) -> Floats:
+    """The constant and a layer's ``integers``; the constant alone for the lowest layer."""
+    constant = np.full((1, tokens), CONSTANT, np.float32)
+    return constant if integers is None else np.concatenate([constant, integers])
+
+
+def half_ranges(latents: BandFormat) -> Floats:
+    """``2**(b - 1)`` of every column's bits ``b``: ``[rank, 1]``."""
+    return np.concatenate(
+        [np.full((band.columns, 1), 1 << (band.bits - 1), np.float32) for band in latents.bands]
+    )
