@@ -10,6 +10,8 @@ from recalkv_vllm.checkpoint import AttentionGeometry, RecalkvConfig
 from recalkv_vllm.serving.cold_tier.chunk_layout import ChunkLayout, LayerPages
 from recalkv_vllm.serving.sharding import shard_latent
 
+#: ``spec_name`` of the offloading that has a cold tier.
+SPEC = "ColdTierSpec"
 #: In the connector's own configuration, which goes to the scheduler's process.
 KEY = "recalkv_latents"
 
@@ -17,9 +19,12 @@ KEY = "recalkv_latents"
 def announce_latents(
     config: VllmConfig, cached: RecalkvConfig, geometry: AttentionGeometry
 ) -> None:
-    """Tell the connector which bands every layer has on every rank, where all have some."""
+    """Tell offloading with a cold tier which bands every layer has on every rank, if all have."""
     transfer, parallel = config.kv_transfer_config, config.parallel_config
-    if transfer is None or parallel.world_size != parallel.tensor_parallel_size:
+    extra_config = {} if transfer is None else transfer.kv_connector_extra_config
+    if extra_config.get("spec_name") != SPEC:
+        return
+    if parallel.world_size != parallel.tensor_parallel_size:
         return
     if any(layer.bands is None for layer in cached.layers):
         return
@@ -27,7 +32,7 @@ def announce_latents(
     for rank in range(parallel.world_size):
         shards = [shard_latent(one, geometry, rank, parallel.world_size) for one in cached.layers]
         ranks.append([[list(map(list, shard.bands or ())), shard.key_scales] for shard in shards])
-    transfer.kv_connector_extra_config[KEY] = ranks
+    extra_config[KEY] = ranks
 
 
 def served_layout(spec: OffloadingSpec, size: int) -> ChunkLayout | None:
