@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from recalkv_vllm.band_format import BLOCK_COLUMNS
 from recalkv_vllm.serving.cold_tier.chunk_layout import Bytes, ChunkLayout, Latents
 from recalkv_vllm.serving.cold_tier.predictor import (
+    SCALES,
     WEIGHT_SUM,
     Floats,
     LayerPredictor,
-    elements,
     half_ranges,
     seen_from_above,
     to_integers,
@@ -41,10 +42,11 @@ def fit(layout: ChunkLayout, chunks: Bytes) -> list[LayerPredictor]:
 
 def fit_layer(latents: Latents, below: Floats, half: Floats) -> tuple[LayerPredictor, Floats]:
     """A layer's predictor, and what the layer above gets."""
-    of_layer = elements(latents, half)
-    deviation = np.sqrt(np.square(of_layer).mean(axis=1, keepdims=True))
+    scales = np.repeat(SCALES[latents.scales], BLOCK_COLUMNS, axis=0)
+    elements = (latents.codes + (np.float32(0.5) - half)) * scales
+    deviation = np.sqrt(np.square(elements).mean(axis=1, keepdims=True))
     to_integer = UNIT / np.maximum(deviation, np.float32(1e-6))
-    integers = to_integers(of_layer, to_integer)
+    integers = to_integers(latents, half, to_integer)
     features = np.concatenate([below, integers])
     moments = (features @ features.T).astype(np.float64)
     diagonal = np.diag_indices_from(moments)

@@ -21,17 +21,14 @@ import torch
 
 from recalkv_vllm.band_format import BLOCK_COLUMNS, BandFormat, decode_scales
 from recalkv_vllm.serving.cold_tier.chunk_layout import Bytes, Latents
+from recalkv_vllm.serving.cold_tier.decode_block import LARGEST, decode_block
 
 Floats = npt.NDArray[np.float32]
 
-#: The largest integer that an element becomes.
-LARGEST = 127
 #: The element before all of a layer's, with which predictions have a mean.
 CONSTANT = 64
 #: More than the magnitudes of a column's weights add up to.
 WEIGHT_SUM = 1 << 17
-#: Columns that are decoded one by one before all behind them learn of them.
-STRIDE = 8
 
 _DECODED = decode_scales(torch.arange(256, dtype=torch.uint8)).numpy()
 #: Scales by their byte, and their inverses; zero where there is none.
@@ -67,11 +64,10 @@ class LayerPredictor:
             below: ``[1 + rank below, tokens]``, see :func:`seen_from_above`.
             half: ``[rank, 1]``, see :func:`half_ranges`.
         """
-        integers = to_integers(elements(latents, half), self.to_integer)
-        sums = self.below @ below + self.inside @ integers
-        inverses = np.repeat(INVERSES[latents.scales], BLOCK_COLUMNS, axis=0)
-        centers = np.floor(sums * self.from_sum * inverses + half)
-        centers = np.clip(centers, 0, 2 * half - 1).astype(np.uint8)
+        integers = to_integers(latents, half, self.to_integer)
+        centers = self.below @ below + self.inside @ integers
+        centers *= _of_columns(INVERSES[latents.scales]) * self.from_sum
+        centers = np.clip(np.floor(centers + half), 0, 2 * half - 1).astype(np.uint8)
         return latents.codes - centers & (2 * half - 1).astype(np.uint8), integers
 
     def decode(
@@ -81,32 +77,29 @@ class LayerPredictor:
         sums = self.below @ below
         codes, integers = np.empty_like(distances), np.empty_like(sums)
         for block, start in enumerate(range(0, len(codes), BLOCK_COLUMNS)):
-            scale, inverse = SCALES[scales[block]], INVERSES[scales[block]]
-            middle, end = half[start, 0], start + BLOCK_COLUMNS
-            largest = np.uint8(2 * middle - 1)
-            for first in range(start, end, STRIDE):
-                last = first + STRIDE
-                for j in range(first, last):
-                    center = np.floor(sums[j] * self.from_sum[j] * inverse + middle)
-                    np.clip(center, 0, largest, out=center)
-                    codes[j] = distances[j] + center.astype(np.uint8) & largest
-                    element = (codes[j] + (np.float32(0.5) - middle)) * scale
-                    integers[j] = to_integers(element, self.to_integer[j])
-                    sums[j + 1 : last] += self.inside[j + 1 : last, j, None] * integers[j]
-                sums[last:end] += self.inside[last:end, first:last] @ integers[first:last]
-            sums[end:] += self.inside[end:, start:end] @ integers[start:end]
+            rows, end = slice(start, start + BLOCK_COLUMNS), start + BLOCK_COLUMNS
+            decode_block(
+                *(distances[rows], sums[rows], self.inside[rows, rows]),
+                *(INVERSES[scales[block]], self.from_sum[rows, 0]),
+                *(SCALES[scales[block]], self.to_integer[rows, 0], half[start, 0]),
+                *(codes[rows], integers[rows]),
+            )
+            sums[end:] += self.inside[end:, rows] @ integers[rows]
         return codes, integers
 
 
-def elements(latents: Latents, half: Floats) -> Floats:
-    """Elements ``[rank, tokens]``; zeros where a scale is not a number."""
-    scales = np.repeat(SCALES[latents.scales], BLOCK_COLUMNS, axis=0)
-    return (latents.codes + (np.float32(0.5) - half)) * scales
+def to_integers(latents: Latents, half: Floats, factor: Floats) -> Floats:
+    """Elements ``[rank, tokens]``, times ``factor: [rank, 1]``, as integers that predictions are
+    made of; zeros where a scale is not a number."""
+    scaled = (latents.codes + (np.float32(0.5) - half)) * (
+        _of_columns(SCALES[latents.scales]) * factor
+    )
+    return np.clip(np.rint(scaled), -LARGEST, LARGEST)
 
 
-def to_integers(of: Floats, factor: Floats) -> Floats:
-    """Elements as the integers that predictions are made of."""
-    return np.clip(np.rint(of * factor), -LARGEST, LARGEST)
+def _of_columns(blocks: Floats) -> Floats:
+    """``[rank, tokens]`` of what a block's columns share."""
+    return np.repeat(blocks, BLOCK_COLUMNS, axis=0)
 
 
 def seen_from_above(integers: Floats | None, tokens: int) -> Floats:
