@@ -14,7 +14,8 @@ model's directory, prompts are given as its input embeddings.
 A batch ``{"reload": {...}}`` reloads weights: from the model at ``path``, or as tensors sent from
 the files ``send``, of names that match ``only``, after ``load_format`` was changed if it says so;
 its output is the error, or null. ``{"sleep": level}`` lets the engine sleep and wake up, and
-``{"save_sharded": folder}`` saves what each rank holds.
+``{"save_sharded": folder}`` saves what each rank holds. ``{"until_files": [folder, n]}`` takes steps
+until offloading has written ``n`` files.
 
 Engines run one after the other in this process, which saves their start-up; a fresh process keeps
 vLLM's global state away from the tests.
@@ -25,6 +26,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,6 +179,9 @@ def run_batch(llm, batch):
     if "save_sharded" in batch:
         llm.llm_engine.engine_core.save_sharded_state(batch["save_sharded"])
         return [], None
+    if "until_files" in batch:
+        step_until_files(llm, *batch["until_files"])
+        return [], None
     if "sleep" in batch:
         llm.sleep(level=batch["sleep"])
         llm.wake_up()
@@ -215,6 +220,16 @@ def run_batch(llm, batch):
         }
         for output in generated
     ]
+
+
+def step_until_files(llm, folder, count):
+    """Offloading goes on in an engine's steps; prompts too short to be offloaded make some."""
+    for _ in range(1000):
+        if len([*Path(folder).rglob("*.bin")]) >= count:
+            return
+        llm.generate({"prompt_token_ids": [3]}, sampling_parameters(max_tokens=1), use_tqdm=False)
+        time.sleep(0.1)
+    raise TimeoutError(f"expected {count} files in {folder}")
 
 
 def random_image(seed):

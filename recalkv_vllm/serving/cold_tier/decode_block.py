@@ -13,8 +13,17 @@ _TILE = 64
 _ROUNDING = 3 << 22
 
 
-# Without "fastmath" no two operations become one, and each is rounded as NumPy's, which encode.
-@numba.njit(nogil=True, cache=True)
+_BYTES, _FLOATS, _ROW = "uint8[:, ::1]", "float32[:, ::1]", "float32[:]"
+
+
+# Compiled on import, once for all processes. Without "fastmath" no two operations become one, and
+# each is rounded as NumPy's, which encode.
+@numba.njit(
+    f"void({_BYTES}, {_FLOATS}, float32[:, :], {_ROW}, {_ROW}, {_ROW}, {_ROW}, float32, {_BYTES}, "
+    f"{_FLOATS})",
+    nogil=True,
+    cache=True,
+)
 def decode_block(
     distances, sums, inside, inverses, from_sum, scales, to_integer, middle, codes, integers
 ):
