@@ -91,10 +91,16 @@ def shared_engines() -> EngineProcess:
     return engines
 
 
+def imports_numba(engine):
+    transfer = engine.get("kv_transfer_config") or {}
+    offloading = transfer.get("kv_connector_extra_config", {}).get("spec_name")
+    return "speculative_config" in engine or offloading == "ColdTierSpec"
+
+
 def run_engines(*jobs, **environment):
     """Run engine jobs (see ``engine.py``) one after the other in one process."""
-    # vLLM 0.32's n-gram proposer ends a process that has had another engine.
-    alone = environment or any("speculative_config" in job["engine"] for job in jobs)
+    # vLLM 0.32 starts no engine where Numba was imported, as by its n-gram proposer.
+    alone = environment or any(imports_numba(job["engine"]) for job in jobs)
     engines = EngineProcess(**environment) if alone else shared_engines()
     try:
         return engines.run(jobs)

@@ -14,8 +14,8 @@ model's directory, prompts are given as its input embeddings.
 A batch ``{"reload": {...}}`` reloads weights: from the model at ``path``, or as tensors sent from
 the files ``send``, of names that match ``only``, after ``load_format`` was changed if it says so;
 its output is the error, or null. ``{"sleep": level}`` lets the engine sleep and wake up, and
-``{"save_sharded": folder}`` saves what each rank holds. ``{"until_files": [folder, n]}`` takes steps
-until offloading has written ``n`` files.
+``{"save_sharded": folder}`` saves what each rank holds. ``{"until_files": [folder, n]}`` takes
+steps until offloading has written ``n`` files.
 
 Engines run one after the other in this process, which saves their start-up; a fresh process keeps
 vLLM's global state away from the tests.

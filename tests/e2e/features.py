@@ -208,6 +208,12 @@ SHOWN = (
         "Block offloading with a test worker: half the cache, half the bytes moved",
         f"{FEATURES}::test_offloading_moves_half_the_bytes_of_half_the_cache",
     ),
+    works(
+        "Tiered offloading with a cold tier: files of entropy-coded latents, on CPUs too",
+        "e2e/test_cold_tier.py::test_files_are_restored_and_damaged_ones_computed",
+        "serving/cold_tier/test_codec.py::test_poisoned_memory_comes_back",
+        "serving/cold_tier/test_store.py::test_damage_is_found",
+    ),
     works("Latents quantized to int8, int4 or fp8", f"{QUANTIZED}::test_chunked_prefill"),
     works(
         "`--kv-cache-dtype fp8` and `fp8_e4m3` for unquantized latents",
@@ -231,7 +237,8 @@ REFUSED = (
     refused(
         "Other KV connectors; offloading on a CPU",
         "LMCache takes a page for keys and values of the model's heads; others need GPUs or "
-        "services that the tests have not; vLLM 0.32 offloads from GPUs only",
+        "services that the tests have not; vLLM 0.32 offloads from GPUs only, our cold tier from "
+        "CPUs too",
         OPTION,
         f"{CONNECTORS}::test_refused",
     ),
@@ -327,7 +334,9 @@ Attention sinks are part of a model, as in gpt-oss, and need no option.
 vLLM 0.32 offloads from GPUs only, so the tests give `OffloadingConnector` a worker that copies
 pages on the host; the connector itself decides which pages, and where they go. With
 `canonical_layout`, pages of all ranks are stored as one; a rank's latents are a head of it, or a
-part by itself, and come back as they were. `TieringOffloadingSpec` is not tested and refused.
+part by itself, and come back as they were. `TieringOffloadingSpec` is not tested and refused;
+`ColdTierSpec`, which adds a [cold tier](guide/cold_tier.md) to it, has a worker for CPUs of its
+own.
 
 `NixlConnector` copies whole pages, whatever a layer's rank. Between engines of unequal
 tensor-parallel sizes it would cut them by the model's KV heads, which a latent has not, so both

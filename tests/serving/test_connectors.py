@@ -19,6 +19,7 @@ from recalkv_vllm.serving.startup.connectors import unsupported_connector
         ("OffloadingConnector", {"cpu_bytes_to_use": 1, "canonical_layout": True}, True),
         ("MultiConnector", {"connectors": [{"kv_connector": "ExampleConnector"}]}, False),
         ("OffloadingConnector", {"spec_name": "Own", "spec_module_path": "own"}, False),
+        ("OffloadingConnector", {"spec_name": "ColdTierSpec", "root_dir": "/cold"}, False),
         ("NixlConnector", {}, True),
     ],
 )
@@ -37,7 +38,9 @@ def test_accepted(name, extra_config, on_gpu):
         ("OffloadingConnector", {}, False, "OffloadingConnector: vLLM offloads from GPUs only, "
          "found a CPU"),
         ("OffloadingConnector", {"spec_name": "TieringOffloadingSpec"}, True,
-         "spec_name: expected CPUOffloadingSpec, found TieringOffloadingSpec"),
+         "spec_name: expected CPUOffloadingSpec or ColdTierSpec, found TieringOffloadingSpec"),
+        ("OffloadingConnector", {"spec_name": "ColdTierSpec"}, True,
+         "ColdTierSpec: expected root_dir, the folder of its files, found none"),
         ("NixlConnector", {}, True, "NixlConnector: expected an engine of one rank, found 2"),
     ],
 )  # fmt: skip

@@ -37,7 +37,7 @@ def unsupported_connector(
     if name == "OffloadingConnector":
         spec = extra_config.get("spec_name", "CPUOffloadingSpec")
         if spec == "TieringOffloadingSpec":
-            return "spec_name: expected CPUOffloadingSpec or ColdTierSpec, found TieringOffloadingSpec"
+            return f"spec_name: expected CPUOffloadingSpec or ColdTierSpec, found {spec}"
         if spec == "ColdTierSpec" and "root_dir" not in extra_config:
             return "ColdTierSpec: expected root_dir, the folder of its files, found none"
         if spec == "CPUOffloadingSpec" and not on_gpu:

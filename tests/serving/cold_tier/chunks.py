@@ -35,9 +35,7 @@ def correlated(chunks: int, seed: int, of: ChunkLayout | None = None) -> np.ndar
     """``[chunks, size]``: every layer's latents are a product of nearly the same hidden states."""
     of = of or layout()
     generator = torch.Generator().manual_seed(0)
-    maps = [
-        torch.randn(24, layer.latents.rank, generator=generator) for layer in of.layers
-    ]
+    maps = [torch.randn(24, layer.latents.rank, generator=generator) for layer in of.layers]
     generator.manual_seed(seed)
     hidden = torch.randn(chunks * of.tokens, 24, generator=generator)
     out = np.random.default_rng(seed).integers(256, size=(chunks, of.size), dtype=np.uint8)

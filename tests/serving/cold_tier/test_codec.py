@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from recalkv_vllm.band_format import BandFormat
+from recalkv_vllm.serving.cold_tier.chunk_layout import ChunkLayout, Latents, LayerPages
 from recalkv_vllm.serving.cold_tier.codec import Codec
 from recalkv_vllm.serving.cold_tier.entropy import compress, decompress
 from recalkv_vllm.serving.cold_tier.fit import fit, fit_layer
-from recalkv_vllm.serving.cold_tier.chunk_layout import ChunkLayout, Latents, LayerPages
 from recalkv_vllm.serving.cold_tier.predictor import (
     CONSTANT,
     LARGEST,
@@ -36,8 +36,8 @@ def test_pages_are_read_as_the_kernels_write_them():
         pages = np.stack([chunks[:, start : start + size] for start in layer.starts], axis=1)
         cache = torch.from_numpy(pages.reshape(-1, layer.block_size, form.slot_bytes(form.rank)))
         packed, scales = form.split_cache(cache)
-        assert (latents.codes.T == form.unpack(packed).flatten(0, 1).numpy()).all()
-        assert (latents.scales.T == scales.flatten(0, 1).numpy()).all()
+        assert (form.unpack(packed).flatten(0, 1).numpy() == latents.codes.T).all()
+        assert (scales.flatten(0, 1).numpy() == latents.scales.T).all()
         padding += form.code_bytes - sum(band.columns * band.bits // 8 for band in form.bands)
     assert padding > 0
     assert rest.shape == (3, PADDING + padding * of.tokens)
