@@ -22,7 +22,7 @@ class LayerPages:
         starts: first bytes of its pages, as many in every layer.
         block_size: tokens of a page.
         latents: how they are stored.
-        lowest: no layer below it is in the chunk, or none of the same rank.
+        lowest: no layer below it, of its tensor-parallel rank, is in the chunk.
     """
 
     starts: tuple[int, ...]

@@ -15,7 +15,12 @@ from recalkv_vllm.serving.cold_tier.entropy import (
     decompress,
     decompress_bytes,
 )
-from recalkv_vllm.serving.cold_tier.predictor import LayerPredictor, half_ranges, seen_from_above
+from recalkv_vllm.serving.cold_tier.predictor import (
+    Floats,
+    LayerPredictor,
+    half_ranges,
+    seen_from_above,
+)
 
 
 class Codec:
@@ -80,8 +85,11 @@ class Codec:
             layers.append(Latents(codes, scales))
         return self.layout.join(layers, np.stack(rests))
 
-    def _below(self, layer: int, integers, tokens: int):
-        return seen_from_above(None if self.layout.layers[layer].lowest else integers, tokens)
+    def _below(self, layer: int, integers: Floats | None, tokens: int) -> Floats:
+        latents = (
+            None if self.layout.layers[layer].lowest else self.layout.layers[layer - 1].latents
+        )
+        return seen_from_above(integers, latents, tokens)
 
     def _parts_of_chunks(self, count: int) -> Iterator[slice]:
         """The tokens of each chunk."""

@@ -7,6 +7,7 @@ import numpy as np
 from recalkv_vllm.band_format import BLOCK_COLUMNS
 from recalkv_vllm.serving.cold_tier.chunk_layout import Bytes, ChunkLayout, Latents
 from recalkv_vllm.serving.cold_tier.predictor import (
+    LARGEST_WEIGHT,
     SCALES,
     WEIGHT_SUM,
     Floats,
@@ -31,12 +32,13 @@ NO_DISTANCE = 2.0**-5
 def fit(layout: ChunkLayout, chunks: Bytes) -> list[LayerPredictor]:
     """Predictors of all layers, from ``chunks: [chunks, layout.size]``; thousands of tokens."""
     predictors: list[LayerPredictor] = []
-    integers = None
+    integers = form = None
     for pages, latents in zip(layout.layers, layout.split(chunks)[0], strict=True):
         tokens = latents.codes.shape[1]
-        below = seen_from_above(None if pages.lowest else integers, tokens)
+        below = seen_from_above(integers, None if pages.lowest else form, tokens)
         predictor, integers = fit_layer(latents, below, half_ranges(pages.latents))
         predictors.append(predictor)
+        form = pages.latents
     return predictors
 
 
@@ -61,7 +63,7 @@ def fit_layer(latents: Latents, below: Floats, half: Floats) -> tuple[LayerPredi
     sums = np.abs(weights).sum(axis=1, keepdims=True)
     # Rounding adds half to a weight at most.
     unit = np.minimum(WEIGHT_UNIT, (WEIGHT_SUM - weights.shape[1]) / np.maximum(sums, 1e-9))
-    whole = np.rint(weights * unit).astype(np.float32)
+    whole = np.rint(weights * unit).clip(-LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.float32)
     inside = np.ascontiguousarray(np.tril(whole[:, len(below) :], -1))
     predictor = LayerPredictor(
         below=np.ascontiguousarray(whole[:, : len(below)]),

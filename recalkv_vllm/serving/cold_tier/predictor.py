@@ -29,6 +29,8 @@ Floats = npt.NDArray[np.float32]
 CONSTANT = 64
 #: More than the magnitudes of a column's weights add up to.
 WEIGHT_SUM = 1 << 17
+#: The largest weight, which 16 bits hold.
+LARGEST_WEIGHT = (1 << 15) - 1
 
 _DECODED = decode_scales(torch.arange(256, dtype=torch.uint8)).numpy()
 #: Scales by their byte, and their inverses; zero where there is none.
@@ -41,7 +43,7 @@ class LayerPredictor:
     """Weights of one layer.
 
     Args:
-        below: ``[rank, 1 + rank below]``, of the constant and the layer below.
+        below: ``[rank, 1 + seen]``, of what :func:`seen_from_above` gives.
         inside: ``[rank, rank]``, of the layer's own columns; strictly lower triangular.
         to_integer: ``[rank, 1]``: an element times this is its integer before rounding.
         from_sum: ``[rank, 1]``: a weighted sum times this is an element.
@@ -61,7 +63,7 @@ class LayerPredictor:
 
         Args:
             latents: of the layer.
-            below: ``[1 + rank below, tokens]``, see :func:`seen_from_above`.
+            below: ``[1 + seen, tokens]``, see :func:`seen_from_above`.
             half: ``[rank, 1]``, see :func:`half_ranges`.
         """
         integers = to_integers(latents, half, self.to_integer)
@@ -102,10 +104,22 @@ def _of_columns(blocks: Floats) -> Floats:
     return np.repeat(blocks, BLOCK_COLUMNS, axis=0)
 
 
-def seen_from_above(integers: Floats | None, tokens: int) -> Floats:
-    """The constant and a layer's ``integers``; the constant alone for the lowest layer."""
+def seen_from_above(integers: Floats | None, latents: BandFormat | None, tokens: int) -> Floats:
+    """What a layer's predictions are made of besides its own columns: ``[1 + seen, tokens]``.
+
+    That is a constant, and of the layer below the half of the columns with the most bits, which
+    have most of the energy. The other half would take longer than it is worth.
+
+    Args:
+        integers: of the layer below; None for the lowest layer.
+        latents: how the layer below stores them.
+        tokens: of the batch.
+    """
     constant = np.full((1, tokens), CONSTANT, np.float32)
-    return constant if integers is None else np.concatenate([constant, integers])
+    if integers is None or latents is None:
+        return constant
+    by_bits = np.argsort(-half_ranges(latents)[:, 0], kind="stable")
+    return np.concatenate([constant, integers[np.sort(by_bits[: latents.rank // 2])]])
 
 
 def half_ranges(latents: BandFormat) -> Floats:

@@ -13,7 +13,7 @@ from recalkv_vllm.serving.cold_tier.predictor import LayerPredictor
 
 DIGEST_BYTES = 8
 #: Weights are integers that fit.
-_AS_STORED = {"below": np.int32, "inside": np.int32}
+_AS_STORED = {"below": np.int16, "inside": np.int16}
 
 
 def dump(predictors: Sequence[LayerPredictor]) -> bytes:

@@ -107,12 +107,12 @@ def test_sums_are_exact_in_any_order():
     codes[1::2] = 255 - codes[1::2]
     codes[-1] ^= 1
     scales = np.full((2, tokens), 100, np.uint8)
-    predictor, _ = fit_layer(Latents(codes, scales), seen_from_above(None, tokens), half)
+    predictor, _ = fit_layer(Latents(codes, scales), seen_from_above(None, None, tokens), half)
     weights = np.concatenate([predictor.below, predictor.inside], axis=1)
     assert (weights == np.rint(weights)).all()
     assert (np.abs(weights).sum(axis=1) * max(LARGEST, CONSTANT) < 1 << 24).all()
     integers = to_integers(Latents(codes, scales), half, predictor.to_integer)
-    features = np.concatenate([seen_from_above(None, tokens), integers])
+    features = np.concatenate([seen_from_above(None, None, tokens), integers])
     assert (weights @ features == weights.astype(np.float64) @ features.astype(np.float64)).all()
 
 
