@@ -37,12 +37,13 @@ class ColdStore:
         folder: where predictors are.
         layout: None: chunks are compressed without knowing what they are.
         size: bytes of a chunk.
+        factors: what tells the checkpoint from others.
     """
 
-    def __init__(self, folder: Path, layout: ChunkLayout | None, size: int):
+    def __init__(self, folder: Path, layout: ChunkLayout | None, size: int, factors: str = ""):
         self._folder, self._layout, self._size = folder, layout, size
         self._digest = hashlib.blake2b(
-            repr((layout, size)).encode(), digest_size=DIGEST_BYTES
+            repr((layout, size, factors)).encode(), digest_size=DIGEST_BYTES
         ).digest()
         self._codecs: dict[bytes, Codec] = {}
         self._lock = threading.Lock()

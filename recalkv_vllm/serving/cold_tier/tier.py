@@ -18,7 +18,7 @@ from vllm.v1.kv_offload.base import OffloadingCounterMetadata, OffloadingMetricM
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
-from recalkv_vllm.serving.cold_tier.served_layout import served_layout
+from recalkv_vllm.serving.cold_tier.served_layout import served_factors, served_layout
 from recalkv_vllm.serving.cold_tier.store import ColdStore
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ class ColdTier(FileSystemTierManager):
                 "Cold tier: latents are compressed without prediction, which is for latents in "
                 "bands of models whose layers are all in one cache group"
             )
-        self.store = ColdStore(Path(self.file_mapper.base_path), layout, self._block_size)
+        folder, factors = Path(self.file_mapper.base_path), served_factors(self._offloading_spec)
+        self.store = ColdStore(folder, layout, self._block_size, factors)
         self._counts = dict.fromkeys(_COUNTERS, 0.0)
         self._counts_lock = threading.Lock()
 
