@@ -55,8 +55,7 @@ class ColdStore:
         """Write ``chunks: [chunks, size]``; returns the bytes of their files."""
         with self._lock:
             current = self._current
-            fitting = self._layout is not None and current is None
-            if fitting:
+            if self._layout is not None and current is None:
                 self._samples += [(p, c.copy()) for p, c in zip(paths, chunks, strict=True)]
                 if len(self._samples) * self._layout.tokens >= FIT_TOKENS:
                     # Samples are written again, smaller.
@@ -114,13 +113,13 @@ class ColdStore:
         return stored
 
     def _decode(self, stored: Sequence[StoredChunk]) -> Sequence[Bytes]:
-        """Of one predictor; zeros for what cannot be, which no checksum fits."""
+        """Chunks of one predictor."""
         predictor = stored[0].predictor
         if predictor == UNCHANGED:
             return [np.frombuffer(one.body, np.uint8) for one in stored]
         if predictor == COMPRESSED:
             return [decompress_bytes(one.body, self._size) for one in stored]
-        return self._codecs[predictor].decode([one.body for one in stored])
+        return [*self._codecs[predictor].decode([one.body for one in stored])]
 
     def _fit(self, chunks: Bytes) -> bytes:
         assert self._layout is not None

@@ -14,7 +14,11 @@ import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
     OffloadingConnectorStats,
 )
-from vllm.v1.kv_offload.base import OffloadingCounterMetadata, OffloadingMetricMetadata
+from vllm.v1.kv_offload.base import (
+    OffloadingCounterMetadata,
+    OffloadingMetricMetadata,
+    OffloadingSpec,
+)
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
@@ -39,14 +43,20 @@ class ColdTier(FileSystemTierManager):
     """Files of entropy-coded chunks. Lookups, threads and names of files are vLLM's.
 
     Args:
+        offloading_spec: that makes the tier.
+        primary_kv_view: ``[chunks, bytes]``, host memory.
+        tier_type: its name in metrics.
         root_dir: the folder, which several engines may share.
         n_read_threads: that read and decode.
         n_write_threads: that encode and write.
+        kwargs: others of vLLM's tier.
     """
 
     def __init__(
         self,
-        *args: Any,
+        offloading_spec: OffloadingSpec,
+        primary_kv_view: memoryview,
+        tier_type: str,
         root_dir: str,
         n_read_threads: int = 2,
         n_write_threads: int = 1,
@@ -55,20 +65,18 @@ class ColdTier(FileSystemTierManager):
         # Another tier's files of the same latents are no files of ours.
         root = Path(root_dir) / "recalkv"
         super().__init__(
-            *args,
-            root_dir=str(root),
-            n_read_threads=n_read_threads,
-            n_write_threads=n_write_threads,
+            *(offloading_spec, primary_kv_view, tier_type, str(root)),
+            *(n_read_threads, n_write_threads),
             **kwargs,
         )
         self._rows = np.asarray(self._primary_kv_view).view(np.uint8)
-        layout = served_layout(self._offloading_spec, self._block_size)
+        layout = served_layout(offloading_spec, self._block_size)
         if layout is None:
             logger.warning(
                 "Cold tier: latents are compressed without prediction, which is for latents in "
                 "bands of models whose layers are all in one cache group"
             )
-        folder, factors = Path(self.file_mapper.base_path), served_factors(self._offloading_spec)
+        folder, factors = Path(self.file_mapper.base_path), served_factors(offloading_spec)
         self.store = ColdStore(folder, layout, self._block_size, factors)
         self._counts = dict.fromkeys(_COUNTERS, 0.0)
         self._counts_lock = threading.Lock()
