@@ -37,6 +37,7 @@ class Architecture:
         multimodal: the language model is a part of it, of a supported type of its own.
         fuses_when_loading: vLLM's class fuses projections where it loads them, and its mapper of
             names does not say so.
+        hybrid: some layers have no attention, and stay as they are.
     """
 
     vllm_class: str
@@ -50,6 +51,7 @@ class Architecture:
     hidden_states_first: bool = False
     multimodal: bool = False
     fuses_when_loading: bool = False
+    hybrid: bool = False
 
     @property
     def served_name(self) -> str:
@@ -182,6 +184,19 @@ SUPPORTED = {
         f"{_MODELS}.granitemoeshared:GraniteMoeSharedForCausalLM",
         "Granite 4 preview (mixture with shared experts)",
     ),
+    "granitemoehybrid": Architecture(
+        f"{_MODELS}.granitemoehybrid:GraniteMoeHybridForCausalLM",
+        "Granite 4 (Mamba 2 layers stay as they are)",
+        fuses_when_loading=True,
+        hybrid=True,
+    ),
+    "qwen3_next": Architecture(
+        f"{_MODELS}.qwen3_next:Qwen3NextForCausalLM",
+        "Qwen3-Next (gated delta nets stay as they are; gated attention, key norm, partial RoPE)",
+        reads=("attn_output_gate",),
+        key_norm="head",
+        hybrid=True,
+    ),
     "hyperclovax": Architecture(
         f"{_MODELS}.hyperclovax:HyperCLOVAXForCausalLM", "HyperCLOVA X SEED (attention multiplier)"
     ),
@@ -261,6 +276,30 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     model's alone."""
     text = config.get("text_config")
     return text if isinstance(text, Mapping) else config
+
+
+#: ``layer_types`` of layers with attention, and of those without that hybrid models have.
+ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
+OTHER_LAYERS = ("linear_attention", "mamba", "conv")
+
+
+def attention_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...] | None:
+    """Which of a Hugging Face config's decoder layers have attention.
+
+    Args:
+        config: of a language model.
+        num_layers: decoder layers that it has.
+
+    Returns:
+        Their indices; None for a hybrid model whose config does not say.
+    """
+    architecture = SUPPORTED.get(config.get("model_type", ""))
+    if architecture is None or not architecture.hybrid:
+        return tuple(range(num_layers))
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    if not isinstance(kinds, list | tuple) or len(kinds) != num_layers:
+        return None
+    return tuple(i for i, kind in enumerate(kinds) if kind in ATTENTION_LAYERS)
 
 
 def key_norm(config: Mapping[str, Any]) -> KeyNorm | None:

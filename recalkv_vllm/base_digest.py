@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,19 +20,19 @@ from recalkv_vllm.checkpoint import INDEX_FILE, WEIGHTS_FILE, CheckpointError
 DIGEST_KEY = "recalkv_base_digest"
 
 
-def base_digest(find: Callable[[str], Path | None], num_layers: int) -> str:
+def base_digest(find: Callable[[str], Path | None], layers: Sequence[int]) -> str:
     """Digest of the key and value projections of the first and the last layer, as stored.
 
     Args:
         find: path of one of the model's files by its name; None if there is no such file.
-        num_layers: of the model.
+        layers: with attention, by their index in the decoder.
 
     Raises:
         CheckpointError: no such weights.
     """
     wanted = re.compile(
         r"(model|model\.language_model|language_model\.model)\.layers\."
-        rf"(0|{num_layers - 1})\.self_attn\.(k|v|qkv)_proj\.\w+"
+        rf"({layers[0]}|{layers[-1]})\.self_attn\.(k|v|qkv)_proj\.\w+"
     )
     index = find(INDEX_FILE)
     if index is None:

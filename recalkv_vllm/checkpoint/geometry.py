@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recalkv_vllm.architectures import KeyNorm, key_norm, language_config
+from recalkv_vllm.architectures import KeyNorm, attention_layers, key_norm, language_config
 from recalkv_vllm.checkpoint.errors import brief, is_int, require
 from recalkv_vllm.checkpoint.files import CONFIG_FILE
 
@@ -16,8 +16,12 @@ class AttentionGeometry:
     """Sizes of a decoder's attention, read from a Hugging Face config.
 
     Args:
+        num_layers: layers with attention.
         key_norm: what one norm of keys is over, if there are norms.
-        windows_differ: some layers have a sliding window and some do not.
+        kinds_differ: layers are of several kinds: with and without a sliding window, or with and
+            without attention. vLLM makes the cache pages of all of them equally large.
+        decoder_layers: of a hybrid model, which of its decoder layers the ``num_layers`` are; None
+            where all decoder layers have attention.
     """
 
     num_layers: int
@@ -26,7 +30,8 @@ class AttentionGeometry:
     num_kv_heads: int
     head_dim: int
     key_norm: KeyNorm | None = None
-    windows_differ: bool = False
+    kinds_differ: bool = False
+    decoder_layers: tuple[int, ...] | None = None
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> AttentionGeometry:
@@ -34,15 +39,38 @@ class AttentionGeometry:
         config = language_config(config)
         heads = _size(config, "num_attention_heads")
         hidden_size = _size(config, "hidden_size")
+        num_layers = _size(config, "num_hidden_layers")
+        layers = attention_layers(config, num_layers)
+        require(
+            bool(layers),
+            f"{CONFIG_FILE}: layer_types: expected a kind for each layer, and "
+            "layers with attention among them",
+        )
+        assert layers is not None
         return cls(
-            num_layers=_size(config, "num_hidden_layers"),
+            num_layers=len(layers),
             hidden_size=hidden_size,
             num_heads=heads,
             num_kv_heads=_size(config, "num_key_value_heads", heads),
             head_dim=_size(config, "head_dim", hidden_size // heads),
             key_norm=key_norm(config),
-            windows_differ=_windows_differ(config.get("layer_types")),
+            kinds_differ=_differ(config.get("layer_types") or config.get("layers_block_type")),
+            decoder_layers=None if len(layers) == num_layers else layers,
         )
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        """Of the layers with attention, in the model's decoder."""
+        if self.decoder_layers is None:
+            return tuple(range(self.num_layers))
+        return self.decoder_layers
+
+    def position(self, decoder_layer: int) -> int | None:
+        """Where a decoder layer is among those with attention; None if it is not."""
+        if self.decoder_layers is None:
+            return decoder_layer if 0 <= decoder_layer < self.num_layers else None
+        found = decoder_layer in self.decoder_layers
+        return self.decoder_layers.index(decoder_layer) if found else None
 
     def key_scales(self, num_kv_heads: int | None = None) -> int:
         """Scales of keys that a token's latent comes with, in a layer's cache of so many heads.
@@ -60,7 +88,7 @@ class AttentionGeometry:
         return 2 * self.num_kv_heads * self.head_dim
 
 
-def _windows_differ(layer_types: Any) -> bool:
+def _differ(layer_types: Any) -> bool:
     return isinstance(layer_types, (list, tuple)) and len(set(map(str, layer_types))) > 1
 
 

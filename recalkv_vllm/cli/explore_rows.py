@@ -10,7 +10,7 @@ from typing import Any
 
 from recalkv_vllm.checkpoint import RecalkvConfig
 from recalkv_vllm.cli.compress_command import compress_command
-from recalkv_vllm.cli.memory import compressed_weight_bytes, kv_cache_bytes
+from recalkv_vllm.cli.memory import check_countable, compressed_weight_bytes, kv_cache_bytes
 from recalkv_vllm.compression.base_model.model import BaseModel
 from recalkv_vllm.compression.check import Job
 from recalkv_vllm.compression.explore import Explored
@@ -73,6 +73,7 @@ def cache_of(
         per_token = explored.plan.token_bytes(itemsize, scales)
     if options.memory is None and options.kv_cache_memory_bytes is None:
         return {"bytes_per_token": per_token, "tokens": None}
+    check_countable(geometry, options.model)
     weights = capacity.weight_bytes(model.directory, model.config, itemsize)
     if explored is not None:
         plan = explored.plan

@@ -46,6 +46,18 @@ def add_memory_options(parser: argparse.ArgumentParser, required: bool) -> None:
     add("--block-size", type=int, default=16, metavar="N", help="tokens per block (CPU: 128)")
 
 
+def check_countable(geometry: AttentionGeometry, model: str) -> None:
+    """Raise :class:`InputError` for a cache that more than tokens take."""
+    from recalkv_vllm.compression.errors import InputError
+
+    if geometry.decoder_layers is not None:
+        raise InputError(
+            f"{model}: expected a model all of whose layers have attention; the states of other "
+            "layers take pages of the cache too, whose size vLLM decides: its log says at start-up "
+            "how many tokens and requests fit"
+        )
+
+
 def compressed_weight_bytes(
     dense: int, recalkv: RecalkvConfig, geometry: AttentionGeometry, itemsize: int, tp_size: int
 ) -> int:

@@ -10,6 +10,7 @@ from recalkv_vllm.cli.help import HelpFormatter
 from recalkv_vllm.cli.memory import (
     DTYPES,
     add_memory_options,
+    check_countable,
     compressed_weight_bytes,
     kv_cache_bytes,
 )
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     directory = find_model(options.model)
     hf_config = read_hf_config(directory)
     geometry = AttentionGeometry.from_hf_config(hf_config)
+    check_countable(geometry, options.model)
     dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
     itemsize = DTYPES.get(dtype if options.dtype == "auto" else options.dtype, 2)
     tp_size = options.tensor_parallel_size

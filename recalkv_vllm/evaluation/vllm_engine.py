@@ -48,6 +48,9 @@ def _load(model: Path, length: int, dtype: str) -> LLM:
     prompt_bytes = (
         max(length, LARGEST_BLOCK) * geometry.dense_width * geometry.num_layers * FLOAT32_BYTES
     )
+    cache_bytes: int | None = (CONCURRENT_PROMPTS + 1) * prompt_bytes
+    if geometry.decoder_layers is not None:
+        cache_bytes = None  # layers without attention have states, in pages that vLLM makes
     # vLLM multiplies most quantized weights in 16 bits only.
     served: Any = "auto" if "quantization_config" in config else dtype
     with _stdout_to_stderr():
@@ -58,7 +61,7 @@ def _load(model: Path, length: int, dtype: str) -> LLM:
             max_model_len=length,
             max_num_seqs=CONCURRENT_PROMPTS,
             # vLLM's default is most of the memory, and an error where it is not free.
-            kv_cache_memory_bytes=(CONCURRENT_PROMPTS + 1) * prompt_bytes,
+            kv_cache_memory_bytes=cache_bytes,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,26 +86,26 @@ def adopt_separate_factors(model_config: ModelConfig) -> None:
         raise CheckpointError(
             f"{where}: factors of another base model: expected {expected}, found {found}"
         )
-    check_base(model_config, theirs, found.num_layers, where)
+    check_base(model_config, theirs, found.layer_indices, where)
     hf_config.recalkv = theirs["recalkv"]
     setattr(hf_config, SEPARATE_FACTORS, str(named / FACTORS_FILE))
 
 
 def check_base(
-    model_config: ModelConfig, theirs: Mapping[str, Any], num_layers: int, where: str
+    model_config: ModelConfig, theirs: Mapping[str, Any], layers: Sequence[int], where: str
 ) -> None:
     """Whether separate factors were made of the weights that ``model_config`` names.
 
     Args:
         model_config: of the base model.
         theirs: the configuration beside the factors, read from the file ``where``.
-        num_layers: of the model.
+        layers: with attention, by their index in the decoder.
         where: for the error message.
 
     Raises:
         CheckpointError: they were not.
     """
-    digest = base_digest(_files(model_config), num_layers)
+    digest = base_digest(_files(model_config), layers)
     if theirs.get(DIGEST_KEY) != digest:
         raise CheckpointError(
             f"{where}: {DIGEST_KEY}: factors of another base model or revision: expected the "

@@ -13,3 +13,5 @@ MODEL_MODULE = "recalkv_vllm.serving.model.classes"
 ARCHITECTURES = {entry.served_name: entry.vllm_class for entry in SUPPORTED.values()}
 #: Those of models of several modalities, whose language model is a part.
 MULTIMODAL = {entry.served_name for entry in SUPPORTED.values() if entry.multimodal}
+#: Those of models some of whose layers have no attention.
+HYBRID = {entry.served_name for entry in SUPPORTED.values() if entry.hybrid}

@@ -22,6 +22,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
@@ -96,6 +97,16 @@ CONFIGS = {
     "mixtral": MixtralConfig(**{**SIZES, **EXPERTS}, num_local_experts=4, sliding_window=None),
     "qwen3-moe": Qwen3MoeConfig(
         **{**SIZES, **EXPERTS}, head_dim=32, num_experts=4, moe_intermediate_size=64
+    ),
+    # Its other layers vLLM runs on a CPU in bfloat16 alone: see ``test_hybrid.py``.
+    "qwen3-next-attention": Qwen3NextConfig(
+        **{**SIZES, **EXPERTS},
+        **rope("default", partial_rotary_factor=0.25),
+        head_dim=64,
+        layer_types=["full_attention"] * 3,
+        num_experts=4,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
     ),
     "gemma2": Gemma2Config(
         **{**SIZES, **WINDOW, "tie_word_embeddings": True},

@@ -146,6 +146,8 @@ def run_engine(job):
     metrics["kv_cache_tokens"] = cache.num_gpu_blocks * cache.block_size
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     metrics["kv_cache_groups"] = len(scheduler.kv_cache_config.kv_cache_groups)
+    specs = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
+    metrics["kv_cache_pages"] = [(spec.block_size, spec.page_size_bytes) for spec in specs]
     metrics["model_runner_v2"] = llm.llm_engine.vllm_config.use_v2_model_runner
     del llm
     cleanup_dist_env_and_memory()

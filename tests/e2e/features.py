@@ -372,8 +372,8 @@ This is so for stock models too.
 `reload_weights` reads a checkpoint's base weights and factors again, from the engine's directory or
 from `weights_path`. The new checkpoint must have the same ranks, spans and latent format. Tensors
 that a trainer sends have the names in the checkpoint's files, with `layers.N.down`, `layers.N.k_up`
-and `layers.N.v_up` of `recalkv.safetensors` in place of key and value projections; those are
-refused, and so are factors in kernel format. Where CUDA graphs hold
+and `layers.N.v_up` of `recalkv.safetensors` (N counts layers with attention) in place of key and
+value projections; those are refused, and so are factors in kernel format. Where CUDA graphs hold
 attention, what kernels packed is overwritten in place. One case is refused: the CUDA kernel takes
 the largest weight of a key norm as a number, which graphs hold as it was. For new norms, start the
 engine with `--compilation-config '{{"cudagraph_mode": "PIECEWISE"}}'`.

@@ -5,7 +5,7 @@ import pytest
 from recalkv_vllm.architectures import SUPPORTED
 from tests.e2e.architectures import CONFIGS
 from tests.e2e.conftest import run_engines
-from tests.e2e.more_architectures import MORE_CONFIGS
+from tests.e2e.more_architectures import MORE_CONFIGS, WITHOUT_PREFIX_CACHING
 
 ALL = {**CONFIGS, **MORE_CONFIGS}
 #: Windows on some layers and ranks that differ from layer to layer: pages of different sizes.
@@ -26,7 +26,10 @@ def runs(names, make_small, compressed, small_prompts):
     def stock(model, name):
         # vLLM knows some models by another name than transformers gives them.
         served = SUPPORTED[ALL[name].model_type].served_name.removeprefix("Recalkv")
-        return small_prompts.job(model, hf_overrides={"architectures": [served]})
+        return small_prompts.job(model, hf_overrides={"architectures": [served]}, **options(name))
+
+    def options(name):
+        return {"enable_prefix_caching": False} if name in WITHOUT_PREFIX_CACHING else {}
 
     jobs = []
     for name in names:
@@ -34,7 +37,8 @@ def runs(names, make_small, compressed, small_prompts):
         # Heads move, where there are several.
         groups = {"k_group_size": min(2, ALL[name].num_key_value_heads)}
         ours = compressed(base, **groups)
-        jobs += [stock(base, name), small_prompts.job(ours, attention_backend="recalkv")]
+        served = small_prompts.job(ours, attention_backend="recalkv", **options(name))
+        jobs += [stock(base, name), served]
     half = compressed(make_small(AT_HALF), compression=0.5, rank_allocation="fisher")
     jobs += [stock(half, AT_HALF), small_prompts.job(half, attention_backend="recalkv")]
     results = run_engines(*jobs)

@@ -143,6 +143,7 @@ CASES: tuple[AttentionCase, ...] = (
     spanned("speculative", (4, 2, 64), 1, 32, 2, 32, batch=((4, 61), (4, 4), (3, 33))),
     spanned("mixed", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, padding_rows=3),
     spanned("block-32", (4, 2, 64), 1, 32, 2, 32, batch=MIXED, block_size=32),
+    spanned("block-528", (4, 2, 64), 1, 32, 2, 32, batch=((1, 600), (5, 127)), block_size=528),
     spanned("block-128", (4, 2, 64), 1, 32, 2, 32, batch=((1, 129), (5, 127)), block_size=128),
     spanned("block-48", (4, 2, 64), 1, 32, 2, 32, batch=((1, 97), (9, 49)), block_size=48),
     # Cache strides.

@@ -25,16 +25,16 @@ def adapter(tmp_path):
 @pytest.mark.parametrize("module", ["k_proj", "v_proj", "qkv_proj"])
 def test_keys_and_values_are_refused(adapter, module):
     with pytest.raises(ValueError, match=f"{module} of layer 1: keys and values are compressed"):
-        check_adapter(adapter(f"self_attn.{module}"), [NATURAL, NATURAL])
+        check_adapter(adapter(f"self_attn.{module}"), {0: NATURAL, 1: NATURAL})
 
 
 @pytest.mark.parametrize("module", ["q_proj", "o_proj"])
 def test_heads_must_be_where_the_adapter_means_them(adapter, module):
     path = adapter(f"self_attn.{module}")
-    check_adapter(path, [MOVED, NATURAL])
+    check_adapter(path, {0: MOVED, 1: NATURAL})
     with pytest.raises(ValueError, match=rf"{module} of layer 1: .* found \[1, 0\]"):
-        check_adapter(path, [NATURAL, MOVED])
+        check_adapter(path, {0: NATURAL, 1: MOVED})
 
 
 def test_other_modules_are_accepted(adapter):
-    check_adapter(adapter("mlp.up_proj"), [MOVED, MOVED])
+    check_adapter(adapter("mlp.up_proj"), {0: MOVED, 1: MOVED})

@@ -79,6 +79,14 @@ def configuration(**changes):
             "--enable-lora: expected a language model alone, found one of several modalities",
         ),
         (
+            {
+                "speculative_config": {"method": "ngram"},
+                "model_config": {"architectures": ["RecalkvQwen3NextForCausalLM"]},
+            },
+            "--speculative-config: expected none for a model some of whose layers have no "
+            "attention: not tested",
+        ),
+        (
             {"speculative_config": {"method": "mlp_speculator"}},
             "--speculative-config: expected method ngram or ngram_gpu or suffix or custom_class or "
             "draft_model or eagle or eagle3 or mtp or medusa or dflash or dspark or "

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from recalkv_vllm.checkpoint import CheckpointError
 from recalkv_vllm.serving.model.stock_attention import stock_parts
 
-HEAD_DIM, WIDTHS = 16, [64, 32, 32]
+HEAD_DIM, WIDTHS, GATED_WIDTHS = 16, [64, 32, 32], [128, 32, 32]
 
 
 class Unused(nn.Module):
@@ -36,6 +36,7 @@ class Stock(nn.Module):
         super().__init__()
         self.qkv_proj, self.o_proj, self.rotary_emb = Projection(), Unused(), Unused()
         self.attn = Unused()
+        self.attn.num_heads = 4
         self.attn.layer_name = "model.layers.3.self_attn.attn"
 
     def project(self, hidden_states):
@@ -170,6 +171,62 @@ class Unknown(Stock):
         return hidden_states
 
 
+class GatedProjection(Unused):
+    output_partition_sizes = output_sizes = GATED_WIDTHS
+    tp_size = 1
+
+
+class GatedHeads(Stock):
+    """As Qwen3-Next: a gate behind every query head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj = GatedProjection()
+
+    def halves(self, q):
+        return (x.flatten(-2) for x in q.unflatten(-1, (-1, 2 * HEAD_DIM)).chunk(2, dim=-1))
+
+    def gated(self, x, gate):
+        return x * torch.sigmoid(gate)
+
+    def forward(self, positions, hidden_states):
+        q, k, v = self.qkv_proj(hidden_states)[0].split(GATED_WIDTHS, dim=-1)
+        q, gate = self.halves(q)
+        q, k = self.rotate(positions, q, k)
+        return self.o_proj(self.gated(self.attn(q, k, v), gate))[0]
+
+
+class AllGatesBehindAllQueries(GatedHeads):
+    def halves(self, q):
+        return q.chunk(2, dim=-1)
+
+
+class OtherGates(GatedHeads):
+    def gated(self, x, gate):
+        return x * torch.nn.functional.silu(gate)
+
+
+class UnusedGates(GatedHeads):
+    def gated(self, x, gate):
+        return x
+
+
+class FusedOnGpus(GatedHeads):
+    use_fused_qk_norm_rope_gate = True
+
+    def forward(self, positions, hidden_states):
+        assert not self.use_fused_qk_norm_rope_gate, "a kernel would run"
+        return super().forward(positions, hidden_states)
+
+
+@pytest.mark.parametrize("make", [GatedHeads, FusedOnGpus])
+def test_gates_of_query_heads(make):
+    stock = make()
+    assert stock_parts(stock, HEAD_DIM).gated
+    assert getattr(stock, "use_fused_qk_norm_rope_gate", None) is (make is FusedOnGpus or None)
+    assert not stock_parts(Stock(), HEAD_DIM).gated
+
+
 def with_child():
     stock = Stock()
     stock.gate_proj = nn.Linear(8, 8)
@@ -211,6 +268,9 @@ def test_a_part_that_is_none():
         (Clipped, "it changes values"),
         (ScaledValues, "it changes values"),
         (Gated, "it changes what attention gives"),
+        (AllGatesBehindAllQueries, "it changes what attention gives"),
+        (OtherGates, "it changes what attention gives"),
+        (UnusedGates, "it changes what attention gives"),
         (ScaledOutput, "it changes its output"),
         (Unknown, "its forward is of a kind unknown here"),
         (with_child, "it has gate_proj"),

@@ -52,6 +52,7 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv_proj, self.attn, self.o_proj = Part(), Part(), Part()
         self.attn.layer_name = "model.layers.0.self_attn.attn"
+        self.attn.num_heads = HEADS[0]
         self.rotate = rotate
 
     def forward(self, hidden_states, position_embeddings, **_):

@@ -27,8 +27,9 @@ class Attention(Protocol):
 
 
 def attention_modules(model: CausalLM) -> list[Attention]:
-    """The attention module of every decoder layer, first layer first."""
-    return [layer.self_attn for layer in model.model.layers]
+    """The attention module of every decoder layer that has one, first layer first."""
+    found = (getattr(layer, "self_attn", None) for layer in model.model.layers)
+    return [attention for attention in found if attention is not None]
 
 
 class SplitProjection(nn.Module):

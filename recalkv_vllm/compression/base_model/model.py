@@ -56,9 +56,13 @@ class BaseModel:
     def config(self) -> dict[str, Any]:
         """``config.json``. Raises :class:`CheckpointError` where there is none.
 
-        That of a language model within it is complete: defaults may be left out in the file.
+        That of a language model within it is complete: defaults may be left out in the file. So are
+        the kinds of a hybrid model's layers, which some files tell in other ways.
         """
         config = read_hf_config(self.directory)
+        entry = SUPPORTED.get(config.get("model_type", ""))
+        if entry is not None and entry.hybrid and "recalkv" not in config:
+            return {**config, "layer_types": list(self._transformers_config.layer_types)}
         if language_config(config) is config or config.get("model_type") not in SUPPORTED:
             return config
         return {**config, "text_config": self._transformers_config.get_text_config().to_dict()}
@@ -93,7 +97,7 @@ class BaseModel:
 
     def key_value_digest(self) -> str:
         """Tells whether factors fit the model (:mod:`recalkv_vllm.base_digest`)."""
-        return base_digest(local_files(self.directory), self.geometry.num_layers)
+        return base_digest(local_files(self.directory), self.geometry.layer_indices)
 
     def digest(self) -> str:
         """Tells models apart by their weights and configuration."""

@@ -7,7 +7,14 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recalkv_vllm.architectures import SUPPORTED, VARYING_ROPE, Architecture, language_config
+from recalkv_vllm.architectures import (
+    ATTENTION_LAYERS,
+    OTHER_LAYERS,
+    SUPPORTED,
+    VARYING_ROPE,
+    Architecture,
+    language_config,
+)
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.refused_architectures import REFUSED
 
@@ -46,7 +53,7 @@ ATTENTION_FIELDS = (
 )
 #: Fields of a RoPE's parameters that latents are not served with.
 ROPE_FIELDS = ("llama_4_scaling_beta", "mrope_section")
-#: Kinds of layers that latents are served on.
+#: Kinds of layers of a model that is not hybrid.
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -88,7 +95,8 @@ def supported_architecture(config: Mapping[str, Any]) -> Architecture:
         rope_type = parameters.get("rope_type", parameters.get("type"))
         if architecture.by_transformers and rope_type in VARYING_ROPE:
             raise InputError(f"{model_type} with {rope_type} RoPE is not supported")
-    if unknown := sorted(set(config.get("layer_types") or ()) - set(LAYER_TYPES)):
+    known = {*ATTENTION_LAYERS, *OTHER_LAYERS} if architecture.hybrid else {*LAYER_TYPES}
+    if unknown := sorted(set(config.get("layer_types") or ()) - known):
         raise InputError(f"{model_type} with layers of {', '.join(unknown)} is not supported")
     if not config.get("is_causal", True):
         raise InputError("is_causal false: expected a decoder, found bidirectional attention")

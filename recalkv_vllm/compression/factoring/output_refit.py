@@ -49,6 +49,12 @@ class OutputRefit:
     ):
         self._layers = model.model.layers
         self._attention = attention_modules(model)
+        #: Of these modules in the decoder, where some layers may have none.
+        self._indices = [
+            i
+            for i, layer in enumerate(self._layers)
+            if getattr(layer, "self_attn", None) is not None
+        ]
         self._device = device
         self._plan = plan
         self._arguments = _layer_arguments(model, samples[:1])
@@ -57,13 +63,15 @@ class OutputRefit:
             for sample in samples
         ]
         self._compressed = list(self._dense)
+        #: The layer that hidden states are in front of.
+        self._next = 0
 
     @torch.inference_mode()
     def refit(self, index: int, factors: LayerFactors) -> torch.Tensor:
         """Refit one layer, the next of all, and move both streams beyond it.
 
         Args:
-            index: of the layer.
+            index: of the layer among those with attention.
             factors: its rounded factors.
 
         Returns:
@@ -72,7 +80,8 @@ class OutputRefit:
         Raises:
             InputError: hidden states that are not finite.
         """
-        layer, attention = self._layers[index].to(self._device), self._attention[index]
+        self._pass_layers_without_attention(index)
+        layer, attention = self._layer(index).to(self._device), self._attention[index]
         output = attention.o_proj
         dense = attention.k_proj, attention.v_proj
         compressed = self._projections(index, attention, factors)
@@ -100,6 +109,18 @@ class OutputRefit:
         layer.to("cpu")
         return weight.cpu()
 
+    def _layer(self, index: int) -> nn.Module:
+        return self._layers[self._indices[index]]
+
+    def _pass_layers_without_attention(self, index: int) -> None:
+        """Move both streams to the layer ``index``, the next with attention."""
+        for between in range(self._next, self._indices[index]):
+            layer = self._layers[between].to(self._device)
+            for stream in (self._dense, self._compressed):
+                stream[:] = [self._call(between, hidden).to(hidden.device) for hidden in stream]
+            layer.to("cpu")
+        self._next = self._indices[index] + 1
+
     def _projections(
         self, index: int, attention: Attention, factors: LayerFactors
     ) -> tuple[Any, Any]:
@@ -118,18 +139,20 @@ class OutputRefit:
             lambda _, args, output: seen.append(output)
         )
         try:
-            output = self._call(index, hidden)
+            output = self._call(self._indices[index], hidden)
         finally:
             handle.remove()
         return output.to(hidden.device), seen[0]
 
     def _heads(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """What goes into a layer's ``o_proj``: ``[1, tokens, h_q · d]``."""
-        return _input_of(self._attention[index].o_proj, partial(self._call, index, hidden))
+        return _input_of(
+            self._attention[index].o_proj, partial(self._call, self._indices[index], hidden)
+        )
 
-    def _call(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        arguments = _to_device(self._arguments[index], self._device)
-        output = self._layers[index](hidden.to(self._device), **arguments)
+    def _call(self, decoder_layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        arguments = _to_device(self._arguments[decoder_layer], self._device)
+        output = self._layers[decoder_layer](hidden.to(self._device), **arguments)
         return output[0] if isinstance(output, tuple) else output
 
 

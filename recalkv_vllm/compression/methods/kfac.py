@@ -132,7 +132,7 @@ class KfacMethod(Method[Measured]):
             steps: of the budget of bytes.
             limit: of decode time.
         """
-        if self.geometry.windows_differ:
+        if self.geometry.kinds_differ:
             capped = {size: EqualPages(candidates, steps) for size, candidates in sizes.items()}
             sizes = {size: candidates for size, candidates in capped.items() if candidates.possible}
         chosen = {

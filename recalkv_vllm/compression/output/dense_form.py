@@ -23,7 +23,9 @@ SINKS = re.compile(r"model\.layers\.(?P<layer>\d+)\.self_attn\.sinks")
 NORM_WEIGHT = re.compile(r"model\.layers\.(?P<layer>\d+)\.self_attn\.[qk]_norm\.weight")
 
 
-def dense_form(factors: Sequence[LayerFactors], dtype: torch.dtype, convert: bool) -> Change:
+def dense_form(
+    factors: Sequence[LayerFactors], dtype: torch.dtype, convert: bool, layers: Sequence[int]
+) -> Change:
     """How base weights become those of a plain model that computes what is served.
 
     ``k_proj`` and ``v_proj`` become the products of the (rounded) factors, also where they were
@@ -32,28 +34,30 @@ def dense_form(factors: Sequence[LayerFactors], dtype: torch.dtype, convert: boo
     tensors stay as they are.
 
     Args:
-        factors: rounded, one per layer.
+        factors: rounded, one per layer with attention.
         dtype: of the products.
         convert: whether all other floating-point tensors become ``dtype`` too.
+        layers: index of each of these layers in the decoder.
     """
+    factors_of = dict(zip(layers, factors, strict=True))
 
     def change(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         if convert and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         own_name = language_name(name)
         if of_norm := NORM_WEIGHT.fullmatch(own_name):
-            layer = factors[int(of_norm["layer"])]
+            layer = factors_of[int(of_norm["layer"])]
             of_one_head = tensor.numel() == layer.v_up.shape[1]
             yield name, tensor if of_one_head else reorder_rows(tensor, layer.layout.head_order)
             return
         if of_sinks := SINKS.fullmatch(own_name):
-            yield name, reorder_rows(tensor, factors[int(of_sinks["layer"])].layout.head_order)
+            yield name, reorder_rows(tensor, factors_of[int(of_sinks["layer"])].layout.head_order)
             return
         found = ATTENTION_TENSOR.fullmatch(own_name)
         if found is None:
             yield name, tensor
             return
-        layer = factors[int(found["layer"])]
+        layer = factors_of[int(found["layer"])]
         order = layer.layout.head_order
         match found["projection"], found["parameter"]:
             case "qkv", "weight":

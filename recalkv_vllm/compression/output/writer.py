@@ -50,7 +50,11 @@ def write_checkpoint(
         dtype: of the written model.
         convert: see :func:`dense_form`.
     """
-    copy_weights(model.directory, directory, dense_form(factors, dtype, convert))
+    copy_weights(
+        model.directory,
+        directory,
+        dense_form(factors, dtype, convert, model.geometry.layer_indices),
+    )
     # The configuration's dtype stays under the name that it has there.
     dtype_key = "torch_dtype" if "torch_dtype" in model.config else "dtype"
     changes: dict[str, Any] = {dtype_key: str(dtype).removeprefix("torch.")}

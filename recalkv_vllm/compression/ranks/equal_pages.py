@@ -1,7 +1,8 @@
 """Layers of which none takes more bytes than its equal share of the budget.
 
-Where some layers have a sliding window and some do not, vLLM makes the cache pages of all layers as
-large as the largest. So what one layer takes, all do, and a layer that takes less frees no memory.
+Where some layers have a sliding window and some do not, or no attention, vLLM makes the cache pages
+of all layers as large as the largest. So what one layer takes, all do, and a layer that takes less
+frees no memory.
 """
 
 from __future__ import annotations

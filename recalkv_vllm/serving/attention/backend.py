@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
 from recalkv_vllm.serving.attention.implementation import LatentAttentionImpl
 from recalkv_vllm.serving.attention.metadata import LatentMetadataBuilder
@@ -58,3 +59,32 @@ class RecalkvBackend(AttentionBackend):
             "this model has no low-rank factors; compress it first: "
             "recalkv compress MODEL -o OUT --compression 0.5"
         ]
+
+
+def page_sizes(width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What vLLM's specs of a cache are told of slots of ``width`` elements of ``dtype``."""
+    # vLLM counts head_size + head_size_v elements per head; ours is one head of all of a slot.
+    half = width // 2
+    return {
+        "num_kv_heads": 1,
+        "head_size": width - half,
+        "head_size_v": half,
+        "dtype": dtype,
+        "max_tp_shards": 1,
+    }
+
+
+@cache
+def with_pages(width: int, dtype: torch.dtype) -> type[RecalkvBackend]:
+    """The backend of layers with slots of ``width`` elements of ``dtype``.
+
+    Beside layers without attention, vLLM asks the backend how large a block of the cache is, makes
+    blocks as long as such a layer's state needs, and the state's page as large as a block.
+    """
+
+    class PagedBackend(RecalkvBackend):
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+            return FullAttentionSpec(block_size=spec.block_size, **page_sizes(width, dtype))
+
+    return PagedBackend

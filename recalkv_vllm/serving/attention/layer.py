@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 
 from recalkv_vllm.band_format import CacheFormat, slot_width
 from recalkv_vllm.ops import BatchLimits
-from recalkv_vllm.serving.attention.backend import RecalkvBackend
+from recalkv_vllm.serving.attention.backend import RecalkvBackend, page_sizes
 from recalkv_vllm.serving.attention.implementation import LatentAttentionImpl
 from recalkv_vllm.serving.attention.warm_up import warm_up
 from recalkv_vllm.serving.latent_dtype import model_dtype
@@ -51,7 +51,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.sliding_window = sliding_window
         self.latent_format = latent_format
         self.attn_type = AttentionType.DECODER
-        self.attn_backend = RecalkvBackend
+        self.attn_backend: type[RecalkvBackend] = RecalkvBackend
         self.dtype = model_dtype(vllm_config.model_config)
         self.slot_width = slot_width(latent_format, rank, self.dtype, key_scales)
         #: What vLLM is asked for, see ``slot_widths``.
@@ -110,16 +110,15 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     def get_attn_backend(self) -> type[RecalkvBackend]:
         return self.attn_backend
 
+    @property
+    def element_dtype(self) -> torch.dtype:
+        """Of what a slot's width counts."""
+        return self.dtype if self.latent_format is None else torch.uint8
+
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        # vLLM counts head_size + head_size_v elements per head; ours is one head of all of a slot.
-        width, half = self.page_width, self.page_width // 2
         sizes: dict[str, Any] = {
             "block_size": vllm_config.cache_config.block_size,
-            "num_kv_heads": 1,
-            "head_size": width - half,
-            "head_size_v": half,
-            "dtype": self.dtype if self.latent_format is None else torch.uint8,
-            "max_tp_shards": 1,
+            **page_sizes(self.page_width, self.element_dtype),
         }
         if self.sliding_window is not None:
             # vLLM frees the blocks that a window has left behind.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 
-def slot_widths(own: Sequence[int], windows_differ: bool) -> tuple[int, ...]:
+def slot_widths(own: Sequence[int], kinds_differ: bool, hybrid: bool = False) -> tuple[int, ...]:
     """Width of a slot that each layer asks vLLM for, of the ``own`` width that it needs.
 
     In a model of which some layers have a sliding window, vLLM makes all pages equally large, and
@@ -18,11 +18,15 @@ def slot_widths(own: Sequence[int], windows_differ: bool) -> tuple[int, ...]:
 
     Args:
         own: of every layer of the model.
-        windows_differ: some layers have a sliding window and some do not.
+        kinds_differ: some layers have a sliding window and some do not.
+        hybrid: some layers have no attention; their page is made as large as a block of a layer
+            with, for which vLLM takes one size of all.
     """
     widest = max(own)
+    if hybrid:
+        return (widest,) * len(own)
     # If all divide the widest, vLLM gives the narrow ones longer blocks, and no byte is lost.
-    if not windows_differ or all(widest % width == 0 for width in own):
+    if not kinds_differ or all(widest % width == 0 for width in own):
         return tuple(own)
     return (widest,) * len(own)
 

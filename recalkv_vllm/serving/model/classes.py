@@ -21,10 +21,12 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.models.utils import WeightsMapper
 
 from recalkv_vllm.architectures import SUPPORTED, language_config
 from recalkv_vllm.band_format import slot_width, stored_format
 from recalkv_vllm.checkpoint import AttentionGeometry, FactorReader, RecalkvConfig
+from recalkv_vllm.serving.attention.backend import with_pages
 from recalkv_vllm.serving.attention.page_width import slot_widths
 from recalkv_vllm.serving.factor_files import SEPARATE_FACTORS, locate_factors
 from recalkv_vllm.serving.latent_dtype import model_dtype, served_config
@@ -44,6 +46,7 @@ from recalkv_vllm.serving.model.weights import (
     forget_fused_projections,
     in_factors_order,
     sent_weights,
+    without_kv_projections,
     without_queries,
 )
 from recalkv_vllm.serving.names import ARCHITECTURES, MULTIMODAL
@@ -81,7 +84,7 @@ def page_widths(
         )
         for shard in shards
     ]
-    return slot_widths(own, geometry.windows_differ)
+    return slot_widths(own, geometry.kinds_differ, hybrid=geometry.decoder_layers is not None)
 
 
 if TYPE_CHECKING:  # any of vLLM's causal language models
@@ -118,17 +121,20 @@ class LatentAttentionMixin(_Stock):
         widths = page_widths(served, self.recalkv_geometry, dtype)
         self.recalkv_architecture = SUPPORTED[language_config(hf_config)["model_type"]]
         attention, parts_of = self._attention()
-        for i in self._served_layers():
+        for i, place in self._served_layers().items():
             stock = getattr(self.model.layers[i], self.recalkv_architecture.attention)
             replacement = attention(
                 stock,
                 parts_of(stock),
-                served.layers[i],
+                served.layers[place],
                 self.recalkv_geometry,
                 vllm_config,
                 served.latent_quantization,
             )
-            replacement.attn.page_width = widths[i]
+            cached = replacement.attn
+            cached.page_width = widths[place]
+            if self.recalkv_architecture.hybrid:
+                cached.attn_backend = with_pages(cached.page_width, cached.element_dtype)
             setattr(self.model.layers[i], self.recalkv_architecture.attention, replacement)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -157,6 +163,7 @@ class LatentAttentionMixin(_Stock):
                 weights = in_factors_order(weights, self.recalkv_config, self.recalkv_geometry)
             queries: set[str] = set()
             if self.recalkv_architecture.fuses_when_loading:
+                weights = without_kv_projections(WeightsMapper()).apply(weights)
                 projections = {
                     i: (f"model.layers.{i}.{name}.q_proj", attention.q_proj)
                     for i, attention in attentions.items()
@@ -182,12 +189,17 @@ class LatentAttentionMixin(_Stock):
             transformers_parts, head_dim=head_dim, rotary=rotary
         )
 
-    def _served_layers(self) -> range:
+    def _served_layers(self) -> dict[int, int]:
+        """This rank's layers with attention: from the decoder's index to that among these."""
+        geometry = self.recalkv_geometry
         if of_transformers(self.model):
             group = get_pp_group()
-            num_layers = self.recalkv_geometry.num_layers
-            return range(*get_pp_indices(num_layers, group.rank_in_group, group.world_size))
-        return range(self.model.start_layer, self.model.end_layer)
+            num_layers = geometry.num_layers
+            own = range(*get_pp_indices(num_layers, group.rank_in_group, group.world_size))
+        else:
+            own = range(self.model.start_layer, self.model.end_layer)
+        places = ((i, geometry.position(i)) for i in own)
+        return {i: place for i, place in places if place is not None}
 
     def _open_factors(self) -> FactorReader:
         """Reader of the checkpoint that the engine's configuration names by now."""

@@ -12,7 +12,13 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from recalkv_vllm.checkpoint import CONFIG_FILE, CheckpointError, RecalkvConfig, read_hf_config
+from recalkv_vllm.checkpoint import (
+    CONFIG_FILE,
+    AttentionGeometry,
+    CheckpointError,
+    RecalkvConfig,
+    read_hf_config,
+)
 from recalkv_vllm.serving.factor_files import SEPARATE_FACTORS, check_base
 
 
@@ -53,7 +59,8 @@ def config_beside(factors: Path, built: RecalkvConfig, model_config: ModelConfig
     base = model_config.hf_config.to_dict()
     found = RecalkvConfig.from_hf_config({**base, "recalkv": theirs.get("recalkv")}, str(path))
     if SEPARATE_FACTORS in base:
-        check_base(model_config, theirs, len(found.layers), str(path))
+        layers = AttentionGeometry.from_hf_config(base).layer_indices
+        check_base(model_config, theirs, layers, str(path))
     fixed = [
         (config.latent_quantization, [replace(layer, head_order=()) for layer in config.layers])
         for config in (built, found)

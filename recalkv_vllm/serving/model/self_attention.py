@@ -66,7 +66,7 @@ class LatentSelfAttention(nn.Module):
         self.o_proj = stock.o_proj
         self.q_proj = ColumnParallelLinear(
             hidden_size,
-            geometry.num_heads * head_dim,
+            geometry.num_heads * head_dim * (1 + parts.gated),
             bias=qkv_bias,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.q_proj",
@@ -79,6 +79,7 @@ class LatentSelfAttention(nn.Module):
         self.v_bias = PerHead(heads, num_heads, head_dim) if qkv_bias else None
         # Norms, where the model has them: queries' runs here, keys' in attention.
         self.q_norm, self.k_norm = parts.q_norm, parts.k_norm
+        self.gated = parts.gated
         self.norms_all_heads = parts.key_norm == "token"
         if parts.key_norm != geometry.key_norm:
             raise CheckpointError(
@@ -88,14 +89,15 @@ class LatentSelfAttention(nn.Module):
         # Of this rank's query heads, loaded as in vLLM.
         self.sinks = parts.sinks
         del vllm_config.compilation_config.static_forward_context[name]
-        self.scale = stock.scaling
+        # Where its class has another name for it, what its attention layer was given.
+        self.scale = getattr(stock, "scaling", stock.attn.impl.scale)
         hf_config = language_config(vllm_config.model_config.hf_config.to_dict())
         self.soft_cap = hf_config.get("attn_logit_softcapping")
         check_stock_layer(stock.attn, self.scale, self.soft_cap, self.sinks)
         self.attn = LatentAttention(
             stock.attn.num_heads,
             head_dim,
-            stock.scaling,
+            self.scale,
             shard.rank,
             stock.attn.sliding_window,
             stored_format(shard.bands, uniform_format),
@@ -150,12 +152,19 @@ class LatentSelfAttention(nn.Module):
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         q, _ = self.q_proj(hidden_states)
         latent, _ = self.down(hidden_states)
+        gate = None
+        if self.gated:
+            q, gate = q.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
+            q, gate = q.flatten(-2), gate.flatten(-2)
         if self.q_norm is not None:
             of_one = q if self.norms_all_heads else q.unflatten(-1, (-1, self.head_dim))
             q = self.q_norm(of_one).view(q.shape)
         if self.rotary_emb is not None:
             q = rotate_queries(self.rotary_emb, positions, q, self.head_dim)
-        output = self.o_proj(self.attn(q, latent))
+        attended = self.attn(q, latent)
+        if gate is not None:
+            attended = attended * torch.sigmoid(gate)
+        output = self.o_proj(attended)
         # vLLM's projections return a bias beside it, unless asked not to.
         return output if isinstance(output, torch.Tensor) else output[0]
 

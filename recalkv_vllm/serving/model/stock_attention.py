@@ -28,6 +28,8 @@ PROJECTION, NORMS, ROTARY, ATTENTION, OUTPUT = (
 )
 #: Parts of a stock attention that are served, in the order in which its forward may call them.
 ORDER = (PROJECTION, *NORMS, ROTARY, ATTENTION, OUTPUT)
+#: Flags of modules with kernels for several parts at once, on GPUs; without, they call the parts.
+FUSED = ("use_fused_qk_norm_rope_gate",)
 #: Of the run's tokens; the last is far out, where scales by position have grown.
 POSITIONS = (0, 1, 1 << 24)
 
@@ -42,6 +44,8 @@ class StockParts:
         rotary_emb: vLLM's RoPE; None for a layer without.
         key_norm: what one norm is over.
         sinks: ``[query heads of this rank]``; None for a layer without.
+        gated: each query head of the projection comes with a gate of its size behind it, and what
+            attention gives is multiplied by the gate's sigmoid.
     """
 
     q_norm: nn.Module | None
@@ -49,6 +53,7 @@ class StockParts:
     rotary_emb: nn.Module | None
     key_norm: KeyNorm | None
     sinks: nn.Parameter | None
+    gated: bool = False
 
 
 class _Stub(nn.Module):
@@ -98,6 +103,13 @@ class StockRun:
         self._fused = (count.view(rows, -1) % 251).float()
         self._hidden = self._shaped(self._fused[:, 1:3])
         self.q, self.k, self.v = self._fused.split(widths, dim=-1)
+        #: Of the rank's heads, ``[tokens, h_q·d]``; None without gates.
+        self.gate: torch.Tensor | None = None
+        if widths[0] == 2 * stock.attn.num_heads * head_dim:
+            heads = self.q.view(rows, -1, 2 * head_dim)
+            # Small, so that sigmoids tell them apart.
+            heads[..., head_dim:] = heads[..., head_dim:] % 5 - 2
+            self.q, self.gate = (x.flatten(1) for x in heads.chunk(2, dim=-1))
 
     def refusal(self, what: str) -> CheckpointError:
         """The error that says what the module does."""
@@ -127,7 +139,7 @@ class StockRun:
         stubs = {name: _Stub(answers[name], **sizes) for name in parts}
         stock.eval()  # without dropout
         # Models are built where another device is the default.
-        with _replaced(stock, stubs), torch.device("cpu"):
+        with _replaced(stock, stubs), _without_fused_kernels(stock), torch.device("cpu"):
             try:
                 result = stock(hidden_states=self._hidden, **arguments)
             except CheckpointError:
@@ -202,7 +214,11 @@ class StockRun:
 
     def _output(self, x: torch.Tensor) -> Any:
         self.calls.append(OUTPUT)
-        if not torch.equal(x.reshape(self.q.shape), self.q + 1):
+        self.output = x
+        expected = self.q + 1
+        if self.gate is not None:
+            expected = expected * torch.sigmoid(self.gate)
+        if not torch.equal(x.reshape(self.q.shape), expected):
             raise self.refusal("it changes what attention gives")
         return self._paired(x)
 
@@ -215,6 +231,18 @@ def _replaced(stock: nn.Module, stubs: Mapping[str, nn.Module]) -> Iterator[None
         yield
     finally:
         stock._modules.update(kept)
+
+
+@contextmanager
+def _without_fused_kernels(stock: nn.Module) -> Iterator[None]:
+    kept = {name: getattr(stock, name) for name in FUSED if hasattr(stock, name)}
+    for name in kept:
+        setattr(stock, name, False)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(stock, name, value)
 
 
 def stock_parts(stock: Any, head_dim: int) -> StockParts:
@@ -234,7 +262,13 @@ def stock_parts(stock: Any, head_dim: int) -> StockParts:
         raise run.refusal("it changes queries")
     if not torch.equal(run.attended_k.reshape(run.k.shape), run.normed_k + turned):
         raise run.refusal("it changes keys")
-    if not torch.equal(result, run.q + 1):
+    if not torch.equal(result, run.output):
         raise run.refusal("it changes its output")
     rotary_emb = stock.rotary_emb if ROTARY in run.calls else None
-    return StockParts(**run.norms(), rotary_emb=rotary_emb, key_norm=run.key_norm, sinks=run.sinks)
+    return StockParts(
+        **run.norms(),
+        rotary_emb=rotary_emb,
+        key_norm=run.key_norm,
+        sinks=run.sinks,
+        gated=run.gate is not None,
+    )

@@ -108,7 +108,14 @@ def transformers_parts(stock: Any, head_dim: int, rotary: RotaryTable) -> StockP
         raise run.refusal("it changes its output")
     got = [x.reshape(len(positions), -1, head_dim) for x in (run.attended_q, run.attended_k)]
     given = [x.reshape(len(positions), -1, head_dim) for x in (run.normed_q, run.normed_k)]
-    parts = partial(StockParts, **run.norms(), key_norm=run.key_norm, sinks=run.sinks)
+    norms = run.norms()
+    parts = partial(
+        StockParts,
+        q_norm=norms["q_norm"],
+        k_norm=norms["k_norm"],
+        key_norm=run.key_norm,
+        sinks=run.sinks,
+    )
     if all(map(torch.equal, got, given)):
         return parts(rotary_emb=None)
     for is_neox in (True, False):

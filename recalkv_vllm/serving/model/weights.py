@@ -111,16 +111,18 @@ def without_queries(
             loaded.add(f"{module}.{found[2]}")
 
 
-def file_factors(reader: FactorReader, layers: Iterable[int], dtype: torch.dtype) -> Iterator:
+def file_factors(reader: FactorReader, layers: Mapping[int, int], dtype: torch.dtype) -> Iterator:
     """Factors of ``layers`` in ``dtype``, under their parameters' names.
+
+    ``layers`` maps layers of the decoder to their place among those with attention.
 
     They are read by our own strict reader: vLLM passes their file by when the weights have an
     index.
     """
     with reader:
-        for layer in layers:
+        for layer, place in layers.items():
             for factor in FACTORS:
-                yield _parameter_name(layer, factor), reader.read(layer, factor).to(dtype)
+                yield _parameter_name(layer, factor), reader.read(place, factor).to(dtype)
 
 
 def sent_weights(weights: Weights, config: RecalkvConfig, geometry: AttentionGeometry) -> Iterator:
@@ -142,7 +144,7 @@ def sent_weights(weights: Weights, config: RecalkvConfig, geometry: AttentionGeo
                 raise CheckpointError(
                     f"recalkv: {name}: expected shape {list(expected)}, found {list(weight.shape)}"
                 )
-            name = _parameter_name(layer, factor)
+            name = _parameter_name(geometry.layer_indices[layer], factor)
         yield name, weight
 
 
@@ -150,11 +152,13 @@ def in_factors_order(
     weights: Weights, config: RecalkvConfig, geometry: AttentionGeometry
 ) -> Iterator:
     """Weights of an untouched base model, heads in the order that its separate factors mean."""
+    heads_of = (layout.head_order for layout in config.layers)
+    orders = dict(zip(geometry.layer_indices, heads_of, strict=True))
     for name, weight in weights:
         found = _HEADS_NAME.search(name)
         of_one_head = found and "norm" in found[2] and geometry.key_norm == "head"
         if found and not of_one_head:
-            order = config.layers[int(found[1])].head_order
+            order = orders[int(found[1])]
             axis = 1 if found[2] == "o_proj.weight" else 0
             heads = weight.unflatten(axis, (len(order), -1))
             index = torch.tensor(order, device=weight.device)

@@ -19,15 +19,17 @@ def announce(config: VllmConfig, served: Served) -> None:
     model = config.model_config
     dtype = model_dtype(model)
     sizes = kv_bytes_per_token(served.cached, served.geometry, dtype.itemsize)
+    plan = f"recalkv plan {model.model} --max-model-len {model.max_model_len} --memory SIZE"
+    told = f"; what a device holds is told by: {plan}"
+    if served.geometry.decoder_layers is not None:
+        told = " in the layers with attention"
     logger.info(
-        "recalkv: method %s, %d KV-cache bytes per token instead of %d (%.1f %% removed); what a "
-        "device holds is told by: recalkv plan %s --max-model-len %d --memory SIZE",
+        "recalkv: method %s, %d KV-cache bytes per token instead of %d (%.1f %% removed)%s",
         served.stored.method,
         sizes["compressed"],
         sizes["dense"],
         100 * (1 - sizes["compressed"] / sizes["dense"]),
-        model.model,
-        model.max_model_len,
+        told,
     )
     plain_dtype = str(dtype).removeprefix("torch.")
     latent_dtype = served.cached.latent_dtype or plain_dtype

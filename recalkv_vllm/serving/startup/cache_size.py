@@ -32,6 +32,7 @@ def check_cache_size(
         or cache.num_gpu_blocks_override is not None
         or model.original_max_model_len == -1  # vLLM chooses the length that fits
         or parallel.pipeline_parallel_size > 1  # a rank caches some layers
+        or geometry.decoder_layers is not None  # layers without attention have a state each
         or getattr(model.hf_text_config, "sliding_window", None)  # some layers cache few tokens
     ):
         return

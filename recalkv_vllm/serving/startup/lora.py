@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from vllm.config import VllmConfig
 
-from recalkv_vllm.checkpoint import LatentLayout, RecalkvConfig
+from recalkv_vllm.checkpoint import AttentionGeometry, LatentLayout, RecalkvConfig
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _ADAPTED = re.compile(r"layers\.(\d+)\.self_attn\.(q|k|v|o|qkv)_proj\.")
 
 
-def check_adapter(path: str, layers: Sequence[LatentLayout]) -> None:
+def check_adapter(path: str, layers: Mapping[int, LatentLayout]) -> None:
     """Raise ``ValueError`` if the adapter in directory ``path`` cannot act on these layers.
 
     Keys and values have no projection of their own any more. Queries and outputs have theirs, but
@@ -33,6 +33,8 @@ def check_adapter(path: str, layers: Sequence[LatentLayout]) -> None:
         if found is None:
             continue
         layer, projection = int(found[1]), found[2]
+        if layer not in layers:
+            continue  # vLLM says what it thinks of it
         if projection in ("k", "v", "qkv"):
             raise ValueError(
                 f"LoRA adapter {path}: {projection}_proj of layer {layer}: keys and values are "
@@ -70,9 +72,11 @@ def check_adapters_of_requests() -> None:
     processor._validate_lora.checked_by_recalkv = True
 
 
-def served_layers(config: VllmConfig) -> Sequence[LatentLayout]:
-    """Layouts of a compressed model; none for others."""
+def served_layers(config: VllmConfig) -> Mapping[int, LatentLayout]:
+    """Layouts of a compressed model, by layer of its decoder; none for others."""
     hf_config = config.model_config.hf_config
     if not getattr(hf_config, "recalkv", None):
-        return ()
-    return RecalkvConfig.from_hf_config(hf_config.to_dict()).layers
+        return {}
+    raw = hf_config.to_dict()
+    indices = AttentionGeometry.from_hf_config(raw).layer_indices
+    return dict(zip(indices, RecalkvConfig.from_hf_config(raw).layers, strict=True))

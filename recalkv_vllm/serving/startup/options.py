@@ -6,7 +6,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from recalkv_vllm.serving.attention.backend import SUPPORTED_DTYPES
-from recalkv_vllm.serving.names import BACKEND_NAME, MULTIMODAL
+from recalkv_vllm.serving.names import BACKEND_NAME, HYBRID, MULTIMODAL
 from recalkv_vllm.serving.startup.connectors import unsupported_connector
 
 #: Ways of speculation that give the tokens of a run without in our tests.
@@ -32,6 +32,7 @@ def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
         not current_platform.is_cpu(),
         parallel.world_size,
     )
+    hybrid = bool(HYBRID & {*model.architectures})
     refusals = {
         f"--attention-backend: expected recalkv for a compressed checkpoint, found {requested}": (
             requested not in (None, BACKEND_NAME)
@@ -53,6 +54,10 @@ def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
         f"{speculative and speculative.method}": (
             speculative is not None and speculative.method not in TESTED_SPECULATION
         ),
+        "--speculative-config: expected none for a model some of whose layers have no attention: "
+        "not tested": speculative is not None and hybrid,
+        "--kv-transfer-config: expected none for a model some of whose layers have no attention: "
+        "not tested": transfer is not None and hybrid,
         # vLLM 0.32 looks for the group of an EAGLE head, not for that of a draft model.
         "--speculative-config: beside sliding-window layers, draft_model needs "
         "--disable-hybrid-kv-cache-manager: vLLM gives a draft model the blocks of the first "

@@ -51,8 +51,8 @@ def _parameter_shape(
     """Of a factor's parameter, alike on all ranks."""
     found = _FACTOR.search(name)
     assert found is not None
-    layer, factor = int(found[1]), found[2]
-    if layer >= len(config.layers):
+    layer, factor = geometry.position(int(found[1])), found[2]
+    if layer is None:
         raise CheckpointError(f"{name}: expected {len(config.layers)} layers")
     layout = config.layers[layer]
     shard = shard_latent(layout, geometry, 0, tp_size)
