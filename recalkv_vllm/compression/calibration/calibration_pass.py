@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.attention import Attention, CausalLM, attention_modules
+from recalkv_vllm.compression.calibration.first_rows import FirstRows
 from recalkv_vllm.compression.calibration.observers import Observer
+from recalkv_vllm.compression.calibration.projection_trace import ProjectionTrace
 from recalkv_vllm.compression.calibration.samples import token_ids
 from recalkv_vllm.compression.calibration.sum_store import SumStore
 from recalkv_vllm.compression.progress import Stage
@@ -37,23 +39,34 @@ def run_pass(
     freeze(model, gradient, seq_len=samples.shape[1])
     attention = attention_modules(model)
 
-    todo = samples[store.samples_done :]
-    preparing = sum(o.samples_to_prepare(samples, store.sums) for o in observers)
+    todo = range(store.samples_done, len(samples))
+    first = max(o.samples_to_prepare(samples, store.sums) for o in observers)
+    on_cpu = all(weight.device.type == "cpu" for weight in model.parameters())
     stage = Stage(
         f"calibrating on {len(samples)} samples of {samples.shape[1]} tokens",
-        total=preparing + len(samples),
-        completed=store.samples_done,
+        total=first + sum(not on_cpu or index >= first for index in todo),
     )
+    trace = ProjectionTrace()
 
-    def measure(sample: torch.Tensor, observers: list[Observer]) -> None:
-        _run_sample(model, attention, sample, observers, store.sums, gradient)
+    def run(index: int, observers: list[Observer]) -> None:
+        _run_sample(model, attention, samples[index], observers, store.sums, gradient)
         stage.step()
 
+    def measure(index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        run(index, [trace])
+        return list(trace.take())
+
+    # A GPU measures them again in less time than a disk takes.
+    first_rows = FirstRows(measure, store.scratch if on_cpu else None)
     with stage:
         for observer in observers:
-            observer.prepare(samples, store.sums, measure)
-        for sample in todo:
-            measure(sample, observers)
+            observer.prepare(samples, store.sums, first_rows)
+        for index in todo:
+            if index in first_rows:
+                for observer in observers:
+                    observer.add_rows(first_rows(index), store.sums)
+            else:
+                run(index, observers)
             store.sample_done()
     store.finish(tokens=samples.numel())
 

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.attention import Attention
+from recalkv_vllm.compression.calibration.first_rows import Rows
 from recalkv_vllm.compression.calibration.observers import Observer
 from recalkv_vllm.compression.calibration.projection_trace import ProjectionTrace
 from recalkv_vllm.compression.errors import InputError
@@ -102,7 +103,7 @@ class KroneckerFactors(Observer):
         self,
         samples: torch.Tensor,
         sums: Mapping[str, torch.Tensor],
-        measure: Callable[[torch.Tensor, list[Observer]], None],
+        rows_of: Callable[[int], Rows],
     ) -> None:
         """Find the weights of tokens from the first few of ``samples: [samples, seq_len]``.
 
@@ -116,12 +117,11 @@ class KroneckerFactors(Observer):
                 "to estimate the metric of a layer (give more text or --num-samples)"
             )
         pilot, second = _first_rounds(samples, need)
-        self._inverses = self._pilot(pilot, len(sums["kronecker_input"]), measure)
+        self._inverses = self._pilot([rows_of(index) for index in range(len(pilot))])
         if len(second):
             partial_sums = {name: torch.zeros_like(sums[name]) for name in self.SUMS}
-            for sample in second:
-                measure(sample, [self._trace])
-                self.after_backward([], partial_sums)
+            for index in range(len(pilot), len(pilot) + len(second)):
+                self.add_rows(rows_of(index), partial_sums)
             sums_of_layers = zip(*partial_sums.values(), strict=True)
             for layer, (outer_x, outer_g, weight) in enumerate(sums_of_layers):
                 outer_x, outer_g = mean_factors(outer_x, outer_g, weight, second.numel())
@@ -130,21 +130,10 @@ class KroneckerFactors(Observer):
                 inverses = inverse_input(outer_x), inverse_gradient(outer_g)
                 self._inverses[layer] = (inverses[0].to(device), inverses[1].to(device))
 
-    def _pilot(
-        self,
-        samples: torch.Tensor,
-        layers: int,
-        measure: Callable[[torch.Tensor, list[Observer]], None],
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(layers)]
-        for sample in samples:
-            measure(sample, [self._trace])
-            for layer in range(layers):
-                kept[layer].append(self._trace.take(layer))
+    def _pilot(self, samples: Sequence[Rows]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         inverses = []
-        for layer, parts in enumerate(kept):
+        for layer, parts in enumerate(zip(*samples, strict=True)):
             x, g = (torch.cat(rows) for rows in zip(*parts, strict=True))
-            parts.clear()
             for what, rows in (("inputs", x), ("gradients", g)):
                 if not rows.isfinite().all():
                     raise InputError(
@@ -168,8 +157,12 @@ class KroneckerFactors(Observer):
     def after_backward(
         self, attention: Sequence[Attention], sums: Mapping[str, torch.Tensor]
     ) -> None:
-        for layer, (inverse_x, inverse_g) in enumerate(self._inverses):
-            x, g = (rows.float() for rows in self._trace.take(layer))
+        self.add_rows(self._trace.take(), sums)
+
+    def add_rows(self, rows: Rows, sums: Mapping[str, torch.Tensor]) -> None:
+        for layer, (x, g) in enumerate(rows):
+            x, g = x.float(), g.float()
+            inverse_x, inverse_g = self._inverses[layer]
             by_gradient, by_input = token_weights(g, inverse_g), token_weights(x, inverse_x)
             outer_x, outer_g = weighted_outer(x, by_gradient), weighted_outer(g, by_input)
             sums["kronecker_input"][layer] += outer_x.to(sums["kronecker_input"])

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.attention import Attention
+from recalkv_vllm.compression.calibration.first_rows import Rows
 
 
 class Observer:
@@ -27,16 +28,20 @@ class Observer:
         self,
         samples: torch.Tensor,
         sums: Mapping[str, torch.Tensor],
-        measure: Callable[[torch.Tensor, list[Observer]], None],
+        rows_of: Callable[[int], Rows],
     ) -> None:
         """Called once before the pass over ``samples: [samples, seq_len]``.
 
-        ``measure(sample, observers)`` runs one sample for other observers.
+        ``rows_of(index)`` gives what the projections of all layers see of a sample.
         """
 
     def samples_to_prepare(self, samples: torch.Tensor, sums: Mapping[str, torch.Tensor]) -> int:
-        """How many of ``samples: [samples, seq_len]`` :meth:`prepare` runs."""
+        """How many of ``samples: [samples, seq_len]``, the first, :meth:`prepare` looks at."""
         return 0
+
+    def add_rows(self, rows: Rows, sums: Mapping[str, torch.Tensor]) -> None:
+        """Add a sample without running it, from what the projections of all layers see of it."""
+        raise NotImplementedError
 
     def attach(
         self, attention: Sequence[Attention], sums: Mapping[str, torch.Tensor]
@@ -62,15 +67,23 @@ class InputMoments(Observer):
     ) -> list[RemovableHandle]:
         def hook(layer: int):
             def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                x = args[0].detach().flatten(0, -2).float()
-                sums["input_outer"][layer] += (x.T @ x).cpu()
-                sums["input"][layer] += x.sum(dim=0).cpu()
+                self._add(layer, args[0].detach().flatten(0, -2), sums)
 
             return add
 
         return [
             module.k_proj.register_forward_pre_hook(hook(i)) for i, module in enumerate(attention)
         ]
+
+    def add_rows(self, rows: Rows, sums: Mapping[str, torch.Tensor]) -> None:
+        for layer, (x, _) in enumerate(rows):
+            self._add(layer, x, sums)
+
+    @staticmethod
+    def _add(layer: int, x: torch.Tensor, sums: Mapping[str, torch.Tensor]) -> None:
+        x = x.float()
+        sums["input_outer"][layer] += (x.T @ x).cpu()
+        sums["input"][layer] += x.sum(dim=0).cpu()
 
 
 class FisherDiagonal(Observer):
@@ -102,3 +115,9 @@ class FisherDiagonal(Observer):
                 gradient = projection.weight.grad
                 assert gradient is not None
                 sums["fisher"][layer, column] += gradient.float().square().cpu()
+
+    def add_rows(self, rows: Rows, sums: Mapping[str, torch.Tensor]) -> None:
+        for layer, (x, g) in enumerate(rows):
+            gradients = (g.float().T @ x.float()).chunk(2)
+            for column, gradient in enumerate(gradients):
+                sums["fisher"][layer, column] += gradient.square().cpu()

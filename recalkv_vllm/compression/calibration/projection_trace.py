@@ -9,6 +9,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from recalkv_vllm.compression.base_model.attention import Attention
+from recalkv_vllm.compression.calibration.first_rows import Rows
 from recalkv_vllm.compression.calibration.observers import Observer
 
 
@@ -39,7 +40,8 @@ class ProjectionTrace(Observer):
     def _backward(self, layer: int, column: int, gradient: torch.Tensor) -> None:
         self._gradients[layer, column] = gradient.flatten(0, -2)
 
-    def take(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def take(self) -> Rows:
         """``x: [tokens, H]`` and ``g: [tokens, 2 · h_kv · d]`` (K, then V) of the last sample."""
-        gradients = [self._gradients.pop((layer, column)) for column in (0, 1)]
-        return self._inputs.pop(layer), torch.cat(gradients, dim=1)
+        for layer in range(len(self._inputs)):
+            gradients = [self._gradients.pop((layer, column)) for column in (0, 1)]
+            yield self._inputs.pop(layer), torch.cat(gradients, dim=1)

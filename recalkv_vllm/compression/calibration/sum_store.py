@@ -4,6 +4,7 @@ A store is a directory with one memory-mapped ``.npy`` array per sum. Running su
 ``live/``; now and then ``live/`` is copied to ``snapshot-<samples done>/``, which appears by rename
 and so is whole or absent. After an interruption the newest snapshot is where work goes on, which
 adds the same numbers in the same order and so ends with the same bits. ``complete/`` is the end.
+``scratch/`` is for what else the pass must put somewhere.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 COMPLETE = "complete"
 LIVE = "live"
+SCRATCH = "scratch"
 STATE = "state.json"
 
 
@@ -68,12 +70,19 @@ class SumStore:
 
     def __exit__(self, *_: object) -> None:
         self.sums.clear()
-        shutil.rmtree(self.directory / LIVE, ignore_errors=True)
+        for name in (LIVE, SCRATCH):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
         self._lock.release()
+
+    @property
+    def scratch(self) -> Path:
+        """A directory to make, that is removed when the store is closed."""
+        return self.directory / SCRATCH
 
     def _open(self) -> None:
         live = self.directory / LIVE
-        shutil.rmtree(live, ignore_errors=True)
+        for path in (live, self.scratch):
+            shutil.rmtree(path, ignore_errors=True)
         snapshots = self._snapshots()
         if snapshots:
             self.samples_done = max(snapshots)

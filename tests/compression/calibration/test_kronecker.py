@@ -1,14 +1,17 @@
 """Kronecker factors: those of the tokens' true gradients, streamed."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from recalkv_vllm.compression.base_model.attention import attention_modules
+from recalkv_vllm.compression.cache_directory import cache_directory
 from recalkv_vllm.compression.calibration import calibration_pass, kronecker, statistics
+from recalkv_vllm.compression.calibration.first_rows import FirstRows
 from recalkv_vllm.compression.calibration.kronecker import flip_flop
 from recalkv_vllm.compression.calibration.statistics import collect
-from recalkv_vllm.compression.calibration.sum_store import SumStore
+from recalkv_vllm.compression.calibration.sum_store import SumStore, read_complete
 from recalkv_vllm.compression.errors import InputError
 
 SAMPLES = torch.randint(1, 512, (40, 24), generator=torch.Generator().manual_seed(0))
@@ -145,6 +148,38 @@ def test_resuming_gives_the_same_bits(geometry, load, monkeypatch, tmp_path):
         assert torch.equal(straight.kronecker(layer).outputs, resumed.kronecker(layer).outputs)
 
 
+@pytest.mark.parametrize("names", [{"kronecker", "moments"}, {"kronecker", "fisher"}])
+def test_first_samples_run_once_where_rows_are_kept(geometry, load, monkeypatch, names):
+    runs = []
+    real = calibration_pass._run_sample
+
+    def run_sample(*args):
+        runs.append(args)
+        real(*args)
+
+    monkeypatch.setattr(calibration_pass, "_run_sample", run_sample)
+    # float32 rows are what the model computes: on disk they are the same bits.
+    collect(names, SAMPLES, geometry, "kept", load)
+    (directory,) = cache_directory().glob("*/kept/*")
+    assert len(runs) == len(SAMPLES)
+    assert sorted(path.name for path in directory.iterdir()) == ["complete", "lock"]
+    kept, _ = read_complete(directory)
+    runs.clear()
+    monkeypatch.setattr(
+        calibration_pass, "FirstRows", lambda measure, _: FirstRows(measure, directory=None)
+    )
+    collect(names, SAMPLES, geometry, "again", load)
+    again, _ = read_complete(next(cache_directory().glob("*/again/*")))
+    first = kronecker.KroneckerFactors().samples_to_prepare(SAMPLES, kept)
+    assert 0 < first < len(SAMPLES)
+    assert len(runs) == len(SAMPLES) + first
+    for name, array in again.items():
+        if name == "fisher":  # by autograd, in another order
+            np.testing.assert_allclose(kept[name], array, rtol=1e-3, atol=1e-6)
+        else:
+            assert np.array_equal(kept[name], array), name
+
+
 def test_too_few_tokens(geometry, load):
     with pytest.raises(InputError, match="120 tokens are too few; expected at least 128"):
         collect({"kronecker"}, SAMPLES[:5], geometry, "key", load)
@@ -175,19 +210,18 @@ def test_rounds_stay_on_the_device_of_the_model(monkeypatch):
     with FakeTensorMode():
         observer = kronecker.KroneckerFactors()
 
-        def rows(layer):
+        def rows_of(index):
             x, g = (torch.randn(tokens, n, device="cuda") for n in (hidden, width))
-            return x, g
+            return [(x, g)]
 
-        def pilot(samples, layers, measure):
+        def pilot(samples):
             x, g = (torch.randn(n, n, device="cuda") for n in (hidden, width))
             return [(x, g)]
 
         monkeypatch.setattr(observer, "_pilot", pilot)
-        monkeypatch.setattr(observer._trace, "take", rows)
         sums = {f"kronecker_{name}": torch.zeros(shape) for name, shape in shapes.items()}
         samples = torch.zeros(40, tokens, dtype=torch.long)
-        observer.prepare(samples, sums, measure=lambda sample, observers: None)
-        observer.after_backward([], sums)
+        observer.prepare(samples, sums, rows_of)
+        observer.add_rows(rows_of(0), sums)
         assert {each.device.type for pair in observer._inverses for each in pair} == {"cuda"}
         assert {each.device.type for each in sums.values()} == {"cpu"}
