@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from recalkv_vllm.compression.base_model.attention import CausalLM
+from recalkv_vllm.compression.calibration.one_token_attention import use_one_token_attention
 from recalkv_vllm.compression.calibration.prompts import Prompts
 from recalkv_vllm.compression.calibration.reserved_cache import reserved_cache
 from recalkv_vllm.compression.errors import output_errors
@@ -87,7 +88,7 @@ def write_batch(
     """Write the rows of one batch.
 
     Args:
-        model: to write with.
+        model: to write with; its attention may be changed.
         prompts: to begin texts with.
         batch: which batch; each has random numbers and prompts of its own.
         row_tokens: tokens per row.
@@ -105,6 +106,7 @@ def write_batch(
     temperature = torch.tensor(TEMPERATURES).repeat(ROWS)[:ROWS].unsqueeze(1)
     device = model.get_input_embeddings().weight.device
     tokens = [[text.first() for text in texts]]
+    use_one_token_attention(model)
     cache = reserved_cache(model.config, row_tokens)
     with torch.inference_mode():
         for step in range(row_tokens - 1):
