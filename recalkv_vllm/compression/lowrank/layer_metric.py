@@ -39,7 +39,7 @@ class LayerMetric:
 
     @cached_property
     def moment(self) -> torch.Tensor:
-        """``W A Wᵀ`` of the stack; only the order of heads takes it whole."""
+        """``W A Wᵀ`` of the stack, of which every group has its part."""
         return output_moment(self.weight, self.input_metric)
 
     def _rows(self, heads: Sequence[int], which: Sequence[int]) -> torch.Tensor:
@@ -55,7 +55,8 @@ class LayerMetric:
     def svd(self, heads: Sequence[int], which: Sequence[int]) -> TwoSidedSvd:
         """Factors of every rank of a group."""
         rows = self._rows(heads, which)
-        return two_sided_svd(self.weight[rows], self.input_metric, self.group_metric(heads, which))
+        moment = self.moment[rows][:, rows]
+        return two_sided_svd(self.weight[rows], moment, self.group_metric(heads, which))
 
     def head_order(self, size: int, kept: float, which: Sequence[int]) -> tuple[int, ...]:
         """KV heads so ordered that groups of ``size`` with the least loss are contiguous.

@@ -54,25 +54,40 @@ class GroupLatent:
         """
         if k_width is None:
             return NestedRegions((self._svd,), 0.0)
-        up, down, energy = self._keys_first
-        own = without_keys(up[:, k_width:], self._output_metric)
+        _, down = self._svd.truncated(self._width)
+        scale = latent_scale(self._svd, self._width)
+        down = self._keys_first[1].T @ (down / scale[:, None])
+        keys, own, dropped = self._cut(k_width)
         return NestedRegions(
             (
-                _diagonalized(up[:, :k_width], down[:k_width], self._half),
+                _diagonalized(keys, down[:k_width], self._half),
                 _diagonalized(own, down[k_width:], self._half),
             ),
-            float(energy[k_width:].clamp(min=0).sum()),
+            dropped,
         )
+
+    def squares(self, k_width: int | None) -> tuple[list[torch.Tensor], float]:
+        """Only the squared singular values of :meth:`regions`, and what it drops."""
+        if k_width is None:
+            return [self._svd.squares], 0.0
+        *ups, dropped = self._cut(k_width)
+        moments = (_moment(up, self._half) for up in ups)
+        return [torch.linalg.eigvalsh(m).flip(0).clamp(min=0) for m in moments], dropped
+
+    def _cut(self, k_width: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Up factors of both regions, and the loss of taking the second from the keys."""
+        up, _, energy = self._keys_first
+        own = without_keys(up[:, k_width:], self._output_metric)
+        return up[:, :k_width], own, float(energy[k_width:].clamp(min=0).sum())
 
     @cached_property
     def _keys_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Factors whose columns keys need most come first, and the loss of taking each from them;
-        the same wherever the first region ends."""
-        up, down = self._svd.truncated(self._width)
-        scale = latent_scale(self._svd, self._width)
-        whitened = up * scale
+        """An up factor whose columns keys need most come first, the rotation to it, and the loss of
+        taking each column from the keys; the same wherever the first region ends."""
+        up, _ = self._svd.truncated(self._width)
+        whitened = up * latent_scale(self._svd, self._width)
         energy, rotation = key_rotation(whitened, self._output_metric)
-        return whitened @ rotation, rotation.T @ (down / scale[:, None]), energy
+        return whitened @ rotation, rotation, energy
 
     @cached_property
     def _half(self) -> torch.Tensor:
@@ -82,10 +97,14 @@ class GroupLatent:
 
 def _diagonalized(up: torch.Tensor, down: torch.Tensor, half: torch.Tensor) -> TwoSidedSvd:
     """A region of latents of unit covariance with its singular directions apart."""
-    squares, rotation = torch.linalg.eigh((half @ up).T @ (half @ up))
+    squares, rotation = torch.linalg.eigh(_moment(up, half))
     squares, rotation = squares.flip(0).clamp(min=0), rotation.flip(1)
     balance = squares.clamp(min=1e-14 * float(squares[0])).pow(0.25)
     return TwoSidedSvd(squares, up @ rotation / balance, rotation.T @ down * balance[:, None])
+
+
+def _moment(up: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+    return (half @ up).T @ (half @ up)
 
 
 def stack_regions(

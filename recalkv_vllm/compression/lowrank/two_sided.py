@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from recalkv_vllm.compression.lowrank.linalg import output_moment
-
 #: Eigenvalues below this part of the largest are rounding errors of float64.
 FLOOR = 1e-14
 
@@ -44,7 +42,7 @@ class TwoSidedSvd:
 
 
 def two_sided_svd(
-    weight: torch.Tensor, input_metric: torch.Tensor, output_metric: torch.Tensor
+    weight: torch.Tensor, moment: torch.Tensor, output_metric: torch.Tensor
 ) -> TwoSidedSvd:
     """Best factors of every rank at once: ``argmin tr(G (W - L R) A (W - L R)ᵀ)``.
 
@@ -53,12 +51,12 @@ def two_sided_svd(
 
     Args:
         weight: ``W: [n, H]`` float64.
-        input_metric: ``A: [H, H]``, positive semidefinite.
+        moment: ``W A Wᵀ: [n, n]`` of the positive semidefinite ``A``.
         output_metric: ``G: [n, n]``, positive definite.
     """
     half, inverse = roots(output_metric)
-    moment = half @ output_moment(weight, input_metric) @ half.T
-    squares, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    whitened = half @ moment @ half.T
+    squares, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
     squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
     balance = squares.clamp(min=FLOOR * float(squares[0])).pow(0.25)
     return TwoSidedSvd(
@@ -76,6 +74,10 @@ def two_sided_squares(moment: torch.Tensor, output_metric: torch.Tensor) -> torc
 
 def roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``H`` with ``Hᵀ H = G``, and its inverse."""
-    values, basis = torch.linalg.eigh(metric)
-    scale = values.clamp(min=FLOOR * float(values[-1])).sqrt()
-    return (basis * scale).T, basis / scale
+    lower, failed = torch.linalg.cholesky_ex(metric)
+    if failed:  # rounding made it indefinite
+        values, basis = torch.linalg.eigh(metric)
+        scale = values.clamp(min=FLOOR * float(values[-1])).sqrt()
+        return (basis * scale).T, basis / scale
+    eye = torch.eye(len(metric), dtype=metric.dtype)
+    return lower.T, torch.linalg.solve_triangular(lower.T, eye, upper=True)

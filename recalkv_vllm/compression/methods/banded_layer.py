@@ -12,7 +12,6 @@ import torch
 from recalkv_vllm.band_format import BLOCK_COLUMNS
 from recalkv_vllm.compression.lowrank.layer_metric import BOTH, KEYS, VALUES, LayerMetric
 from recalkv_vllm.compression.lowrank.regions import GroupLatent
-from recalkv_vllm.compression.lowrank.two_sided import TwoSidedSvd
 from recalkv_vllm.compression.methods.measured_layer import consecutive_groups
 from recalkv_vllm.compression.ranks.bands import (
     BandChoice,
@@ -97,19 +96,21 @@ def measure_bands(
         times: predicted, of the layer's spans.
     """
     groups = consecutive_groups(head_order, k_group_size)
+    inputs = metric.weight.shape[1]
     parts: dict[int | None, tuple[list[np.ndarray], float]] = {}
     if spans == "split":
         v_size = len(head_order) // v_groups
-        keys = [metric.svd(group, KEYS) for group in groups]
-        values = [metric.svd(group, VALUES) for group in consecutive_groups(head_order, v_size)]
-        parts[None] = [_spectra(keys), _spectra(values)], 0.0
+        keys = [metric.svd(group, KEYS).squares for group in groups]
+        values = [
+            metric.svd(group, VALUES).squares for group in consecutive_groups(head_order, v_size)
+        ]
+        parts[None] = [_spectra(keys, inputs), _spectra(values, inputs)], 0.0
         return banded_layer(head_order, parts, (True, True), times)
     latents = [group_latent(metric, group) for group in groups]
     for key_region in _key_regions(metric, k_group_size, spans):
-        cut = [latent.regions(key_region) for latent in latents]
-        regions = range(len(cut[0].regions))
-        spectra = [_spectra([part.regions[i] for part in cut]) for i in regions]
-        parts[key_region] = spectra, sum(part.dropped for part in cut)
+        regions, dropped = zip(*(latent.squares(key_region) for latent in latents), strict=True)
+        spectra = [_spectra(region, inputs) for region in zip(*regions, strict=True)]
+        parts[key_region] = spectra, sum(dropped)
     return banded_layer(head_order, parts, (True, False), times)
 
 
@@ -157,10 +158,10 @@ def _whole_blocks(rows: int, inputs: int) -> int:
     return min(rows, inputs) // BLOCK_COLUMNS * BLOCK_COLUMNS
 
 
-def _spectra(svds: Sequence[TwoSidedSvd]) -> np.ndarray:
-    """Singular values ``[groups, columns]`` of one region."""
-    width = _whole_blocks(len(svds[0].squares), svds[0].down.shape[1])
-    return torch.stack([svd.squares[:width].sqrt() for svd in svds]).numpy()
+def _spectra(squares: Sequence[torch.Tensor], inputs: int) -> np.ndarray:
+    """Singular values ``[groups, columns]`` of one region, from their squares."""
+    width = _whole_blocks(len(squares[0]), inputs)
+    return torch.stack([each[:width].sqrt() for each in squares]).numpy()
 
 
 def _way(

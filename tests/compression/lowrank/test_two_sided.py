@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recalkv_vllm.compression.lowrank.linalg import output_moment
 from recalkv_vllm.compression.lowrank.nested import nested_latent, nested_losses
-from recalkv_vllm.compression.lowrank.two_sided import two_sided_squares, two_sided_svd
+from recalkv_vllm.compression.lowrank.two_sided import roots, two_sided_squares, two_sided_svd
 
 
 def metric(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -31,18 +32,18 @@ def loss(change, inputs, outputs) -> float:
 @given(rows=st.integers(2, 24), hidden=st.integers(2, 24), seed=st.integers(0, 99), data=st.data())
 def test_no_other_factors_lose_less(rows, hidden, seed, data):
     weight, inputs, outputs, generator = problem(rows, hidden, seed)
-    svd = two_sided_svd(weight, inputs, outputs)
+    svd = two_sided_svd(weight, output_moment(weight, inputs), outputs)
     rank = data.draw(st.integers(1, min(rows, hidden)))
     up, down = svd.truncated(rank)
     best = loss(weight - up @ down, inputs, outputs)
     scale = loss(weight, inputs, outputs)
     assert best == pytest.approx(svd.losses(np.array([rank]))[0], abs=1e-9 * scale)
     # The optimum in closed form, by symmetric roots and a plain SVD.
-    roots = [
+    symmetric = [
         vectors @ torch.diag(values.sqrt()) @ vectors.T
         for values, vectors in map(torch.linalg.eigh, (outputs, inputs))
     ]
-    singular = torch.linalg.svdvals(roots[0] @ weight @ roots[1])
+    singular = torch.linalg.svdvals(symmetric[0] @ weight @ symmetric[1])
     assert best == pytest.approx(float(singular[rank:].square().sum()), abs=1e-9 * scale)
     for size in (1e-3, 1e-1, 1.0):
         other_up = up + size * torch.randn(up.shape, generator=generator, dtype=torch.float64)
@@ -55,7 +56,7 @@ def test_squares_alone():
     moment = weight @ inputs @ weight.T
     torch.testing.assert_close(
         two_sided_squares(moment, outputs),
-        two_sided_svd(weight, inputs, outputs).squares,
+        two_sided_svd(weight, output_moment(weight, inputs), outputs).squares,
         rtol=1e-9,
         atol=1e-9,
     )
@@ -65,14 +66,31 @@ def test_squares_alone():
 def test_full_rank_reproduces_the_weight(rows, hidden):
     """Also with more rows than inputs: then the latent is a basis of the input itself."""
     weight, inputs, outputs, _ = problem(rows, hidden, 1)
-    up, down = two_sided_svd(weight, inputs, outputs).truncated(min(rows, hidden))
+    up, down = two_sided_svd(weight, output_moment(weight, inputs), outputs).truncated(
+        min(rows, hidden)
+    )
     torch.testing.assert_close(up @ down, weight, rtol=1e-8, atol=1e-8)
+
+
+def test_roots_of_a_metric_that_rounding_made_indefinite():
+    _, _, outputs, _ = problem(12, 20, 3)
+    for smallest in (1.0, -1e-9):
+        metric = outputs / outputs.norm()
+        vectors = torch.linalg.eigh(metric)[1]
+        metric = metric + (smallest - vectors[:, 0] @ metric @ vectors[:, 0]) * torch.outer(
+            vectors[:, 0], vectors[:, 0]
+        )
+        half, inverse = roots(metric)
+        torch.testing.assert_close(half.T @ half, metric, rtol=0, atol=1e-8)
+        torch.testing.assert_close(
+            half @ inverse, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-8
+        )
 
 
 def test_sides_of_the_latent_are_balanced():
     """Each column costs as much in the up factor as its row does in the down factor."""
     weight, inputs, outputs, _ = problem(16, 24, 2)
-    svd = two_sided_svd(weight, inputs, outputs)
+    svd = two_sided_svd(weight, output_moment(weight, inputs), outputs)
     up, down = svd.truncated(8)
     torch.testing.assert_close(
         (up.T @ outputs @ up).diagonal(), (down @ inputs @ down.T).diagonal(), rtol=1e-8, atol=0
@@ -83,7 +101,7 @@ def test_sides_of_the_latent_are_balanced():
 @given(seed=st.integers(0, 99), data=st.data())
 def test_nested_latents_lose_what_they_say(seed, data):
     weight, inputs, outputs, _ = problem(32, 40, seed)
-    svd = two_sided_svd(weight, inputs, outputs)
+    svd = two_sided_svd(weight, output_moment(weight, inputs), outputs)
     width = data.draw(st.integers(1, 32))
     k_width = data.draw(st.integers(1, width))
     up, down = nested_latent(svd, outputs, k_width, width)
@@ -103,7 +121,7 @@ def test_no_rotation_and_no_values_lose_less(seed):
     """Of all nested factors with the same span of down rows, by the up factor's normal equations
     for random other rotations of the latent."""
     weight, inputs, outputs, generator = problem(32, 40, seed)
-    svd = two_sided_svd(weight, inputs, outputs)
+    svd = two_sided_svd(weight, output_moment(weight, inputs), outputs)
     k_width, width = 6, 20
     up, down = nested_latent(svd, outputs, k_width, width)
     best = loss(weight - up @ down, inputs, outputs)
@@ -123,7 +141,7 @@ def test_no_rotation_and_no_values_lose_less(seed):
 def test_interpolated_losses_are_close():
     """More ranks than are computed one by one."""
     weight, inputs, outputs, _ = problem(96, 128, 0)
-    svd = two_sided_svd(weight, inputs, outputs)
+    svd = two_sided_svd(weight, output_moment(weight, inputs), outputs)
     widths = np.arange(2, 90)
     k_widths = np.maximum(1, widths // 3)
     found = nested_losses(svd, outputs, k_widths, widths)
