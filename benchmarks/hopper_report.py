@@ -5,7 +5,8 @@ registers, spills, and for layouts of Llama-3.1-8B the warp instructions of the 
 of 64 tokens and KV head, which a budget limits. It exits with 1 if a kernel spills or a layout
 exceeds its budget; products that ptxas had to serialize are an error.
 
-A tile takes one round of the loop of each of a warpgroup's four warps, and one of both producers'.
+A tile takes one round of the loop of each of a warpgroup's four warps, or half a round where latents
+are in bands, and one of both producers'.
 Counted is the longest way through a round, rescaling of the running softmax included, with two
 exceptions: a barrier that is waited for counts as one question, and copies are those of a tile that
 is seen as a whole.
@@ -30,14 +31,13 @@ from .sass_paths import Code
 
 ELEMENTS = ("BFloat16", "Float16")
 ARCH = "sm_90a"
-#: Lanes that start a copy of scales, one after the other.
-SCALE_LANES = 4
+#: Of the model; scales of all its groups are copied, 16 bytes at a time by each of eight lanes.
+GROUPS = 8
+#: Tiles that a warpgroup takes in a round where latents are in bands.
+TURN = 2
 #: Copies that a tile at an edge of what is seen takes: with a predicate, by which they are zeros,
 #: and of scales one by one.
 EDGE_COPY = re.compile(r"LDGSTS.*, !?P\d|STS\.U8")
-
-#: The first product of a tile where no loop has it: it adds to nothing.
-FIRST_PRODUCT = re.compile(r"HGMMA\S* R\d+, .*RZ, !UPT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,8 @@ LAYOUTS = (
         v_bits=(3, 3, 2),
     ),
 )
-#: What tells the code for a block's bits apart: a mask of its codes, or the number that they are
-#: centered by.
-MARKS = {2: "0x180018", 3: "0xc000c", 4: "0x780078", 6: "0x1e001e", 8: "-32895.5"}
+#: What tells the code for a block's bits apart: a mask of its codes, or what they are centered by.
+MARKS = {2: "0x180018,", 3: "0x300030,", 4: "0x3c003c0,", 6: "0xf000f0,", 8: "-4.5, -4.5"}
 
 
 def predicted_time(layout: Layout, instructions: int) -> float:
@@ -172,9 +171,9 @@ def compile_hopper(wanted: Sequence[HopperInstantiation]) -> list[HopperRow]:
     return rows
 
 
-def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
-    """Warp instructions of a tile: of one consumer warp's round, of the latents' producer's, and of
-    the queries'."""
+def instructions_per_tile(code: Code, layout: Layout) -> tuple[float, int, int]:
+    """Warp instructions of a tile: of a consumer warp, of the latents' producer, and of the
+    queries'."""
     consumer = consumer_length(code, layout)
     chunks = layout.row_bytes // 16
     # Where columns are one piece, lanes copy two lines of 128 bytes at a time; a row of few bytes
@@ -184,9 +183,12 @@ def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
 
     def rounds(inner: range) -> int | None:
         text = code.text[inner.start : inner.stop]
-        if copies := sum("LDGSTS.E" in each for each in text):
+        copies = sum("LDGSTS.E" in each for each in text)
+        if copies == 1:
+            return len(layout.k_bits + layout.v_bits) * GROUPS // 8
+        if copies:
             return -(-chunks // (lanes * lines)) if copies == 2 * lanes * lines else None
-        return SCALE_LANES if any("UBLKCP" in each for each in text) else 1
+        return 1
 
     def edge(text: str) -> bool:
         return EDGE_COPY.search(text) is not None
@@ -198,19 +200,21 @@ def instructions_per_tile(code: Code, layout: Layout) -> tuple[int, int, int]:
 
 def consumer_length(
     code: Code, layout: Layout, dequantize: bool = True, multiply: bool = True
-) -> int:
-    """Warp instructions of a consumer's round; without the loops that take codes to elements, or
+) -> float:
+    """Warp instructions of a consumer for a tile; without the loops that take codes to elements, or
     those of the keys' products, if so asked."""
     outer = code.loop_with("HGMMA", "MOVM")
-    products = code.loop_with("HGMMA", within=outer).start
-    even = len(layout.k_bits) % 2 == 0
+    products = next(i for i in outer if "HGMMA" in code.text[i])
 
     def rounds(inner: range) -> int | None:
         text = code.text[inner.start : inner.stop]
         if any("HGMMA" in each for each in text):
-            # 64 columns a round; of elements, the first round is in front of the loop.
-            times = len(layout.k_bits) // 2 or -(-layout.k_width // 64) - 1
-            return times * multiply
+            # Of elements, 64 columns a round, and the first round is in front of the loop. Of slots
+            # four, and before these one at a time.
+            blocks = len(layout.k_bits)
+            few = sum("gdesc[UR" in each for each in text) < 8
+            times = blocks % 4 if few else blocks // 4
+            return (times if blocks else -(-layout.k_width // 64) - 1) * multiply
         found = [bits for bits, mark in MARKS.items() if any(mark in each for each in text)]
         if not found:
             return 1
@@ -219,10 +223,8 @@ def consumer_length(
         times = wanted.count(found[0]) if len(found) == 1 else min(1, len(wanted))
         return times * dequantize if times else None
 
-    def odd_block(text: str) -> bool:
-        return bool(layout.k_bits and even and FIRST_PRODUCT.search(text))
-
-    return code.round_length(outer, rounds, odd_block)
+    length = code.round_length(outer, rounds, lambda text: False)
+    return length / (TURN if layout.kernel.bands else 1)
 
 
 def main() -> int:
@@ -243,15 +245,15 @@ def main() -> int:
         for layout in LAYOUTS:
             if layout.kernel == row.kernel:
                 consumer, *producers = instructions_per_tile(row.code, layout)
-                total = 4 * consumer + sum(producers)
+                total = round(4 * consumer + sum(producers))
                 faults += total > layout.budget
                 opening = consumer - consumer_length(row.code, layout, dequantize=False)
                 products = consumer - consumer_length(row.code, layout, multiply=False)
                 print(
-                    f"{layout.name}: 4 x {consumer} + {producers[0]} + {producers[1]} = {total} "
+                    f"{layout.name}: 4 x {consumer:g} + {producers[0]} + {producers[1]} = {total} "
                     f"warp instructions per tile, budget {layout.budget}; predicted time "
                     f"{predicted_time(layout, total):.2f} of the dense cache's; of a consumer's, "
-                    f"{opening} dequantize and {products} are of loops over products"
+                    f"{opening:g} dequantize and {products:g} are of loops over products"
                 )
     print(f"{faults} faults", file=sys.stderr)
     return 1 if faults else 0

@@ -1,10 +1,13 @@
 // Latents in bands (recalkv_vllm/band_format.py): from codes to elements.
 //
-// A block of 32 columns becomes a *slot* of shared memory, in the order of the block table: 64 rows
-// of 64 bytes, as `NarrowOperand` reads them. A lane dequantizes 16 columns of one of its warp's
-// tokens, which have one scale. A register holds a pair of them, columns q and q + 4 of eight, so
-// that codes need no more than a shift and a mask; the factor's columns and the V span's are in the
-// same order (ops/cuda/hopper_layout.py).
+// A warpgroup takes two tiles at once, so that each lane has a token. A block of 32 columns of a
+// tile becomes a *slot* of shared memory, in the order of the block table: 64 rows of 64 bytes, as
+// `NarrowOperand` reads them. A register holds a pair of columns, q and q + 4 of eight, so that
+// codes need no more than a shift and a mask, or with 8 bits neighbors; the factor's columns and the
+// V span's are in the same order (ops/cuda/hopper_bands.py).
+//
+// Elements are float16 whatever the model's are, and 2^-8 of what codes stand for: nothing on the
+// way to the largest one overflows.
 #pragma once
 
 #include "hopper_primitives.cuh"
@@ -31,7 +34,8 @@ struct BandTable {
   RECALKV_DEVICE const BandBlock* blocks() const {
     return reinterpret_cast<const BandBlock*>(row + 4);
   }
-  // Of the V span's block in one of its slots: where it is in the span.
+  // Of the V span's block in one of its slots: twice its place in the span, and one more where
+  // columns are in their own order.
   RECALKV_DEVICE int value_block(int slot) const { return row[4 * most_blocks + 12 + slot]; }
 };
 
@@ -42,7 +46,9 @@ RECALKV_DEVICE BandTable band_table(const DecodeParams& p, int v_block, int kv_h
 
 // Which column of a V span is at `place` in its slots.
 RECALKV_DEVICE int value_column(const BandTable& bands, int place) {
-  return bands.value_block(place / 32) * 32 + place % 32 / 8 * 8 + place % 2 * 4 + place % 8 / 2;
+  const int block = bands.value_block(place / 32);
+  const int column = block % 2 ? place % 8 : place % 2 * 4 + place % 8 / 2;
+  return block / 2 * 32 + place % 32 / 8 * 8 + column;
 }
 
 // The four 16-byte words of a row of a slot are permuted by the row.
@@ -74,106 +80,104 @@ RECALKV_DEVICE uint32_t plane_bits(uint32_t plane, int q, int to, uint32_t rest)
 }
 
 // The lowest bit of code u of pair q in an element's mantissa: with an exponent that gives it the
-// value 1 and the bit below set, the element is 2^p + u + 1/2. In bfloat16, where that leaves a
-// choice, neighbors share a shift.
-template <typename Element, int kBits>
+// value 1 and the bit below set, the element is 2^p + u + 1/2, where p <= 8. Places are those with
+// which fewest shifts differ.
+template <int kBits>
 RECALKV_BOTH constexpr int code_place(int q) {
-  return mantissa_bits(Element{}) > 7 || kBits > 3 ? mantissa_bits(Element{}) - kBits
-         : kBits == 3                              ? 2 + q / 2 * 2
-                                                   : 3 + q % 2 * 2;
+  return kBits == 2 ? 3 + q % 2 * 2 : kBits == 3 ? 2 + q / 2 * 2 : kBits == 4 ? 2 + q % 2 * 4
+                                                                              : 2 + q % 2 * 2;
 }
 
-// One fused operation takes 2^p + u + 1/2 to (u + 1/2 - 2^(bits - 1)) scale, rounded once as the
-// format says, if (2^p + 2^(bits - 1)) scale is exact: a scale has four bits. Float16 might
-// overflow on the way, and takes two.
-template <typename Element>
-RECALKV_DEVICE uint32_t scaled(uint32_t value, uint32_t scale, uint32_t center) {
-  if (mantissa_bits(Element{}) > 7) {
-    return multiply_pairs<Element>(add_pairs<Element>(value, center), scale);
-  }
-  return multiply_add_pairs<Element>(value, scale, multiply_pairs<Element>(center, scale));
-}
-
-// Sixteen columns of `kLow + kHigh` bits, as eight pairs.
-template <typename Element, int kLow, int kHigh>
+// Sixteen columns of `kLow + kHigh` bits, as eight pairs. One fused operation takes 2^p + u + 1/2
+// to (u + 1/2 - 2^(bits - 1)) scale, rounded once as the format says: a scale has four bits, so
+// that (2^p + 2^(bits - 1)) scale is exact.
+template <int kLow, int kHigh>
 RECALKV_DEVICE void dequantize(uint32_t (&pairs)[8], const unsigned char* low,
                                const unsigned char* high, uint32_t scale) {
   constexpr int kBits = kLow + kHigh;
-  constexpr int kMantissa = mantissa_bits(Element{});
   uint32_t low_codes[2], high_codes[2];
   load_plane<kLow>(low_codes, low);
   if (kHigh) load_plane<kHigh>(high_codes, high);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int place = code_place<Element, kBits>(i % 4);
-    const int power = kMantissa - place;
-    const uint32_t rest = one_bits(Element{}) + (power << kMantissa) + (1u << place >> 1);
+    const int place = code_place<kBits>(i % 4);
+    const int power = 10 - place;
+    const uint32_t exponent = kOneBits + ((power - kElementScale) << 10);
+    const uint32_t rest = exponent + (1u << place >> 1);
     uint32_t value = plane_bits<kLow>(low_codes[i / 4], i % 4, place, rest | rest << 16);
     if (kHigh) value = plane_bits<kHigh>(high_codes[i / 4], i % 4, place + kLow, value);
     // -(2^power + 2^(kBits - 1)): the second is a bit of the first's mantissa.
-    const uint32_t center = 0x8000u + one_bits(Element{}) + (power << kMantissa) +
-                            (1u << (kMantissa + kBits - 1 - power));
-    pairs[i] = scaled<Element>(value, scale, center | center << 16);
+    const uint32_t center = 0x8000u + exponent + (1u << (10 + kBits - 1 - power));
+    pairs[i] = multiply_add_pairs(value, scale, multiply_pairs(center | center << 16, scale));
   }
 }
 
-// The same of 8 bits, for which an element's mantissa has no room: in float.
-template <typename Element>
+// The same of 8 bits, for which a mantissa has no room with the bit below: the half is added with
+// the scale.
 RECALKV_DEVICE void dequantize_bytes(uint32_t (&pairs)[8], const unsigned char* codes,
                                      uint32_t scale) {
-  const float factor = unpack<Element>(scale).x;
-  const float center = (kByteOffset + 127.5f) * -factor;
+  constexpr uint32_t kExponent = kOneBits + ((10 - kElementScale) << 10);
+  constexpr uint32_t kCenter = 0x8000u + kExponent + (1u << 7);  // -(1024 + 128)
+  constexpr uint32_t kHalf = kOneBits - ((kElementScale + 1) << 10);
+  const uint32_t half = multiply_pairs(kHalf | kHalf << 16, scale);
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(codes);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(codes) + i / 4 * 2;
-    pairs[i] = pack<Element>(offset_byte(words[0], i % 4) * factor + center,
-                             offset_byte(words[1], i % 4) * factor + center);
+    const uint32_t value = i % 2 ? bytes_below<2>(words[i / 2], kExponent >> 8)
+                                 : bytes_below<0>(words[i / 2], kExponent >> 8);
+    pairs[i] = multiply_add_pairs(add_pairs(value, kCenter | kCenter << 16), scale, half);
   }
 }
 
-// What a lane needs of a tile to dequantize its columns: offsets into shared memory.
+// What a lane needs of its token to dequantize it: offsets into shared memory, and from a slot to
+// the four words of its row.
 struct CodedTile {
   int codes;
   int scales;
-  int to;    // its place in the next slot
-  int half;  // of a block's columns
+  int words[4];
 };
 
 // Dequantize blocks until one has another number of bits; `block` is the next in the table.
-template <typename S, int kLow, int kHigh>
-RECALKV_DEVICE void open_run(unsigned char* memory, CodedTile& tile, const BandBlock*& next,
-                             BandBlock& block) {
-  using Element = typename S::Element;
+template <int kLow, int kHigh>
+RECALKV_DEVICE void open_run(const unsigned char* memory, const CodedTile& tile,
+                             unsigned char*& slot, const BandBlock*& next, BandBlock& block) {
 #pragma unroll 1
   while (block.bits == kLow + kHigh) {
-    const uint32_t scale = scale_of_byte<Element>(memory[tile.scales + block.scale]);
-    const unsigned char* low = memory + (tile.codes + block.low) + tile.half * (2 * kLow);
-    const unsigned char* high = memory + (tile.codes + block.high) + tile.half * (2 * kHigh);
+    const uint32_t scale = scale_of_byte(memory[tile.scales + block.scale]);
+    const unsigned char* low = memory + (tile.codes + block.low);
+    const unsigned char* high = memory + (tile.codes + block.high);
     block = *++next;
-    uint32_t pairs[8];
-    if (kLow == 8) {
-      dequantize_bytes<Element>(pairs, low, scale);
-    } else {
-      dequantize<Element, kLow % 8, kHigh>(pairs, low, high, scale);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t pairs[8];
+      if (kLow == 8) {
+        dequantize_bytes(pairs, low + 16 * half, scale);
+      } else {
+        dequantize<kLow % 8, kHigh>(pairs, low + 2 * kLow * half, high + 2 * kHigh * half, scale);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t* word = pairs + 4 * i;
+        *reinterpret_cast<uint4*>(slot + tile.words[2 * half + i]) = {word[0], word[1], word[2],
+                                                                      word[3]};
+      }
     }
-    *reinterpret_cast<uint4*>(memory + tile.to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-    *reinterpret_cast<uint4*>(memory + (tile.to ^ 16)) = {pairs[4], pairs[5], pairs[6], pairs[7]};
-    tile.to += kSlotBytes;
+    slot += kSlotBytes;
   }
 }
 
 // Dequantize a list of blocks into the slots that follow. The host sorts lists by bits, but for
 // blocks of one kind that have to come first.
-template <typename S>
-RECALKV_DEVICE void open_blocks(unsigned char* memory, CodedTile& tile, const BandBlock* next) {
+RECALKV_DEVICE void open_blocks(const unsigned char* memory, const CodedTile& tile,
+                                unsigned char* slot, const BandBlock* next) {
   BandBlock block = *next;
 #pragma unroll 1
   while (block.bits) {
-    open_run<S, 8, 0>(memory, tile, next, block);
-    open_run<S, 4, 2>(memory, tile, next, block);
-    open_run<S, 4, 0>(memory, tile, next, block);
-    open_run<S, 2, 1>(memory, tile, next, block);
-    open_run<S, 2, 0>(memory, tile, next, block);
+    open_run<8, 0>(memory, tile, slot, next, block);
+    open_run<4, 2>(memory, tile, slot, next, block);
+    open_run<4, 0>(memory, tile, slot, next, block);
+    open_run<2, 1>(memory, tile, slot, next, block);
+    open_run<2, 0>(memory, tile, slot, next, block);
   }
 }
 
@@ -185,30 +189,23 @@ RECALKV_DEVICE void multiply_slots(float (&keys)[S::kHeadDim / 2], NarrowOperand
   for (int i = 0; i < 2 * kCount; ++i) {
     const NarrowOperand a = slots.at(i / 2 * kSlotBytes + i % 2 * 32);
     const NarrowOperand b = factor.at(i / 2 * S::kHeadDim * 64 + i % 2 * 32);
-    product(typename S::Element{}, keys, a, b, add || i > 0);
+    product(Float16{}, keys, a, b, add || i > 0);
   }
   slots = slots.at(kCount * kSlotBytes);
   factor = factor.at(kCount * S::kHeadDim * 64);
 }
 
-// keys = latents factor^T of the first `k_blocks` slots, and the values of all.
+// Start keys = latents factor^T of a tile's first `k_blocks` slots.
 template <typename S>
-RECALKV_DEVICE void reconstruct_coded(float (&keys)[S::kHeadDim / 2], unsigned char* memory,
-                                      CodedTile tile, const BandBlock* blocks, int k_blocks,
-                                      NarrowOperand slots, NarrowOperand factor, int team) {
-  using Element = typename S::Element;
-  open_blocks<S>(memory, tile, blocks);
-  shared_fence();
-  team_sync(team, 128);
+RECALKV_DEVICE void start_keys(float (&keys)[S::kHeadDim / 2], NarrowOperand slots,
+                               NarrowOperand factor, int k_blocks) {
   product_fence();
-  const int odd = k_blocks % 2;
-  if (odd) multiply_slots<S, 1>(keys, slots, factor, false);
+  int i = 0;
 #pragma unroll 1
-  for (int i = odd; i < k_blocks; i += 2) multiply_slots<S, 2>(keys, slots, factor, i > 0);
+  for (; i < k_blocks % 4; ++i) multiply_slots<S, 1>(keys, slots, factor, i > 0);
+#pragma unroll 1
+  for (; i < k_blocks; i += 4) multiply_slots<S, 4>(keys, slots, factor, i > 0);
   product_commit();
-  open_blocks<S>(memory, tile, blocks + k_blocks + 1);
-  product_wait<0>(keys);
-  warp_sync();  // values are there
 }
 
 }  // namespace recalkv

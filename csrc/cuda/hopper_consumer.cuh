@@ -76,31 +76,29 @@ RECALKV_DEVICE void reconstruct_keys(float (&keys)[S::kHeadDim / 2], const unsig
   }
 }
 
-// Keys of the columns 8n and on, of the lane's two tokens, as a left-hand fragment; fast pairs are
-// turned by their places in the tile. Keys stay as they are: a new value for them would have to be
-// moved to the registers of the next tile's products.
+// Keys of the columns 16m and on, of the lane's two tokens, as a left-hand fragment in float16,
+// whatever the elements are: it rounds finer, and one operation turns two pairs. Columns are eight
+// pairs' first members, then their second ones; fast pairs are turned by their places in the tile.
+// Keys stay as they are: a new value for them would have to be moved to the registers of the next
+// tile's products.
 template <typename S>
-RECALKV_DEVICE void turned_keys(uint32_t& upper, uint32_t& lower,
-                                const float (&keys)[S::kHeadDim / 2], int n,
-                                const float4* rotation) {
-  using Element = typename S::Element;
-  float2 first = {keys[4 * n], keys[4 * n + 1]}, second = {keys[4 * n + 2], keys[4 * n + 3]};
-  if (n < S::kFastTiles) {
-    const float4 turn = rotation[n * 128];
-    first = rotate(first, {turn.x, turn.y});
-    second = rotate(second, {turn.z, turn.w});
+RECALKV_DEVICE void turned_keys(uint32_t (&left)[4], const float (&keys)[S::kHeadDim / 2], int m,
+                                const uint4* rotation) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) left[i] = pack_finite(keys[8 * m + 2 * i], keys[8 * m + 2 * i + 1]);
+  if (m < S::kFastSteps) {
+    const uint4 turn = rotation[m * 128];
+    turn_pairs(left[0], left[2], turn.x, turn.y);
+    turn_pairs(left[1], left[3], turn.z, turn.w);
   }
-  upper = pack<Element>(first.x, first.y);
-  lower = pack<Element>(second.x, second.y);
 }
 
 // Scores of the lane's two tokens and its rows: both terms of the product, `offset` tokens from the
 // middle of the tile.
 template <typename S>
 RECALKV_DEVICE void score_keys(float (&scores)[S::kColumnTiles][2],
-                               const float (&keys)[S::kHeadDim / 2], const float4* rotation,
+                               const float (&keys)[S::kHeadDim / 2], const uint4* rotation,
                                const uint4* queries, float offset) {
-  using Element = typename S::Element;
   float sums[S::kColumnTiles][4];
 #pragma unroll
   for (int c = 0; c < S::kColumnTiles; ++c) {
@@ -116,15 +114,11 @@ RECALKV_DEVICE void score_keys(float (&scores)[S::kColumnTiles][2],
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t left[4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int n = 2 * (2 * m + half) + i;
-        turned_keys<S>(left[2 * i], left[2 * i + 1], keys, n, rotation);
-      }
+      turned_keys<S>(left, keys, 2 * m + half, rotation);
 #pragma unroll
       for (int c = 0; c < S::kColumnTiles; ++c) {
         const uint4 q = query[c];
-        multiply_add<Element>(sums[c], left, half ? q.z : q.x, half ? q.w : q.y);
+        multiply_add<Float16>(sums[c], left, half ? q.z : q.x, half ? q.w : q.y);
       }
     }
   }
@@ -135,22 +129,24 @@ RECALKV_DEVICE void score_keys(float (&scores)[S::kColumnTiles][2],
   }
 }
 
-// Fold the lane's logits into the running softmax; `weights` is the right-hand fragment of the
-// values' product, tokens by query rows.
+// Fold the lane's logits into the running softmax; `weights` are right-hand fragments of the values'
+// products, tokens by query rows.
 template <typename S>
-RECALKV_DEVICE void weigh(HopperState<S>& state, float (&logits)[S::kColumnTiles][2],
-                          uint32_t (&weights)[2], const DecodeParams& p) {
+RECALKV_DEVICE void weigh(HopperState<S>& state, float (&logits)[S::kTurn][S::kColumnTiles][2],
+                          uint32_t (&weights)[S::kTurn][2], const DecodeParams& p) {
   float highest[S::kColumnTiles];
   bool higher = false;
 #pragma unroll
   for (int c = 0; c < S::kColumnTiles; ++c) {
     highest[c] = state.maximum[c];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2 * S::kTurn; ++i) {
       // Negative distances are tokens after the row's.
-      const auto distance = static_cast<uint32_t>(state.distance[c] - 8 * i);
-      if (distance >= static_cast<uint32_t>(p.window)) logits[c][i] = kMinusInfinity;
-      highest[c] = fmaxf(highest[c], logits[c][i]);
+      const auto distance =
+          static_cast<uint32_t>(state.distance[c] - i / 2 * S::kTokens - i % 2 * 8);
+      float& logit = logits[i / 2][c][i % 2];
+      if (distance >= static_cast<uint32_t>(p.window)) logit = kMinusInfinity;
+      highest[c] = fmaxf(highest[c], logit);
     }
     highest[c] = fmaxf(highest[c], shuffle_xor(highest[c], 4));
     highest[c] = fmaxf(highest[c], shuffle_xor(highest[c], 8));
@@ -170,18 +166,18 @@ RECALKV_DEVICE void weigh(HopperState<S>& state, float (&logits)[S::kColumnTiles
       }
     }
   }
-  float weight[2][2] = {};
 #pragma unroll
-  for (int c = 0; c < S::kColumnTiles; ++c) {
+  for (int t = 0; t < S::kTurn; ++t) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      weight[i][c] = exp2_fast(logits[c][i] - state.maximum[c]);
-      state.sum[c] += weight[i][c];
-    }
-  }
+      float weight[2] = {};
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    weights[i] = transpose_matrix(pack<typename S::Element>(weight[i][0], weight[i][1]));
+      for (int c = 0; c < S::kColumnTiles; ++c) {
+        weight[c] = exp2_fast(logits[t][c][i] - state.maximum[c]);
+        state.sum[c] += weight[c];
+      }
+      weights[t][i] = transpose_matrix(pack<typename S::Latent>(weight[0], weight[1]));
+    }
   }
 }
 
@@ -197,7 +193,7 @@ RECALKV_DEVICE void add_values(HopperState<S>& state, const unsigned char* value
     uint32_t value[4];
     const int place = S::kBands ? v / 2 * kSlotBytes + (v % 2 ? odd : 0) : v * 32;
     load_matrices_transposed(value, values + place);
-    multiply_add<typename S::Element>(state.out[v], value, weights[0], weights[1]);
+    multiply_add<typename S::Latent>(state.out[v], value, weights[0], weights[1]);
   }
 }
 
@@ -212,7 +208,8 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
   const int row = first * shared.row_bytes;
   const int k_place = row + lane % 16 * shared.row_bytes + columns.k_offset() * 2 + lane / 16 * 16;
   // Values are columns of the tile, or in the warpgroup's slots.
-  const int slots = shared.slots + group * p.most_blocks * kSlotBytes;
+  const int tile_slots = p.most_blocks * kSlotBytes;
+  const int slots = shared.slots + group * S::kTurn * tile_slots;
   const int value = lane / 16 * 8 + lane % 8;
   const int value_word = lane / 8 % 2;
   const int v_place =
@@ -220,8 +217,8 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
           ? slots + bands.first_value_slot() * kSlotBytes + slot_word(first + value, value_word)
           : row + columns.v_offset(0) * 2 + value * shared.row_bytes + value_word * 16;
   const int v_odd = slot_word(first + value, value_word + 2) - slot_word(first + value, value_word);
-  const float4* rotation =
-      reinterpret_cast<const float4*>(memory + shared.rotation) + warp % 4 * 32 + lane;
+  const uint4* rotation =
+      reinterpret_cast<const uint4*>(memory + shared.rotation) + warp % 4 * 32 + lane;
   const float2* bias = reinterpret_cast<const float2*>(memory + shared.bias) + lane % 4;
   const int32_t* table = p.block_table + rows.seq * p.table_stride;
   const SwizzledOperand factor = swizzled_operand(memory + shared.factor);
@@ -232,70 +229,99 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
   const float offset = static_cast<float>(first + lane / 4 - 32);
   const float cap = p.soft_cap * kLog2E;
   const float cap_factor = p.soft_cap > 0.0f ? 2.0f * kLog2E / p.soft_cap : 0.0f;
+  if (group >= p.kernel.teams) return;
 #pragma unroll
   for (int c = 0; c < S::kColumnTiles; ++c) {
-    state.distance[c] -= (range.tile_from + group) * S::kTokens + first + lane / 4;
+    state.distance[c] -=
+        (range.tile_from + group * S::kTurn) * S::kTokens + first + lane / 4;
   }
+  const int step = p.kernel.teams * S::kTurn;
   barrier_wait(barriers.factor, 0);
   RingPlace place = {0, 0};
-  place.advance(group, p.kernel.stages);
+  place.advance(group * S::kTurn, p.kernel.stages);
 #pragma unroll 1
-  for (int next = range.tile_from + group; next < range.tile_to; next += 2) {
-    const unsigned char* stage = memory + shared.ring + place.stage * shared.stage_bytes;
+  for (int next = range.tile_from + group * S::kTurn; next < range.tile_to; next += step) {
+    const int turn = shared.ring + place.stage * shared.stage_bytes;
     float keys[S::kHeadDim / 2];
-    float key_scales[2] = {1.0f, 1.0f};
-    if (!S::kLean && p.key_scales) {
-      // Asked for while the tile and its keys are waited for.
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int position = next * S::kTokens + first + lane / 4 + 8 * i;
-        key_scales[i] = key_scale(p, table, range, position, kv_head);
-      }
-    }
-    barrier_wait(barriers.full + place.stage, place.parity);
-    if (S::kBands) {
-      const int start = shared.ring + place.stage * shared.stage_bytes;
-      const int token = first + lane % 16;
-      const CodedTile tile = {start + token * shared.row_bytes,
-                              start + shared.scales + token * p.token_scales,
-                              slots + slot_word(token, lane / 16 * 2), lane / 16};
-      reconstruct_coded<S>(keys, memory, tile, blocks, k_blocks, narrow_operand(memory + slots),
-                           narrow_operand(memory + shared.factor), 2 + group);
-    } else {
-      reconstruct_keys<S>(keys, stage + k_place, factor, k_chunks);
-    }
-    if (!S::kLean && p.k_bias) {
-#pragma unroll
-      for (int n = 0; n < S::kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) keys[4 * n + i] += i % 2 ? bias[n * 4].y : bias[n * 4].x;
-      }
-    }
-    float logits[S::kColumnTiles][2];
-    const uint4* queries = reinterpret_cast<const uint4*>(stage + shared.query) + lane;
-    score_keys<S>(logits, keys, rotation, queries, offset);
+    float key_scales[S::kTurn][2];
     if (!S::kLean) {
+      // Asked for while the tiles and their keys are waited for.
 #pragma unroll
-      for (int c = 0; c < S::kColumnTiles; ++c) {
+      for (int i = 0; i < 2 * S::kTurn; ++i) {
+        const int position =
+            (next + i / 2) * S::kTokens + first + lane / 4 + i % 2 * 8;
+        key_scales[i / 2][i % 2] =
+            p.key_scales ? key_scale(p, table, range, position, kv_head) : 1.0f;
+      }
+    }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& logit = logits[c][i];
-          logit *= key_scales[i];
-          if (p.soft_cap > 0.0f) {
-            // cap tanh(x / cap); the power overflows to infinity, which gives cap as it should.
-            logit = cap * (1.0f - 2.0f * reciprocal_fast(exp2_fast(logit * cap_factor) + 1.0f));
+    for (int t = 0; t < S::kTurn; ++t) {
+      barrier_wait(barriers.full + place.stage + t, place.parity);
+    }
+    CodedTile coded = {};
+    if (S::kBands) {
+      const int token = first + lane % 16;
+      const int start = turn + lane / 16 * shared.stage_bytes;
+      coded.codes = start + token * shared.row_bytes;
+      coded.scales = start + shared.scales + token * p.token_scales;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) coded.words[i] = lane / 16 * tile_slots + slot_word(token, i);
+      open_blocks(memory, coded, memory + slots, blocks);
+      shared_fence();
+      team_sync(2 + group, 128);
+    }
+    float logits[S::kTurn][S::kColumnTiles][2];
+#pragma unroll
+    for (int t = 0; t < S::kTurn; ++t) {
+      const unsigned char* stage = memory + turn + t * shared.stage_bytes;
+      if (S::kBands) {
+        start_keys<S>(keys, narrow_operand(memory + slots + t * tile_slots),
+                      narrow_operand(memory + shared.factor), k_blocks);
+        if (t == 0) {
+          open_blocks(memory, coded, memory + slots + k_blocks * kSlotBytes,
+                      blocks + k_blocks + 1);
+        }
+        product_wait<0>(keys);
+      } else {
+        reconstruct_keys<S>(keys, stage + k_place, factor, k_chunks);
+      }
+      if (!S::kLean && p.k_bias) {
+#pragma unroll
+        for (int n = 0; n < S::kHeadDim / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) keys[4 * n + i] += i % 2 ? bias[n * 4].y : bias[n * 4].x;
+        }
+      }
+      const uint4* queries = reinterpret_cast<const uint4*>(stage + shared.query) + lane;
+      score_keys<S>(logits[t], keys, rotation, queries, offset);
+      if (!S::kLean) {
+#pragma unroll
+        for (int c = 0; c < S::kColumnTiles; ++c) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& logit = logits[t][c][i];
+            logit *= key_scales[t][i];
+            if (p.soft_cap > 0.0f) {
+              // cap tanh(x / cap); the power overflows to infinity, which gives cap as it should.
+              logit = cap * (1.0f - 2.0f * reciprocal_fast(exp2_fast(logit * cap_factor) + 1.0f));
+            }
           }
         }
       }
     }
-    uint32_t weights[2];
+    uint32_t weights[S::kTurn][2];
     weigh<S>(state, logits, weights, p);
-    add_values<S>(state, (S::kBands ? memory : stage) + v_place, v_odd, weights, v_tiles);
-    warp_sync();
-    if (lane == 0) barrier_arrive(barriers.empty + place.stage);
-    place.advance(2, p.kernel.stages);
+    if (S::kBands) warp_sync();  // values are there
 #pragma unroll
-    for (int c = 0; c < S::kColumnTiles; ++c) state.distance[c] -= 2 * S::kTokens;
+    for (int t = 0; t < S::kTurn; ++t) {
+      const int values = S::kBands ? t * tile_slots : turn + t * shared.stage_bytes;
+      add_values<S>(state, memory + values + v_place, v_odd, weights[t], v_tiles);
+    }
+    warp_sync();
+    if (lane < S::kTurn) barrier_arrive(barriers.empty + place.stage + lane);
+    place.advance(step, p.kernel.stages);
+#pragma unroll
+    for (int c = 0; c < S::kColumnTiles; ++c) state.distance[c] -= step * S::kTokens;
   }
 }
 

@@ -18,8 +18,8 @@ RECALKV_DEVICE void prepare_block(const DecodeParams& p, const HopperLayout<S>& 
   const int thread = thread_index();
   if (thread == 0) {
     for (int i = 0; i < p.kernel.stages; ++i) {
-      // The lanes that copy, one of those with the queries, and one with scales.
-      barrier_init(barriers.full + i, 32 + 1 + S::kBands);
+      // The lanes that copy, and one of those with the queries.
+      barrier_init(barriers.full + i, 32 + 1);
       barrier_init(barriers.empty + i, 4);  // the warps of the warpgroup that consumes it
     }
     barrier_init(barriers.factor, 1);
@@ -107,7 +107,8 @@ RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& sh
       total += part.y * exp2_fast(part.x - highest);
     }
     const int64_t to = result_row(p, rows.first_token, kv_head, rows.begin + row, block_y());
-    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+    const float unit = S::kBands ? 1 << kElementScale : 1;
+    const float inverse = total > 0.0f ? unit / total : 0.0f;
     float* out = p.out + to * p.v_width + v_block * (16 * S::kVTiles);
     for (int v = lane; v < v_columns; v += 32) {
       const int column = S::kBands ? value_column(bands, v) : v;
@@ -132,11 +133,14 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
   const Padding padding = find_padding(p, rows, row_block, S::kColumns);
   if (padding.begin < padding.end) clear_padding(p, padding, kv_head, v_block, 16 * S::kVTiles);
   if (rows.begin >= rows.end) return;
-  const TokenRange range = split_range(p, rows, block_y(), S::kTokens);
+  // In tiles that a warpgroup takes in a turn, and from there on in tiles.
+  TokenRange range = split_range(p, rows, block_y(), S::kTurn * S::kTokens);
   if (p.kernel.splits > 1 && range.tile_from >= range.tile_to) {
     if (v_block == 0) clear_split(p, rows, kv_head, S::kColumns);
     return;
   }
+  range.tile_from *= S::kTurn;
+  range.tile_to *= S::kTurn;
   unsigned char* memory = shared_memory();
   const HopperLayout<S> shared(p);
   const HopperBarriers barriers(shared, memory, p.kernel.stages);

@@ -26,12 +26,6 @@ RECALKV_DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0
 
 RECALKV_DEVICE bool warp_any(bool value) { return __any_sync(0xffffffffu, value); }
 
-// 1 as an element, and the bits of an element's mantissa.
-__host__ __device__ constexpr uint32_t one_bits(BFloat16) { return 0x3f80; }
-__host__ __device__ constexpr uint32_t one_bits(Float16) { return 0x3c00; }
-__host__ __device__ constexpr int mantissa_bits(BFloat16) { return 7; }
-__host__ __device__ constexpr int mantissa_bits(Float16) { return 10; }
-
 // Registers per thread from here on, of the calling warpgroup: fewer, or more than the kernel was
 // started with.
 template <int kCount>
@@ -160,41 +154,40 @@ RECALKV_DEVICE void product_wait(float (&sum)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
-// Sums and products of pairs of elements, rounded once.
-template <typename Element>
-RECALKV_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b);
-template <typename Element>
-RECALKV_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
-
-#define RECALKV_PAIRS(ELEMENT, NAME, INSTRUCTION)                    \
-  template <>                                                        \
-  RECALKV_DEVICE uint32_t NAME<ELEMENT>(uint32_t a, uint32_t b) {    \
+// Sums and products of pairs in float16, rounded once.
+#define RECALKV_PAIRS(NAME, INSTRUCTION)                             \
+  RECALKV_DEVICE uint32_t NAME(uint32_t a, uint32_t b) {             \
     uint32_t result;                                                 \
     asm(INSTRUCTION " %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b)); \
     return result;                                                   \
   }
 
-template <typename Element>
-RECALKV_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c);
+RECALKV_PAIRS(add_pairs, "add.rn.f16x2")
+RECALKV_PAIRS(multiply_pairs, "mul.rn.f16x2")
 
-template <>
-RECALKV_DEVICE uint32_t multiply_add_pairs<BFloat16>(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t result;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-  return result;
-}
-
-template <>
-RECALKV_DEVICE uint32_t multiply_add_pairs<Float16>(uint32_t a, uint32_t b, uint32_t c) {
+RECALKV_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }
 
-RECALKV_PAIRS(BFloat16, add_pairs, "add.rn.bf16x2")
-RECALKV_PAIRS(BFloat16, multiply_pairs, "mul.rn.bf16x2")
-RECALKV_PAIRS(Float16, add_pairs, "add.rn.f16x2")
-RECALKV_PAIRS(Float16, multiply_pairs, "mul.rn.f16x2")
+// Two floats rounded to float16; what is too large becomes the largest one.
+RECALKV_DEVICE uint32_t pack_finite(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+// x cos - y sin and x sin + y cos of two pairs, in float16.
+RECALKV_DEVICE void turn_pairs(uint32_t& x, uint32_t& y, uint32_t cos, uint32_t sin) {
+  uint32_t turned;
+  asm("{\n.reg .b32 other;\nmul.rn.f16x2 other, %1, %3;\nneg.f16x2 other, other;\n"
+      "fma.rn.f16x2 %0, %4, %2, other;\n}"
+      : "=r"(turned)
+      : "r"(y), "r"(cos), "r"(sin), "r"(x));
+  y = multiply_add_pairs(y, cos, multiply_pairs(x, sin));
+  x = turned;
+}
 
 // (word & mask) | bits, as one instruction.
 RECALKV_DEVICE uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
@@ -209,20 +202,17 @@ RECALKV_DEVICE uint32_t spread_bytes(uint32_t word) {
   return __byte_perm(word, 0, 0x4040 | kFirst | (kFirst + 1) << 8);
 }
 
-// Byte `i` of a word as a float, plus `kByteOffset`.
-constexpr float kByteOffset = 32768.0f;
-RECALKV_DEVICE float offset_byte(uint32_t word, int i) {
-  return __uint_as_float(__byte_perm(word, 0x47000000u, 0x7404 | i << 4));
+// Bytes `kFirst` and `kFirst + 1` of a word as the lower ones of halves whose upper one is `high`.
+template <int kFirst>
+RECALKV_DEVICE uint32_t bytes_below(uint32_t word, uint32_t high) {
+  return __byte_perm(word, high, 0x4040 | kFirst | (kFirst + 1) << 8);
 }
 
-// A scale of a band's block, the upper byte of a half without sign, as a pair of elements.
-template <typename Element>
-RECALKV_DEVICE uint32_t scale_of_byte(uint32_t byte) {
-  const uint32_t halves = byte * 0x00800080u;
-  if (mantissa_bits(Element{}) == 10) return halves;
-  const float scale = unpack<Float16>(halves).x;
-  return pack<Element>(scale, scale);
-}
+// 1 in float16.
+constexpr uint32_t kOneBits = 0x3c00;
+
+// A scale of a band's block, the upper byte of a half without sign, as a pair.
+RECALKV_DEVICE uint32_t scale_of_byte(uint32_t byte) { return byte * 0x00800080u; }
 
 // sum[64 x kColumns] (+)= a[64 x 16] b[16 x kColumns], asynchronously, by a warpgroup. A warp has
 // 16 of the rows, in the fragments of mma.m16n8k16; `sum` holds those of 8 columns after the other.
@@ -258,9 +248,6 @@ RECALKV_DEVICE uint32_t scale_of_byte(uint32_t byte) {
                  : "r"(a.low), "r"(b.low), "r"(static_cast<int>(add)));                       \
   }
 
-RECALKV_SHARED_PRODUCT(BFloat16, "bf16", 64, 32, "32", "33", "34")
-RECALKV_SHARED_PRODUCT(BFloat16, "bf16", 96, 48, "48", "49", "50")
-RECALKV_SHARED_PRODUCT(BFloat16, "bf16", 128, 64, "64", "65", "66")
 RECALKV_SHARED_PRODUCT(Float16, "f16", 64, 32, "32", "33", "34")
 RECALKV_SHARED_PRODUCT(Float16, "f16", 96, 48, "48", "49", "50")
 RECALKV_SHARED_PRODUCT(Float16, "f16", 128, 64, "64", "65", "66")

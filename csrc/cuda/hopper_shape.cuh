@@ -1,6 +1,8 @@
 // Compile-time sizes of the decode kernel for Hopper and the layout of its shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "shape.cuh"
 
 namespace recalkv {
@@ -15,25 +17,31 @@ constexpr int kConsumerRegisters = 216;
 constexpr int kProducerRegisters = 80;
 // A block of 32 columns of a tile's elements, where latents are in bands.
 constexpr int kSlotBytes = 64 * 64;
+// Elements of latents in bands are what codes stand for by 2^-8.
+constexpr int kElementScale = 8;
 
 // kHeadDim is d; kColumnTiles and kVTiles are those of `DecodeParams::kernel`. A lean kernel
 // rotates only the first half of the pairs and knows no key bias, key scales or soft cap. With
-// `kBands`, latents are coded: a row of a tile has codes, and each warpgroup elements of its own.
+// `kBands`, latents are coded: a row of a tile has codes, and each warpgroup elements of its own, of
+// two tiles at once.
 template <typename Element_, int kHeadDim_, int kColumnTiles_, int kVTiles_, bool kLean_,
           bool kBands_>
 struct HopperShape {
-  using Element = Element_;
+  using Element = Element_;  // of queries
+  using Latent = std::conditional_t<kBands_, Float16, Element_>;
   static constexpr bool kLean = kLean_;
   static constexpr bool kBands = kBands_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kPairs = kHeadDim / 2;
   static constexpr int kTokens = 64;
+  // Tiles that a warpgroup takes in a turn.
+  static constexpr int kTurn = kBands ? 2 : 1;
   // Products of 8 columns hold four query rows and the derivatives of these.
   static constexpr int kColumnTiles = kColumnTiles_;
   static constexpr int kColumns = 4 * kColumnTiles;
   static constexpr int kVTiles = kVTiles_;
-  // Rotated key columns, in eights: the rest are of slow pairs.
-  static constexpr int kFastTiles = kLean ? kHeadDim / 16 : kHeadDim / 8;
+  // Steps of 16 key columns, 8 pairs, that are rotated: the rest are of slow pairs.
+  static constexpr int kFastSteps = kLean ? kHeadDim / 32 : kHeadDim / 16;
   static constexpr int kQueryBytes = kHeadDim / 32 * 512;  // of 4 rows
   static constexpr int kOutStride = 16 * kVTiles + 4;
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128 && kColumnTiles <= 2);
@@ -51,8 +59,8 @@ struct HopperLayout {
     factor_bytes =
         S::kBands ? p.k_width * S::kHeadDim * 2 : (p.k_width + 63) / 64 * S::kHeadDim * 128;
     slots = factor + factor_bytes;  // swizzled too: aligned to 512 bytes
-    rotation = slots + (S::kBands ? 2 * p.most_blocks * kSlotBytes : 0);
-    bias = rotation + S::kFastTiles * 2048;
+    rotation = slots + (S::kBands ? k.teams * S::kTurn * p.most_blocks * kSlotBytes : 0);
+    bias = rotation + S::kFastSteps * 2048;
     columns = bias + (p.k_bias ? S::kHeadDim * 4 : 0);
     blocks = columns + (k.tile_width / 8 * 4 + 15) / 16 * 16;
     barriers = blocks + (S::kBands ? (p.most_blocks + 2) * 16 : 0);

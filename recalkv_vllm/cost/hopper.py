@@ -123,7 +123,7 @@ def _columns(layer: LayerCost, v_width: float) -> float:
 
 def _rotation_bytes(layer: LayerCost) -> int:
     """The table by which a lean kernel turns half of a key's pairs."""
-    return 128 * layer.head_dim
+    return 64 * layer.head_dim
 
 
 def _fits(layer: LayerCost) -> bool:

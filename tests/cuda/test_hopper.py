@@ -133,7 +133,10 @@ def test_long_streams_of_tiles(
     configure(0, early)
     case = LONG[name]
     layer = check(case)
-    assert {plan.stages for plan, _ in layer.plans.values()} == {stages}
+    # In bands, tiles are taken in twos, by one warpgroup if the ring has no more.
+    few = name == "bands" and stages == 2
+    expected = (1 if few else 2, min(stages, 4) if name == "bands" else stages)
+    assert {(plan.teams, plan.stages) for plan, _ in layer.plans.values()} == {expected}
     first = run(build(case, BF16, DEVICE))[1]
     configure(5, early)
     again = run(build(case, BF16, DEVICE))[1]

@@ -24,9 +24,11 @@ from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
 #: V tiles (of 16 columns) and tiles of four query rows of the instantiations: hopper_launch.cuh.
 HOPPER_V_TILES = (8, 16)
 HOPPER_COLUMN_TILES = (1, 2)
-#: Tiles in a block's ring at most; always an even number, so that a warpgroup sees every phase of
-#: the barriers that it waits for.
+#: Tiles in a block's ring at most; always a multiple of what all warpgroups take in a turn, so that
+#: each sees every phase of the barriers that it waits for.
 MOST_STAGES = 6
+#: Tiles that a warpgroup takes in a turn where latents are in bands.
+TURN = 2
 CONSUMER_WARPS = 8
 
 
@@ -35,6 +37,7 @@ class HopperPlan(Plan):
     """A plan of the kernel for Hopper; teams are the warpgroups that take tiles in turns."""
 
     lean_kernel: bool
+    turn: int
 
     @property
     def columns(self) -> int:
@@ -43,7 +46,7 @@ class HopperPlan(Plan):
 
     @property
     def tokens(self) -> int:
-        return TILE
+        return TILE * self.turn
 
     @property
     def lean(self) -> bool:
@@ -62,17 +65,27 @@ def hopper_plan(
     lean: bool,
     bands: BandTables | None = None,
 ) -> HopperPlan | None:
-    """The plan with most stages; None if the factor does not fit beside two tiles."""
+    """The plan with most warpgroups, and of these with most stages; None if the factor does not fit
+    beside two tiles."""
     v_tiles = value_tiles(layer)
     width = plain_width(layer, v_tiles) if bands is None else bands.tile_width
-    for stages in range(MOST_STAGES, 1, -2):
-        needed = hopper_shared_bytes(layer, column_tiles, v_tiles, stages, width, lean, bands)
+    turn = 1 if bands is None else TURN
+    rings = [
+        (teams, stages)
+        for teams in ((2,) if bands is None else (2, 1))
+        for stages in range(MOST_STAGES, 1, -1)
+        if stages % (teams * turn) == 0
+    ]
+    for teams, stages in rings:
+        needed = hopper_shared_bytes(
+            layer, column_tiles, v_tiles, teams, stages, width, lean, bands
+        )
         if needed <= limits.shared_bytes:
             return HopperPlan(
                 column_tiles=column_tiles,
                 v_tiles=v_tiles,
                 heads=1,
-                teams=2,
+                teams=teams,
                 stages=stages,
                 tile_width=width,
                 resident=True,
@@ -80,6 +93,7 @@ def hopper_plan(
                 blocks=len(layer.k_spans) * len(v_blocks(layer, v_tiles)),
                 blocks_per_multiprocessor=1,
                 lean_kernel=lean,
+                turn=turn,
             )
     return None
 
@@ -100,6 +114,7 @@ def hopper_shared_bytes(
     layer: LayerShape,
     column_tiles: int,
     v_tiles: int,
+    teams: int,
     stages: int,
     width: int,
     lean: bool,
@@ -109,12 +124,13 @@ def hopper_shared_bytes(
     dim, columns = layer.head_dim, 4 * column_tiles
     padded = layer.k_width if bands else -(-layer.k_width // SWIZZLED_COLUMNS) * SWIZZLED_COLUMNS
     fixed = padded * dim * 2
-    fixed += dim // (16 if lean else 8) * 2048
+    fixed += dim // (32 if lean else 16) * 2048
     fixed += dim * 4 * layer.key_bias
     fixed += -(-width // 32) * 16 + (stages + 1) * 16
     stage = TILE * (width * 2 + 16) + column_tiles * dim // 32 * 512
     if bands is not None:
-        fixed += 2 * bands.most_blocks * TILE * BLOCK_COLUMNS * 2 + (bands.most_blocks + 2) * 16
+        slots = teams * TURN * bands.most_blocks
+        fixed += slots * TILE * BLOCK_COLUMNS * 2 + (bands.most_blocks + 2) * 16
         stage += TILE * bands.token_scales
     merge = CONSUMER_WARPS * columns * 8 + columns * (16 * v_tiles + 4) * 4
     return fixed + max(stages * stage, merge)
@@ -140,13 +156,13 @@ class HopperAttention(DecodeAttention):
         return fastest_kernel(cost, GPUS["h100"]) == KERNEL
 
     def prepare(self, layer: LatentLayer, shape: LayerShape) -> dict[int, Plan | None]:
-        self.bands = self.band_blocks = k_orders = None
+        self.bands = self.band_blocks = k_columns = None
         if isinstance(layer.latent_format, BandFormat):
             self.bands = bands = band_tables(shape, layer.latent_format, value_tiles(shape))
             self.band_blocks = bands.band_blocks().to(self.device)
             self.code_bytes = layer.latent_format.code_bytes
-            k_orders = bands.k_orders
-        self.packed = packed = pack_hopper_layer(layer, k_orders)
+            k_columns = bands.k_columns
+        self.packed = packed = pack_hopper_layer(layer, k_columns)
         return {
             tiles: hopper_plan(shape, self.limits, tiles, packed.lean, self.bands)
             for tiles in HOPPER_COLUMN_TILES

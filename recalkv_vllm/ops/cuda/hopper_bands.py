@@ -14,6 +14,8 @@ from recalkv_vllm.ops.cuda.plan import v_blocks
 from recalkv_vllm.ops.cuda.shapes import LayerShape
 from recalkv_vllm.span import Span
 
+#: Bits of a block whose slot has columns in their own order.
+NEIGHBORS = 8
 #: Bytes of a chunk that is copied at once.
 CHUNK = 16
 
@@ -81,17 +83,21 @@ class BandTables:
         return max(len(slots.keys) + len(slots.others) for slots in self.slots)
 
     @property
-    def k_orders(self) -> torch.Tensor:
-        """``[h_kv, v_blocks, k_width / 32]``: blocks of the K span, counted from its first."""
+    def k_columns(self) -> torch.Tensor:
+        """``[h_kv, v_blocks, k_width]``: columns of the K span in the order of its slots."""
         heads = range(self.num_heads)
-        orders = [
+        columns = [
             [
-                [number - self.k_starts[head] for number in slots.keys]
+                [
+                    (number - self.k_starts[head]) * BLOCK_COLUMNS + column
+                    for number in slots.keys
+                    for column in slot_order(self.places[number].bits)
+                ]
                 for slots in self.slots[head :: self.num_heads]
             ]
             for head in heads
         ]
-        return torch.tensor(orders)
+        return torch.tensor(columns)
 
     def tile_columns(self) -> torch.Tensor:
         """As :func:`~.layout.tile_columns`, of chunks of codes."""
@@ -108,8 +114,8 @@ class BandTables:
 
         Numbers of K's blocks and of all, the first value's slot and a zero; four numbers a block,
         and zeros after K's and after the others: its bits, where its planes are in a row of the
-        tile, its scale's number; then of each slot of values its block, counted from the V span's
-        first.
+        tile, its scale's number; then of each slot of values twice its block, counted from the V
+        span's first, and one more where the slot has columns in their own order.
         """
         most = self.most_blocks
         width = -(-(12 + 5 * most) // 4) * 4
@@ -123,7 +129,10 @@ class BandTables:
                     row += [bits, offsets[0], offsets[-1], number]
                 row += [0] * 4
             row += [0] * (4 * most + 12 - len(row))
-            row += [number - v_start for number in slots.values]
+            row += [
+                2 * (number - v_start) + (self.places[number].bits == NEIGHBORS)
+                for number in slots.values
+            ]
             rows.append([*row, *[0] * (width - len(row))])
         return torch.tensor(rows, dtype=torch.int32).view(-1, self.num_heads, width)
 
@@ -158,6 +167,16 @@ def slots_of(k_span: Span, v_span: Span, places: Sequence[Place]) -> Slots:
 
     no_values = order(keys - values)
     return Slots((*no_values, *order(keys & values)), order(values - keys), len(no_values))
+
+
+def slot_order(bits: int) -> Sequence[int]:
+    """Columns of a block of 32 in the order of its slot: pairs 4 apart, or neighbors; see
+    hopper_bands.cuh."""
+    if bits == NEIGHBORS:
+        return range(BLOCK_COLUMNS)
+    return [
+        eight + pair + i for eight in range(0, BLOCK_COLUMNS, 8) for pair in range(4) for i in (0, 4)
+    ]
 
 
 def block_numbers(span: Span) -> range:

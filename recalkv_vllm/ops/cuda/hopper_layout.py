@@ -19,6 +19,9 @@ from recalkv_vllm.ops.cuda.layout import (
 )
 from recalkv_vllm.ops.rotary import pair_order
 
+#: Elements of latents in bands are what codes stand for by two to the minus this, see
+#: hopper_bands.cuh; so are keys, and their bias.
+ELEMENT_SCALE = 8
 #: Tokens of a tile, and columns of a row of the factor in shared memory, of elements.
 TILE = 64
 SWIZZLED_COLUMNS = 64
@@ -28,10 +31,11 @@ SLOW_ERROR = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
 
 class HopperTensors(NamedTuple):
-    """The op's tensors from ``k_factor`` on; columns of a head are in pair order.
+    """The op's tensors from ``k_factor`` on; columns of a head are in :func:`member_order`.
 
     Args:
-        k_factor: see :func:`swizzle_rows`, ``[h_kv, ...]``, or for bands ``[h_kv, v_blocks, ...]``.
+        k_factor: see :func:`swizzle_rows`, ``[h_kv, ...]``, or for bands ``[h_kv, v_blocks, ...]``
+            in float16.
         k_bias: ``[h_kv, d]`` float32.
         base_rotation: see :func:`~.layout.rotation_tables`.
         local_rotation: see :func:`lane_rotations`.
@@ -55,11 +59,11 @@ class HopperLayer:
     lean: bool
 
 
-def pack_hopper_layer(layer: LatentLayer, k_orders: torch.Tensor | None = None) -> HopperLayer:
+def pack_hopper_layer(layer: LatentLayer, k_columns: torch.Tensor | None = None) -> HopperLayer:
     """Pack a layer's constants.
 
     Args:
-        k_orders: where latents are in bands, :attr:`~.hopper_bands.BandTables.k_orders`.
+        k_columns: where latents are in bands, :attr:`~.hopper_bands.BandTables.k_columns`.
 
     Raises:
         KernelUnavailableError: the kernel cannot rotate keys as the layer's table does.
@@ -82,20 +86,23 @@ def pack_hopper_layer(layer: LatentLayer, k_orders: torch.Tensor | None = None) 
     terms[: layer.head_dim // (4 if lean else 2)] = torch.tensor(
         [1.0, 0.0, 1.0, 0.0], device=device
     )
-    order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox).to(device)
+    members = member_order(layer.head_dim)
+    order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)[members].to(device)
+    bias = packed.tensors.k_bias
+    if bias is not None:
+        unit = 1.0 if k_columns is None else 2.0**-ELEMENT_SCALE
+        bias = (unit * bias[:, members.to(device)]).contiguous()
     rows = layer.k_up.reshape(-1, layer.head_dim, layer.k_up.shape[2])[:, order]
-    if k_orders is None:
+    if k_columns is None:
         factor = swizzle_rows(rows, SWIZZLED_COLUMNS)
     else:
-        blocks = rows.unflatten(2, (-1, BLOCK_COLUMNS))[..., operand_order()]
-        index = k_orders.to(device)[:, :, None, :, None]
-        index = index.expand(-1, -1, layer.head_dim, -1, BLOCK_COLUMNS)
-        sorted_blocks = blocks[:, None].expand_as(index).gather(3, index)
-        factor = swizzle_rows(sorted_blocks.flatten(3), BLOCK_COLUMNS)
+        index = k_columns.to(device)[:, :, None].expand(-1, -1, layer.head_dim, -1)
+        in_slots = rows[:, None].expand_as(index).gather(3, index)
+        factor = swizzle_rows(in_slots.half(), BLOCK_COLUMNS)
     return HopperLayer(
         tensors=HopperTensors(
             k_factor=factor,
-            k_bias=packed.tensors.k_bias,
+            k_bias=bias,
             base_rotation=base,
             local_rotation=lane_rotations(local),
             slow_rotation=terms.contiguous(),
@@ -121,19 +128,20 @@ def swizzle_rows(rows: torch.Tensor, columns: int) -> torch.Tensor:
     return words.gather(-2, index.expand_as(words)).flatten(-2).contiguous()
 
 
-def operand_order() -> torch.Tensor:
-    """Columns of a block of 32 in the order of its slot: pairs 4 apart, see hopper_bands.cuh."""
-    eight, pair, i = torch.meshgrid(*(torch.arange(n) for n in (4, 4, 2)), indexing="ij")
-    return (8 * eight + pair + 4 * i).flatten()
+def member_order(head_dim: int) -> torch.Tensor:
+    """Columns of a head in pair order, as the kernel has them: of every eight pairs, the first
+    members and then the second ones."""
+    return torch.arange(head_dim).view(-1, 8, 2).transpose(1, 2).flatten()
 
 
 def lane_rotations(local: torch.Tensor) -> torch.Tensor:
-    """``[d/8, 4, 32, 4]`` of ``[64, d/2, 2]``: what each lane of the four warps turns keys by.
+    """``[d/16, 4, 32, 8]`` float16 of ``[64, d/2, 2]``: what each lane of four warps turns keys by.
 
-    Lane ``4g + t`` of warp ``w`` has pair ``4n + t`` of the tokens ``16w + g`` and ``16w + g + 8``.
+    Lane ``4g + t`` of warp ``w`` has the pairs ``8m + 2t`` and ``8m + 2t + 1`` of the tokens
+    ``16w + g`` and ``16w + g + 8``: of each token, both cosines, then both sines.
     """
-    parts = local.reshape(4, 2, 8, -1, 4, 2)  # warp, half, g, n, t, (cos, sin)
-    return parts.permute(3, 0, 2, 4, 1, 5).reshape(-1, 4, 32, 4).contiguous()
+    parts = local.reshape(4, 2, 8, -1, 4, 2, 2)  # warp, half, g, m, t, pair, (cos, sin)
+    return parts.permute(3, 0, 2, 4, 1, 6, 5).reshape(-1, 4, 32, 8).half().contiguous()
 
 
 def slow_rotations(local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -140,7 +140,7 @@ inline void wait_products(Warp& warp, size_t pending) {
       if (last) release(warp, group[i]);
     }
   }
-  if (groups.size() <= 1) warp.fenced = warp.known = false;
+  if (groups.size() <= 1) warp.fenced = false;
 }
 
 template <typename T>
@@ -242,6 +242,7 @@ inline void barrier_expect(uint64_t* barrier, int bytes) { emulation::arrive(bar
 inline void barrier_wait(uint64_t* at, int parity) {
   auto& machine = emulation::Machine::get();
   emulation::SharedBarrier& barrier = emulation::barrier_at(at);
+  machine.warps[machine.current / 32].known = false;
   if (barrier.phase.generation % 2 != parity) return;
   auto& lane = machine.lanes[machine.current];
   lane.blocked = &barrier.phase;
@@ -289,7 +290,7 @@ inline NarrowOperand narrow_operand(const void* rows) {
   return {2ull << 62 | (512ull >> 4) << 32 | 1ull << 16 | (start & 0x3ffff) >> 4};
 }
 
-// Until a warp's next wait for products, after which it writes operands anew.
+// Until a warp's next wait for a barrier, after which it writes operands anew.
 inline void shared_fence() {
   emulation::Machine::get().exchange("fence.proxy.async", nullptr, 0, [](emulation::Warp& warp) {
     warp.known = true;
@@ -328,27 +329,32 @@ inline void product_wait(float (&)[kCount]) {
   });
 }
 
-constexpr uint32_t one_bits(BFloat16) { return 0x3f80; }
-constexpr uint32_t one_bits(Float16) { return 0x3c00; }
-constexpr int mantissa_bits(BFloat16) { return 7; }
-constexpr int mantissa_bits(Float16) { return 10; }
-
-template <typename Element>
 inline uint32_t add_pairs(uint32_t a, uint32_t b) {
-  const float2 left = unpack<Element>(a), right = unpack<Element>(b);
-  return pack<Element>(left.x + right.x, left.y + right.y);
+  const float2 left = unpack<Float16>(a), right = unpack<Float16>(b);
+  return pack<Float16>(left.x + right.x, left.y + right.y);
 }
 
-template <typename Element>
 inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  const float2 left = unpack<Element>(a), right = unpack<Element>(b);
-  return pack<Element>(left.x * right.x, left.y * right.y);
+  const float2 left = unpack<Float16>(a), right = unpack<Float16>(b);
+  return pack<Float16>(left.x * right.x, left.y * right.y);
 }
 
-template <typename Element>
 inline uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
-  const float2 left = unpack<Element>(a), right = unpack<Element>(b), more = unpack<Element>(c);
-  return pack<Element>(std::fma(left.x, right.x, more.x), std::fma(left.y, right.y, more.y));
+  const float2 left = unpack<Float16>(a), right = unpack<Float16>(b), more = unpack<Float16>(c);
+  return pack<Float16>(std::fma(left.x, right.x, more.x), std::fma(left.y, right.y, more.y));
+}
+
+inline uint32_t pack_finite(float low, float high) {
+  constexpr float kLargest = 65504.0f;
+  const auto finite = [](float x) { return x > kLargest ? kLargest : x < -kLargest ? -kLargest : x; };
+  return pack<Float16>(finite(low), finite(high));
+}
+
+inline void turn_pairs(uint32_t& x, uint32_t& y, uint32_t cos, uint32_t sin) {
+  const uint32_t other = multiply_pairs(y, sin) ^ 0x80008000u;
+  const uint32_t turned = multiply_add_pairs(x, cos, other);
+  y = multiply_add_pairs(y, cos, multiply_pairs(x, sin));
+  x = turned;
 }
 
 template <int kFirst>
@@ -360,16 +366,14 @@ inline uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
   return (word & mask) | bits;
 }
 
-constexpr float kByteOffset = 32768.0f;
-inline float offset_byte(uint32_t word, int i) {
-  return emulation::as_float(0x47000000u | (word >> (8 * i) & 0xff) << 8);
+template <int kFirst>
+inline uint32_t bytes_below(uint32_t word, uint32_t high) {
+  word >>= 8 * kFirst;
+  return (word & 0xff) | (word >> 8 & 0xff) << 16 | high * 0x01000100u;
 }
 
-template <typename Element>
-inline uint32_t scale_of_byte(uint32_t byte) {
-  const float scale = unpack<Float16>(byte << 7).x;
-  return pack<Element>(scale, scale);
-}
+constexpr uint32_t kOneBits = 0x3c00;
+inline uint32_t scale_of_byte(uint32_t byte) { return byte * 0x00800080u; }
 
 #define RECALKV_EMULATED_PRODUCTS(ELEMENT)                                                         \
   template <int kCount>                                                                            \
