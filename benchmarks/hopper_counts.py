@@ -13,7 +13,16 @@ from itertools import product
 
 from recalkv_vllm.band_format import BLOCK_COLUMNS
 from recalkv_vllm.cost import LayerCost
-from recalkv_vllm.cost.hopper import ARCH, COUNTED, ROWS, TILE, Instructions, hopper_spends
+from recalkv_vllm.cost.hopper import (
+    ARCH,
+    CONSUMER_GROUPS,
+    COUNTED,
+    ROWS,
+    TILE,
+    Instructions,
+    consumer_groups,
+    hopper_spends,
+)
 from recalkv_vllm.ops.cuda.hopper import HOPPER_COLUMN_TILES, HOPPER_V_TILES
 from recalkv_vllm.ops.cuda.hopper_bands import CHUNK
 from recalkv_vllm.ops.cuda.plan import HEAD_DIMS
@@ -100,7 +109,7 @@ def modelled(layout: Layout) -> float:
     spent = hopper_spends(layer_cost(layout), ARCH)
     if spent is None:
         raise ValueError(f"{layout}: expected the kernel to read it")
-    return spent.instructions * TILE
+    return spent.instructions * TILE * consumer_groups(layer_cost(layout)) / CONSUMER_GROUPS
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ from .sass_paths import Code
 
 ELEMENTS = ("BFloat16", "Float16")
 ARCH = "sm_90a"
-#: Of the model; scales of all its groups are copied, 16 bytes at a time by each of eight lanes.
+#: Of the model; scales of all its groups are copied, four times 16 bytes by each of eight lanes.
 GROUPS = 8
 #: Tiles that a warpgroup takes in a round where latents are in bands.
 TURN = 2
@@ -184,8 +184,8 @@ def instructions_per_tile(code: Code, layout: Layout) -> tuple[float, int, int]:
     def rounds(inner: range) -> int | None:
         text = code.text[inner.start : inner.stop]
         copies = sum("LDGSTS.E" in each for each in text)
-        if copies == 1:
-            return len(layout.k_bits + layout.v_bits) * GROUPS // 8
+        if copies == 4:
+            return -(-len(layout.k_bits + layout.v_bits) * GROUPS // 32)
         if copies:
             return -(-chunks // (lanes * lines)) if copies == 2 * lanes * lines else None
         return 1

@@ -3,8 +3,8 @@
 // A warpgroup takes two tiles at once, so that each lane has a token. A block of 32 columns of a
 // tile becomes a *slot* of shared memory, in the order of the block table: 64 rows of 64 bytes, as
 // `NarrowOperand` reads them. A register holds a pair of columns, q and q + 4 of eight, so that
-// codes need no more than a shift and a mask, or with 8 bits neighbors; the factor's columns and the
-// V span's are in the same order (ops/cuda/hopper_bands.py).
+// codes need no more than a shift and a mask, or with 8 bits neighbors; the factor's columns and
+// the V span's are in the same order (ops/cuda/hopper_bands.py).
 //
 // Elements are float16 whatever the model's are, and 2^-8 of what codes stand for: nothing on the
 // way to the largest one overflows.
@@ -84,8 +84,10 @@ RECALKV_DEVICE uint32_t plane_bits(uint32_t plane, int q, int to, uint32_t rest)
 // which fewest shifts differ.
 template <int kBits>
 RECALKV_BOTH constexpr int code_place(int q) {
-  return kBits == 2 ? 3 + q % 2 * 2 : kBits == 3 ? 2 + q / 2 * 2 : kBits == 4 ? 2 + q % 2 * 4
-                                                                              : 2 + q % 2 * 2;
+  return kBits == 2   ? 3 + q % 2 * 2
+         : kBits == 3 ? 2 + q / 2 * 2
+         : kBits == 4 ? 2 + q % 2 * 4
+                      : 2 + q % 2 * 2;
 }
 
 // Sixteen columns of `kLow + kHigh` bits, as eight pairs. One fused operation takes 2^p + u + 1/2

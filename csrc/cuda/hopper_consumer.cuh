@@ -129,8 +129,8 @@ RECALKV_DEVICE void score_keys(float (&scores)[S::kColumnTiles][2],
   }
 }
 
-// Fold the lane's logits into the running softmax; `weights` are right-hand fragments of the values'
-// products, tokens by query rows.
+// Fold the lane's logits into the running softmax; `weights` are right-hand fragments of the
+// values' products, tokens by query rows.
 template <typename S>
 RECALKV_DEVICE void weigh(HopperState<S>& state, float (&logits)[S::kTurn][S::kColumnTiles][2],
                           uint32_t (&weights)[S::kTurn][2], const DecodeParams& p) {
@@ -229,13 +229,21 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
   const float offset = static_cast<float>(first + lane / 4 - 32);
   const float cap = p.soft_cap * kLog2E;
   const float cap_factor = p.soft_cap > 0.0f ? 2.0f * kLog2E / p.soft_cap : 0.0f;
-  if (group >= p.kernel.teams) return;
+  const int teams = S::kBands ? p.kernel.teams : 2;
+  if (group >= teams) return;
 #pragma unroll
   for (int c = 0; c < S::kColumnTiles; ++c) {
-    state.distance[c] -=
-        (range.tile_from + group * S::kTurn) * S::kTokens + first + lane / 4;
+    state.distance[c] -= (range.tile_from + group * S::kTurn) * S::kTokens + first + lane / 4;
   }
-  const int step = p.kernel.teams * S::kTurn;
+  // Of the lane's token where latents are in bands. Handed from each lane to itself, or they would
+  // be computed anew for every block of columns.
+  const int token = first + lane % 16;
+  const int token_stage = lane / 16 * shared.stage_bytes;
+  const auto codes = static_cast<int>(shuffle(token_stage + token * shared.row_bytes, lane));
+  const auto scales =
+      static_cast<int>(shuffle(token_stage + shared.scales + token * p.token_scales, lane));
+  uint64_t* empty = barriers.empty + lane % S::kTurn;
+  const int step = teams * S::kTurn;
   barrier_wait(barriers.factor, 0);
   RingPlace place = {0, 0};
   place.advance(group * S::kTurn, p.kernel.stages);
@@ -248,8 +256,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
       // Asked for while the tiles and their keys are waited for.
 #pragma unroll
       for (int i = 0; i < 2 * S::kTurn; ++i) {
-        const int position =
-            (next + i / 2) * S::kTokens + first + lane / 4 + i % 2 * 8;
+        const int position = (next + i / 2) * S::kTokens + first + lane / 4 + i % 2 * 8;
         key_scales[i / 2][i % 2] =
             p.key_scales ? key_scale(p, table, range, position, kv_head) : 1.0f;
       }
@@ -260,10 +267,8 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
     }
     CodedTile coded = {};
     if (S::kBands) {
-      const int token = first + lane % 16;
-      const int start = turn + lane / 16 * shared.stage_bytes;
-      coded.codes = start + token * shared.row_bytes;
-      coded.scales = start + shared.scales + token * p.token_scales;
+      coded.codes = turn + codes;
+      coded.scales = turn + scales;
 #pragma unroll
       for (int i = 0; i < 4; ++i) coded.words[i] = lane / 16 * tile_slots + slot_word(token, i);
       open_blocks(memory, coded, memory + slots, blocks);
@@ -278,8 +283,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
         start_keys<S>(keys, narrow_operand(memory + slots + t * tile_slots),
                       narrow_operand(memory + shared.factor), k_blocks);
         if (t == 0) {
-          open_blocks(memory, coded, memory + slots + k_blocks * kSlotBytes,
-                      blocks + k_blocks + 1);
+          open_blocks(memory, coded, memory + slots + k_blocks * kSlotBytes, blocks + k_blocks + 1);
         }
         product_wait<0>(keys);
       } else {
@@ -318,7 +322,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
       add_values<S>(state, memory + values + v_place, v_odd, weights[t], v_tiles);
     }
     warp_sync();
-    if (lane < S::kTurn) barrier_arrive(barriers.empty + place.stage + lane);
+    if (lane < S::kTurn) barrier_arrive(empty + place.stage);
     place.advance(step, p.kernel.stages);
 #pragma unroll
     for (int c = 0; c < S::kColumnTiles; ++c) state.distance[c] -= step * S::kTokens;

@@ -71,7 +71,8 @@ RECALKV_DEVICE void copy_rows(unsigned char* to, int row_bytes, const char* from
     for (int i = 0; i < 16; i += kRows) {
 #pragma unroll
       for (int line = 0; line < kLines; ++line) {
-        copy_async(place + line * 16 * kLanes, slot + line * 16 * kLanes, kWhole || (live >> i & 1));
+        copy_async(place + line * 16 * kLanes, slot + line * 16 * kLanes,
+                   kWhole || (live >> i & 1));
       }
       place += kRows * row_bytes;
       slot += kRows * slot_bytes;
@@ -82,9 +83,16 @@ RECALKV_DEVICE void copy_rows(unsigned char* to, int row_bytes, const char* from
 // The same of scales, as a page has them: those of 16 tokens lie together.
 RECALKV_DEVICE void copy_scales(unsigned char* to, const unsigned char* from, int token_scales,
                                 int lane) {
+  to += lane % 8 * 16;
+  from += lane % 8 * 16;
 #pragma unroll 1
-  for (int chunk = lane % 8; chunk < token_scales; chunk += 8) {
-    copy_async(to + chunk * 16, from + chunk * 16, true);
+  for (int chunk = lane % 8; chunk < token_scales; chunk += 32) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (chunk + 8 * i < token_scales) copy_async(to + 128 * i, from + 128 * i, true);
+    }
+    to += 4 * 128;
+    from += 4 * 128;
   }
 }
 
@@ -101,8 +109,8 @@ RECALKV_DEVICE void copy_edge_scales(unsigned char* to, const unsigned char* fro
   }
 }
 
-// The lane's share of the query rows, as float: of row lane/8 of every four, the pairs 16m + 8b +
-// 2 (lane%4) + h, where b is bit 2 of the lane.
+// The lane's share of the query rows, as float: of row lane/8 of every four, the pairs 16m +
+// 2 (lane%8) + h.
 //
 // Slow pairs turn back to the middle of the tile, and their score is the first two terms in the
 // offset from it. `slow_rotation` has, of each pair, the first term's factor, the second's relative
@@ -115,19 +123,19 @@ struct QueryShare {
   float4 base[kSteps];  // of the next tile
 
   RECALKV_DEVICE static int pair_of(int lane, int m, int half) {
-    return 16 * m + lane / 4 % 2 * 8 + lane % 4 * 2 + half;
+    return 16 * m + lane % 8 * 2 + half;
   }
 
   RECALKV_DEVICE void fetch_base(const float* row, int lane) {
 #pragma unroll
     for (int m = 0; m < kSteps; ++m) {
-      base[m] = reinterpret_cast<const float4*>(row)[pair_of(lane, m, 0) / 2];
+      base[m] = reinterpret_cast<const float4*>(row)[8 * m + lane % 8];
     }
   }
 
   RECALKV_DEVICE void load(const DecodeParams& p, const Rows& rows, int kv_head, int lane) {
     const int per_kv = p.num_heads / p.num_kv_heads;
-    const float unit = S::kBands ? 1 << kElementScale : 1;
+    const float unit = S::kBands ? 1 << kKeyScale : 1;
     const float scale = unit * (p.soft_cap > 0.0f ? p.scale : p.scale * kLog2E);
 #pragma unroll
     for (int m = 0; m < kSteps; ++m) {

@@ -17,13 +17,15 @@ constexpr int kConsumerRegisters = 216;
 constexpr int kProducerRegisters = 80;
 // A block of 32 columns of a tile's elements, where latents are in bands.
 constexpr int kSlotBytes = 64 * 64;
-// Elements of latents in bands are what codes stand for by 2^-8.
+// Elements of latents in bands are what codes stand for by 2^-8, and keys made of them what they
+// are without by 2^-4; ELEMENT_SCALE and KEY_SCALE of ops/cuda/hopper_layout.py.
 constexpr int kElementScale = 8;
+constexpr int kKeyScale = 4;
 
 // kHeadDim is d; kColumnTiles and kVTiles are those of `DecodeParams::kernel`. A lean kernel
 // rotates only the first half of the pairs and knows no key bias, key scales or soft cap. With
-// `kBands`, latents are coded: a row of a tile has codes, and each warpgroup elements of its own, of
-// two tiles at once.
+// `kBands`, latents are coded: a row of a tile has codes, and each warpgroup elements of its own,
+// of two tiles at once.
 template <typename Element_, int kHeadDim_, int kColumnTiles_, int kVTiles_, bool kLean_,
           bool kBands_>
 struct HopperShape {

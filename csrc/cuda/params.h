@@ -17,7 +17,7 @@ struct DecodeParams {
   const void* k_factor;         // [h_kv, d/16, k_width/16, lane, 8], see ops/cuda/layout.py
   const float* k_bias;          // [h_kv, d] in pair order, or null
   const float* base_rotation;   // [max_position/16, d/2, 2]: (cos, sin) of every 16th position
-  const float* local_rotation;  // [32, d/2, 2]: of the first positions; Hopper: [d/8, 4, lane, 4]
+  const float* local_rotation;  // [32, d/2, 2]: of the first positions; Hopper: see `turned_keys`
   const float* slow_rotation;   // Hopper only: [d/2, 4], see `load_queries`
   const int32_t* tile_columns;  // [v_blocks, head_blocks, 2 + heads + chunks], see `TileColumns`
   const int32_t* band_blocks;   // Hopper only: see `BandTable`, or null

@@ -23,8 +23,11 @@ ROWS = 4
 ROW_TILES = 2
 #: Shared memory of a block (CUDA C++ Programming Guide, compute capability 9.0).
 SHARED_BYTES = 227 << 10
-#: Warpgroups that dequantize codes into slots of their own.
+#: Warpgroups that take tiles, of which each dequantizes two at once into slots of its own. One has
+#: to do where slots for two do not fit; a scheduler then has one warp, not two, and is supposed to
+#: issue half as much.
 CONSUMER_GROUPS = 2
+TURN = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,9 @@ def hopper_spends(layer: LayerCost, arch: int) -> Spent | None:
     """None where the kernel does not run."""
     # Elements only of groups of one head: others read them from L2 once for each.
     readable = layer.bands if layer.coded else layer.k_group_size == 1
-    if arch != ARCH or layer.head_dim not in HEAD_DIMS or not readable or not _fits(layer):
+    if arch != ARCH or layer.head_dim not in HEAD_DIMS or not readable:
+        return None
+    if not consumer_groups(layer):
         return None
     dim, v_tiles, row_tiles = layer.head_dim, compiled_v_tiles(layer), compiled_row_tiles(layer)
     row_blocks = -(-layer.rows // (ROWS * row_tiles))
@@ -84,7 +89,7 @@ def hopper_spends(layer: LayerCost, arch: int) -> Spent | None:
         KERNEL,
         blocks * flop,
         blocks * _shared_bytes(layer, v_width, row_tiles),
-        blocks * per_tile / TILE,
+        blocks * per_tile / TILE * CONSUMER_GROUPS / consumer_groups(layer),
     )
 
 
@@ -96,6 +101,11 @@ def compiled_v_tiles(layer: LayerCost) -> int:
 def compiled_row_tiles(layer: LayerCost) -> int:
     """Of the kernel that a layer takes."""
     return 1 if layer.rows <= ROWS else ROW_TILES
+
+
+def consumer_groups(layer: LayerCost) -> int:
+    """Warpgroups that take tiles; 0 if the kernel does not run."""
+    return next((n for n in (CONSUMER_GROUPS, 1) if _fits(layer, n)), 0)
 
 
 def _row_bytes(layer: LayerCost) -> float:
@@ -126,12 +136,15 @@ def _rotation_bytes(layer: LayerCost) -> int:
     return 64 * layer.head_dim
 
 
-def _fits(layer: LayerCost) -> bool:
-    """Whether the factor fits beside two tiles and their queries."""
+def _fits(layer: LayerCost, groups: int) -> bool:
+    """Whether the factor fits beside tiles that as many warpgroups take, and their queries."""
+    if not layer.coded and groups < CONSUMER_GROUPS:
+        return False
     padded = layer.k_width if layer.coded else -(-layer.k_width // 64) * 64
     factor = 2 * layer.head_dim * padded
     queries = 16 * compiled_row_tiles(layer) * layer.head_dim
-    tiles = 2 * (TILE * (_row_bytes(layer) + 16) + queries)
+    turn = TURN if layer.coded else 1
+    tiles = groups * turn * (TILE * (_row_bytes(layer) + 16) + queries)
     columns = _columns(layer, min(layer.v_width, 16 * compiled_v_tiles(layer)))
-    slots = CONSUMER_GROUPS * 2 * TILE * columns if layer.coded else 0
+    slots = groups * TURN * 2 * TILE * columns if layer.coded else 0
     return factor + _rotation_bytes(layer) + tiles + slots <= SHARED_BYTES

@@ -10,7 +10,13 @@ import pytest
 from recalkv_vllm.band_format import Band, BandFormat, token_bytes
 from recalkv_vllm.cost import GPUS, LayerCost, decode_seconds, dense_seconds, relative_decode_time
 from recalkv_vllm.cost.gpu import fastest_kernel, gpu_times
-from recalkv_vllm.cost.hopper import SHARED_BYTES, TILE, TOLERANCE, hopper_spends
+from recalkv_vllm.cost.hopper import (
+    SHARED_BYTES,
+    TILE,
+    TOLERANCE,
+    consumer_groups,
+    hopper_spends,
+)
 from recalkv_vllm.ops.cuda.hopper import hopper_plan, value_tiles
 from recalkv_vllm.ops.cuda.hopper_bands import band_tables
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits
@@ -129,3 +135,4 @@ def test_layers_that_fit_are_those_that_have_a_plan(
     tables = band_tables(shape, bands, value_tiles(shape)) if bands else None
     planned = hopper_plan(shape, Limits(132, SHARED_BYTES, 228 << 10), 1, True, tables)
     assert (hopper_spends(layer, 90) is not None) == (planned is not None)
+    assert consumer_groups(layer) == (planned.teams if planned else 0)

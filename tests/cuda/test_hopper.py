@@ -96,6 +96,38 @@ def test_nan_of_a_model_reaches_the_output(configure: Configure) -> None:
     assert not o_lat[-1, 2:].isnan().any()
 
 
+@pytest.mark.parametrize("scale", [0xF7, 0x30, 0x01], ids=hex)
+def test_elements_of_any_scale(scale: int, configure: Configure) -> None:
+    """Float16 has room for the largest elements, and small ones are rounded by 2^-17 at most.
+
+    The scales are 61440, 2^-9 and 2^-17, of blocks that are values alone.
+    """
+    case = banded(
+        AttentionCase(
+            "bands-scales",
+            rank=192,
+            num_heads=2,
+            num_kv_heads=1,
+            k_spans=(Span(0, 32),),
+            v_spans=(Span(32, 192),),
+            batch=MIXED,
+        ),
+        ((32, 4), (32, 8), (32, 6), (32, 4), (32, 3), (32, 2)),
+    )
+    inputs = build(case, BF16, DEVICE)
+    inputs.layer.latent_format.split_cache(inputs.kv_cache)[1][..., 1:] = scale
+    oracle, (allowed, allowed_lse) = expected_of(inputs, BF16)
+    got = run(inputs)[1]
+    assert_close_to_oracle(got, oracle, (allowed + 2.0**-17, allowed_lse), rows=len(inputs.q))
+
+
+def test_keys_beyond_float16_saturate(configure: Configure) -> None:
+    inputs = build(LONG["gqa"], BF16, DEVICE)
+    o_lat, lse = run(inputs.change(k_up=inputs.layer.k_up * 2.0**24))[1]
+    assert o_lat.isfinite().all()
+    assert lse.isfinite().all()
+
+
 @pytest.mark.parametrize("case", [*SUPPORTED, *BANDS], ids=str)
 def test_matrix_with_early_copies_on_one_multiprocessor(
     case: AttentionCase, configure: Configure, multiprocessors: Callable[[int], None]

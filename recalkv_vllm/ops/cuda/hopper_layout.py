@@ -19,9 +19,10 @@ from recalkv_vllm.ops.cuda.layout import (
 )
 from recalkv_vllm.ops.rotary import pair_order
 
-#: Elements of latents in bands are what codes stand for by two to the minus this, see
-#: hopper_bands.cuh; so are keys, and their bias.
+#: Powers of two by which elements of latents in bands, and keys made of them, are smaller than what
+#: they stand for, so that float16 has room: see hopper_bands.cuh.
 ELEMENT_SCALE = 8
+KEY_SCALE = 4
 #: Tokens of a tile, and columns of a row of the factor in shared memory, of elements.
 TILE = 64
 SWIZZLED_COLUMNS = 64
@@ -90,7 +91,7 @@ def pack_hopper_layer(layer: LatentLayer, k_columns: torch.Tensor | None = None)
     order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)[members].to(device)
     bias = packed.tensors.k_bias
     if bias is not None:
-        unit = 1.0 if k_columns is None else 2.0**-ELEMENT_SCALE
+        unit = 1.0 if k_columns is None else 2.0**-KEY_SCALE
         bias = (unit * bias[:, members.to(device)]).contiguous()
     rows = layer.k_up.reshape(-1, layer.head_dim, layer.k_up.shape[2])[:, order]
     if k_columns is None:
@@ -98,7 +99,8 @@ def pack_hopper_layer(layer: LatentLayer, k_columns: torch.Tensor | None = None)
     else:
         index = k_columns.to(device)[:, :, None].expand(-1, -1, layer.head_dim, -1)
         in_slots = rows[:, None].expand_as(index).gather(3, index)
-        factor = swizzle_rows(in_slots.half(), BLOCK_COLUMNS)
+        unit = 2.0 ** (ELEMENT_SCALE - KEY_SCALE)
+        factor = swizzle_rows((unit * in_slots.float()).half(), BLOCK_COLUMNS)
     return HopperLayer(
         tensors=HopperTensors(
             k_factor=factor,

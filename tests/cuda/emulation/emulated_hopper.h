@@ -346,7 +346,9 @@ inline uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
 
 inline uint32_t pack_finite(float low, float high) {
   constexpr float kLargest = 65504.0f;
-  const auto finite = [](float x) { return x > kLargest ? kLargest : x < -kLargest ? -kLargest : x; };
+  const auto finite = [](float x) {
+    return x > kLargest ? kLargest : x < -kLargest ? -kLargest : x;
+  };
   return pack<Float16>(finite(low), finite(high));
 }
 
