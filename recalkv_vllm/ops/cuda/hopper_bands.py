@@ -175,7 +175,10 @@ def slot_order(bits: int) -> Sequence[int]:
     if bits == NEIGHBORS:
         return range(BLOCK_COLUMNS)
     return [
-        eight + pair + i for eight in range(0, BLOCK_COLUMNS, 8) for pair in range(4) for i in (0, 4)
+        eight + pair + i
+        for eight in range(0, BLOCK_COLUMNS, 8)
+        for pair in range(4)
+        for i in (0, 4)
     ]
 
 
