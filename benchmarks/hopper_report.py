@@ -129,7 +129,7 @@ LAYOUTS = (
     ),
 )
 #: What tells the code for a block's bits apart: a mask of its codes, or what they are centered by.
-MARKS = {2: "0x180018,", 3: "0x300030,", 4: "0x3c003c0,", 6: "0xf000f0,", 8: "-4.5, -4.5"}
+MARKS = {2: "0x180018,", 3: "0x300030,", 4: "0x3c003c0,", 6: "0xf000f0,", 8: "-2.25, -2.25"}
 
 
 def predicted_time(layout: Layout, instructions: int) -> float:

@@ -6,7 +6,7 @@
 // codes need no more than a shift and a mask, or with 8 bits neighbors; the factor's columns and
 // the V span's are in the same order (ops/cuda/hopper_bands.py).
 //
-// Elements are float16 whatever the model's are, and 2^-8 of what codes stand for: nothing on the
+// Elements are float16 whatever the model's are, and 2^-9 of what codes stand for: nothing on the
 // way to the largest one overflows.
 #pragma once
 

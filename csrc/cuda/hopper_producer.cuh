@@ -114,7 +114,8 @@ RECALKV_DEVICE void copy_edge_scales(unsigned char* to, const unsigned char* fro
 //
 // Slow pairs turn back to the middle of the tile, and their score is the first two terms in the
 // offset from it. `slow_rotation` has, of each pair, the first term's factor, the second's relative
-// to it, and the cosine and sine of the way to the middle; those of a fast pair are 1, 0, 1, 0.
+// to it, and the cosine and sine of the way to the middle; those of a fast pair are 2, 0, 1, 0,
+// since it turns by halves.
 template <typename S>
 struct QueryShare {
   static constexpr int kSteps = S::kHeadDim / 32;

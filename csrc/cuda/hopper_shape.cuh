@@ -17,9 +17,9 @@ constexpr int kConsumerRegisters = 216;
 constexpr int kProducerRegisters = 80;
 // A block of 32 columns of a tile's elements, where latents are in bands.
 constexpr int kSlotBytes = 64 * 64;
-// Elements of latents in bands are what codes stand for by 2^-8, and keys made of them what they
+// Elements of latents in bands are what codes stand for by 2^-9, and keys made of them what they
 // are without by 2^-4; ELEMENT_SCALE and KEY_SCALE of ops/cuda/hopper_layout.py.
-constexpr int kElementScale = 8;
+constexpr int kElementScale = 9;
 constexpr int kKeyScale = 4;
 
 // kHeadDim is d; kColumnTiles and kVTiles are those of `DecodeParams::kernel`. A lean kernel

@@ -98,7 +98,7 @@ def test_nan_of_a_model_reaches_the_output(configure: Configure) -> None:
 
 @pytest.mark.parametrize("scale", [0xF7, 0x30, 0x01], ids=hex)
 def test_elements_of_any_scale(scale: int, configure: Configure) -> None:
-    """Float16 has room for the largest elements, and small ones are rounded by 2^-17 at most.
+    """Float16 has room for the largest elements, and small ones are rounded by 2^-15 at most.
 
     The scales are 61440, 2^-9 and 2^-17, of blocks that are values alone.
     """
@@ -118,7 +118,7 @@ def test_elements_of_any_scale(scale: int, configure: Configure) -> None:
     inputs.layer.latent_format.split_cache(inputs.kv_cache)[1][..., 1:] = scale
     oracle, (allowed, allowed_lse) = expected_of(inputs, BF16)
     got = run(inputs)[1]
-    assert_close_to_oracle(got, oracle, (allowed + 2.0**-17, allowed_lse), rows=len(inputs.q))
+    assert_close_to_oracle(got, oracle, (allowed + 2.0**-15, allowed_lse), rows=len(inputs.q))
 
 
 def test_keys_beyond_float16_saturate(configure: Configure) -> None:

@@ -21,7 +21,7 @@ from recalkv_vllm.ops.rotary import pair_order
 
 #: Powers of two by which elements of latents in bands, and keys made of them, are smaller than what
 #: they stand for, so that float16 has room: see hopper_bands.cuh.
-ELEMENT_SCALE = 8
+ELEMENT_SCALE = 9
 KEY_SCALE = 4
 #: Tokens of a tile, and columns of a row of the factor in shared memory, of elements.
 TILE = 64
@@ -84,8 +84,9 @@ def pack_hopper_layer(layer: LatentLayer, k_columns: torch.Tensor | None = None)
     turning = errors > SLOW_ERROR[layer.k_up.dtype]
     fast = int((turning * torch.arange(1, len(errors) + 1, device=errors.device)).max())
     lean = plain and fast <= layer.head_dim // 4
+    # Cosines and sines of fast pairs are halves, so that keys cannot overflow as they are turned.
     terms[: layer.head_dim // (4 if lean else 2)] = torch.tensor(
-        [1.0, 0.0, 1.0, 0.0], device=device
+        [2.0, 0.0, 1.0, 0.0], device=device
     )
     members = member_order(layer.head_dim)
     order = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)[members].to(device)
@@ -140,10 +141,11 @@ def lane_rotations(local: torch.Tensor) -> torch.Tensor:
     """``[d/16, 4, 32, 8]`` float16 of ``[64, d/2, 2]``: what each lane of four warps turns keys by.
 
     Lane ``4g + t`` of warp ``w`` has the pairs ``8m + 2t`` and ``8m + 2t + 1`` of the tokens
-    ``16w + g`` and ``16w + g + 8``: of each token, both cosines, then both sines.
+    ``16w + g`` and ``16w + g + 8``: of each token, halves of both cosines, then of both sines.
     """
     parts = local.reshape(4, 2, 8, -1, 4, 2, 2)  # warp, half, g, m, t, pair, (cos, sin)
-    return parts.permute(3, 0, 2, 4, 1, 6, 5).reshape(-1, 4, 32, 8).half().contiguous()
+    lanes = parts.permute(3, 0, 2, 4, 1, 6, 5).reshape(-1, 4, 32, 8)
+    return (lanes / 2).half().contiguous()
 
 
 def slow_rotations(local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
