@@ -152,7 +152,7 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
   const int v_left = p.v_width - v_block * (16 * S::kVTiles);
   const int v_columns = v_left < 16 * S::kVTiles ? v_left : 16 * S::kVTiles;
   if (warp >= kConsumerWarps) {
-    shrink_registers<kProducerRegisters>();
+    shrink_registers<S::kProducerRegisters>();
     if (warp == kConsumerWarps) {
       // With bands, the order of a factor's columns depends on the block's part of the V span.
       const int factor = S::kBands ? kv_head * v_blocks + v_block : kv_head;
@@ -161,7 +161,7 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
       produce_queries<S>(p, shared, memory, barriers, rows, range, kv_head, lane);
     }
   } else {
-    grow_registers<kConsumerRegisters>();
+    grow_registers<S::kConsumerRegisters>();
     HopperState<S> state(p, rows, lane);
     consume<S>(p, shared, memory, barriers, state, rows, range, columns, bands, kv_head, v_columns,
                lane, warp);

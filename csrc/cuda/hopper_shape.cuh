@@ -12,9 +12,6 @@ namespace recalkv {
 constexpr int kConsumerWarps = 8;
 constexpr int kConsumerThreads = 32 * kConsumerWarps;
 constexpr int kHopperThreads = kConsumerThreads + 128;
-// Registers of a thread; a multiprocessor has 512 for each of 128 threads.
-constexpr int kConsumerRegisters = 216;
-constexpr int kProducerRegisters = 80;
 // A block of 32 columns of a tile's elements, where latents are in bands.
 constexpr int kSlotBytes = 64 * 64;
 // Elements of latents in bands are what codes stand for by 2^-9, and keys made of them what they
@@ -44,6 +41,11 @@ struct HopperShape {
   static constexpr int kVTiles = kVTiles_;
   // Steps of 16 key columns, 8 pairs, that are rotated: the rest are of slow pairs.
   static constexpr int kFastSteps = kLean ? kHeadDim / 32 : kHeadDim / 16;
+  // Of a thread; a multiprocessor has 512 for each of 128 threads. With 216 ptxas spills in one of
+  // these, with 224 in others.
+  static constexpr int kConsumerRegisters =
+      kBands && !kLean && kHeadDim == 96 && kColumnTiles == 1 ? 224 : 216;
+  static constexpr int kProducerRegisters = 512 - 2 * kConsumerRegisters;
   static constexpr int kQueryBytes = kHeadDim / 32 * 512;  // of 4 rows
   static constexpr int kOutStride = 16 * kVTiles + 4;
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128 && kColumnTiles <= 2);
