@@ -44,7 +44,7 @@ struct HopperShape {
   // Of a thread; a multiprocessor has 512 for each of 128 threads. With 216 ptxas spills in one of
   // these, with 224 in others.
   static constexpr int kConsumerRegisters =
-      kBands && !kLean && kHeadDim == 96 && kColumnTiles == 1 ? 224 : 216;
+      kBands && kHeadDim < 128 && kColumnTiles == 1 ? 224 : 216;
   static constexpr int kProducerRegisters = 512 - 2 * kConsumerRegisters;
   static constexpr int kQueryBytes = kHeadDim / 32 * 512;  // of 4 rows
   static constexpr int kOutStride = 16 * kVTiles + 4;
