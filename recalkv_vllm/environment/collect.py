@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from recalkv_vllm.compression.cache_directory import cache_directory
+from recalkv_vllm.cache_directory import cache_directory
 from recalkv_vllm.environment.packages import packages
 from recalkv_vllm.environment.probes import PROBES
 from recalkv_vllm.environment.probing import probe

@@ -27,6 +27,7 @@ class CheckedLayer(BoundLayer):
         chosen = implementation(layer.k_up.device, layer.k_up.dtype, layer.head_dim)
         self._bind = chosen.bind
         self._bound = self._bind(layer)
+        self._limits: BatchLimits | None = None
 
     def rebind(self, layer: LatentLayer, *, captured: bool) -> None:
         """Take the constants of a layer of the same layout, after its weights changed.
@@ -43,6 +44,8 @@ class CheckedLayer(BoundLayer):
         if captured:
             overwrite(self._bound, bound)
         else:
+            if self._limits is not None:
+                bound.reserve(self._limits)
             self._bound = bound
         self._signature = signature
 
@@ -85,6 +88,7 @@ class CheckedLayer(BoundLayer):
 
     def reserve(self, limits: BatchLimits) -> None:
         self._bound.reserve(limits)
+        self._limits = limits
 
     def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
         return self._bound.warm_up(kv_cache, limits)

@@ -287,8 +287,8 @@ class BoundLayer(Protocol):
         raise NotImplementedError(f"{name} does not reconstruct")
 
     def reserve(self, limits: BatchLimits) -> None:
-        """Allocate what calls within ``limits`` need, before memory is profiled and graphs are
-        captured."""
+        """Allocate what calls within ``limits`` need, and settle which kernel serves them, before
+        memory is profiled and graphs are captured."""
 
     def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
         """Compile and load every kernel that calls within ``limits`` reach, before they come.

@@ -19,8 +19,8 @@ from recalkv_vllm.ops.contract import Implementation, KernelUnavailableError
 logger = logging.getLogger("recalkv_vllm.ops")
 
 MODULES = {name: f"{__package__}.{name}" for name in ("reference", "cpu", "triton", "cuda")}
-#: Tried in order when nothing is forced. The reference is never picked silently: it is slow. Layers
-#: bound by ``cuda`` run Triton's kernels where its ``DecodeAttention.preferred`` says no.
+#: Tried in order when nothing is forced. The reference is never picked silently: it is slow. Triton
+#: decodes layers bound by ``cuda`` where it is faster (``ops/cuda/choice.py``).
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 

@@ -154,19 +154,15 @@ def test_hopper_has_a_kernel_of_its_own(
     assert_matches_oracle(result, case, DTYPE)
 
 
-@pytest.mark.parametrize(
-    ("arch", "where"),
-    [
-        (80, " on"),
-        (90, " of K groups of one head"),
-        (100, " of layers that Triton has only narrow"),
-    ],
-)
-def test_log_says_what_decodes(arch: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heuristics, "target_of", lambda device: Target(arch, 132))
+@pytest.mark.parametrize("forced", [False, True])
+def test_log_says_what_decodes(forced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "target_of", lambda device: Target(90, 132))
+    monkeypatch.delenv("RECALKV_KERNEL", raising=False)
+    if forced:
+        monkeypatch.setenv("RECALKV_KERNEL", "cuda")
+    where = "" if forced else " where it is the faster one"
     said = cuda.describe(torch.device("cuda"), DTYPE)
-    assert said.startswith(f"CUDA C++ for decode{where}")
-    assert f"sm_{arch}" in said
+    assert said == f"CUDA C++ for decode{where} on sm_90, Triton for the rest"
 
 
 def test_empty_batch(configure: Configure) -> None:

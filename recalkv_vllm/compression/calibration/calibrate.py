@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from recalkv_vllm.cache_directory import cache_directory
 from recalkv_vllm.compression.base_model.devices import calibration_dtype
 from recalkv_vllm.compression.base_model.model import BaseModel
-from recalkv_vllm.compression.cache_directory import cache_directory
 from recalkv_vllm.compression.calibration.recall_text import draw_recall
 from recalkv_vllm.compression.calibration.samples import (
     draw_samples,

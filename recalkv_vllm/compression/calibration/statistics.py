@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from recalkv_vllm.cache_directory import cache_directory
 from recalkv_vllm.checkpoint import AttentionGeometry
 from recalkv_vllm.compression.base_model.attention import CausalLM
-from recalkv_vllm.compression.cache_directory import cache_directory
 from recalkv_vllm.compression.calibration.calibration_pass import run_pass, sum_shapes
 from recalkv_vllm.compression.calibration.kronecker import KroneckerFactors, mean_factors
 from recalkv_vllm.compression.calibration.observers import FisherDiagonal, InputMoments, Observer

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from recalkv_vllm.band_format import CacheFormat
+from recalkv_vllm.cache_directory import cache_directory
 from recalkv_vllm.compression.base_model.attention import CausalLM
 from recalkv_vllm.compression.base_model.devices import calibration_dtype
-from recalkv_vllm.compression.cache_directory import cache_directory
 from recalkv_vllm.compression.calibration.calibration_pass import freeze
 from recalkv_vllm.compression.calibration.calibration_text import CalibrationText
 from recalkv_vllm.compression.calibration.statistics import samples_digest

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from recalkv_vllm.compression.cache_directory import cache_directory
+from recalkv_vllm.cache_directory import cache_directory
 from recalkv_vllm.compression.errors import output_errors
 
 #: Matrices of the product that is timed: a tile's keys are as narrow.

@@ -1,8 +1,8 @@
 """The ops in CUDA C++ (``csrc/cuda``), for decode on NVIDIA GPUs; the rest is Triton's.
 
 Decode attention (up to 16 queries per sequence) runs here, by a kernel for Hopper or by one for all
-devices, where :meth:`~.attention.DecodeAttention.preferred` says so. Prefill, cache update and the
-value up-projection run the Triton kernels.
+devices, where that is faster than Triton's (:mod:`~.choice`). Prefill, cache update and the value
+up-projection run the Triton kernels.
 """
 
 from __future__ import annotations
@@ -51,13 +51,9 @@ def unsupported_reason(
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """The architecture, for the log."""
-    target = heuristics.target_of(device)
-    where = ""
-    if target.arch == HOPPER_ARCH:
-        where = " of K groups of one head, of bands, and of layers that Triton has narrow tiles for"
-    elif target.family in heuristics.WIDE_MMA:
-        where = " of layers that Triton has only narrow tiles for"
-    return f"CUDA C++ for decode{where} on sm_{target.arch}, Triton for the rest"
+    arch = heuristics.target_of(device).arch
+    faster = "" if os.environ.get("RECALKV_KERNEL") == "cuda" else " where it is the faster one"
+    return f"CUDA C++ for decode{faster} on sm_{arch}, Triton for the rest"
 
 
 def decode_attention(layer: LatentLayer) -> DecodeAttention:

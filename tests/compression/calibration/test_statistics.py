@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from recalkv_vllm.cache_directory import cache_directory
 from recalkv_vllm.compression.base_model.attention import attention_modules
 from recalkv_vllm.compression.base_model.model import BaseModel
-from recalkv_vllm.compression.cache_directory import cache_directory
 from recalkv_vllm.compression.calibration import calibration_pass
 from recalkv_vllm.compression.calibration.statistics import collect
 from recalkv_vllm.compression.calibration.sum_store import SumStore, is_complete, read_complete
