@@ -1,4 +1,4 @@
-"""Whether the CUDA C++ kernel that all devices have decodes a layer, or Triton's."""
+"""Which kernel is expected to decode faster: CUDA C++ for all devices, or Triton's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ WIDE_TILE = 64
 
 
 def prefers_cuda(shape: AttentionShape, target: Target, queries: int) -> bool:
-    """Whether CUDA C++ decodes a layer, ``queries`` per sequence at most.
+    """Whether CUDA C++ is expected to, with ``queries`` per sequence at most; asked where neither
+    can be timed.
 
     Its kernel multiplies by ``mma.sync``, whose operands every warp loads into registers, and
     so does Triton up to sm_89 and on sm_120. From sm_90 on, Triton's ``wgmma`` and ``tcgen05`` read

@@ -96,7 +96,7 @@ def _plugin(probed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cache() -> dict[str, str | None]:
-    """The directory of calibration statistics, and why it cannot be written, if so."""
+    """The directory of what was measured, and why it cannot be written, if so."""
     path = None
     try:
         path = cache_directory()

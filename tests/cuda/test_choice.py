@@ -6,6 +6,7 @@ import json
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,6 +63,11 @@ def decodes(limits: BatchLimits = LIMITS, **changes: object) -> bool:
     layer = cuda.bind(replace(build(CASE, DTYPE, DEVICE).layer, **changes))
     layer.reserve(limits)
     return layer.decodes(limits.num_heads, limits.decode_query_len)
+
+
+def nothing() -> dict[str, Callable[[], object]]:
+    """Two kernels that take no time."""
+    return {"cuda": lambda: None, "triton": lambda: None}
 
 
 @pytest.mark.parametrize(("cuda_ms", "triton_ms"), [(1.0, 2.0), (2.0, 1.0)])
@@ -131,15 +137,14 @@ def test_another_device_or_version_is_measured_anew(
 def test_damaged_or_foreign_file_is_measured_anew(
     damage: Callable[[str], str],
     stopwatch: Stopwatch,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    decodes()
-    (path,) = tmp_path.rglob("*.json")
+    measured = times.decode_times("layer", stopwatch, nothing)
+    path = times.times_file("layer")
     whole = path.read_text()
     path.write_text(damage(whole))
     start_anew(monkeypatch)
-    assert decodes()
+    assert times.decode_times("layer", stopwatch, nothing) == measured
     assert stopwatch.timed == 4
     assert path.read_text() == whole
     assert list(path.parent.iterdir()) == [path]
@@ -153,13 +158,12 @@ def test_folder_that_cannot_be_written_is_a_warning(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("RECALKV_CACHE", str(tmp_path / "file"))
-    assert decodes()
-    assert "recalkv: times of kernels are not kept in RECALKV_CACHE: " in caplog.text
-    decodes()
-    assert stopwatch.timed == 2
-    start_anew(monkeypatch)
-    decodes()
-    assert stopwatch.timed == 4
+    for timed in (2, 4):
+        for _ in range(2):
+            assert times.decode_times("layer", stopwatch, nothing) == {"cuda": 1, "triton": 2}
+            assert stopwatch.timed == timed
+        assert "recalkv: times of kernels are not kept in RECALKV_CACHE: " in caplog.text
+        start_anew(monkeypatch)
 
 
 @pytest.mark.parametrize("forced", ["cuda", "triton"])
@@ -179,6 +183,38 @@ def test_only_a_gpu_that_captures_nothing_is_asked(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     assert (timing.timer_of(torch.device("cuda", 0)) is None) == capturing
     assert timing.timer_of(torch.device("cpu")) is None
+
+
+class Event:
+    """One of a device on which the calls that were made take this many milliseconds each."""
+
+    DURATIONS = (50, 50, 50, 9, 3, 1, 3, 3, 3, 1, 3, 40, 3)
+    calls = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = sum(self.DURATIONS[: Event.calls])
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+def test_median_of_calls_without_those_that_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: None)
+    monkeypatch.setattr(Event, "calls", 0)
+
+    def call() -> None:
+        Event.calls += 1
+
+    assert timing.milliseconds(torch.device("cuda"), call) == 3
+    assert Event.calls == len(Event.DURATIONS)
 
 
 @pytest.mark.parametrize("predicted", [False, True])

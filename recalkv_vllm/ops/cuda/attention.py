@@ -89,7 +89,11 @@ class DecodeAttention:
         return torch.ops.recalkv_cuda.decode
 
     def preferred(self, shape: AttentionShape, target: Target, queries: int) -> bool:
-        """Whether this kernel and not Triton's decodes, ``queries`` per sequence at most."""
+        """Whether this kernel is predicted to be faster than Triton's.
+
+        Args:
+            queries: per sequence, at most.
+        """
         return heuristics.prefers_cuda(shape, target, queries)
 
     def run(

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from recalkv_vllm.cache_directory import cache_directory
 from recalkv_vllm.compression.base_model.attention import attention_modules
-from recalkv_vllm.compression.cache_directory import cache_directory
 from recalkv_vllm.compression.calibration import calibration_pass, kronecker, statistics
 from recalkv_vllm.compression.calibration.first_rows import FirstRows
 from recalkv_vllm.compression.calibration.kronecker import flip_flop
