@@ -5,7 +5,7 @@ Imports neither torch nor vLLM, so that every side can read it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -283,7 +283,7 @@ ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 OTHER_LAYERS = ("linear_attention", "mamba", "conv")
 
 
-def attention_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...] | None:
+def attention_layers(config: Mapping[str, Any], num_layers: int) -> Sequence[int] | None:
     """Which of a Hugging Face config's decoder layers have attention.
 
     Args:
@@ -295,7 +295,7 @@ def attention_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, .
     """
     architecture = SUPPORTED.get(config.get("model_type", ""))
     if architecture is None or not architecture.hybrid:
-        return tuple(range(num_layers))
+        return range(num_layers)
     kinds = config.get("layer_types") or config.get("layers_block_type")
     if not isinstance(kinds, list | tuple) or len(kinds) != num_layers:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,15 +55,13 @@ class AttentionGeometry:
             head_dim=_size(config, "head_dim", hidden_size // heads),
             key_norm=key_norm(config),
             kinds_differ=_differ(config.get("layer_types") or config.get("layers_block_type")),
-            decoder_layers=None if len(layers) == num_layers else layers,
+            decoder_layers=None if len(layers) == num_layers else tuple(layers),
         )
 
     @property
-    def layer_indices(self) -> tuple[int, ...]:
+    def layer_indices(self) -> Sequence[int]:
         """Of the layers with attention, in the model's decoder."""
-        if self.decoder_layers is None:
-            return tuple(range(self.num_layers))
-        return self.decoder_layers
+        return range(self.num_layers) if self.decoder_layers is None else self.decoder_layers
 
     def position(self, decoder_layer: int) -> int | None:
         """Where a decoder layer is among those with attention; None if it is not."""
