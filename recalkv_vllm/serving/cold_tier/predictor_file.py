@@ -30,9 +30,9 @@ def dump(predictors: Sequence[LayerPredictor]) -> bytes:
     return buffer.getvalue()
 
 
-def load(contents: bytes) -> list[LayerPredictor]:
+def parse(contents: bytes) -> list[LayerPredictor]:
     """Inverse of :func:`dump`."""
-    with np.load(io.BytesIO(contents), allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(contents)) as arrays:
         layers = 1 + max(int(name.split(".")[0]) for name in arrays.files)
         return [
             LayerPredictor(

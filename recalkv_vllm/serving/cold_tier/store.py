@@ -22,7 +22,12 @@ from recalkv_vllm.serving.cold_tier.chunk_layout import Bytes, ChunkLayout
 from recalkv_vllm.serving.cold_tier.codec import Codec
 from recalkv_vllm.serving.cold_tier.entropy import compress_bytes, decompress_bytes
 from recalkv_vllm.serving.cold_tier.fit import fit
-from recalkv_vllm.serving.cold_tier.predictor_file import DIGEST_BYTES, digest, dump, load
+from recalkv_vllm.serving.cold_tier.predictor_file import (
+    DIGEST_BYTES,
+    digest,
+    dump,
+    parse,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +147,7 @@ class ColdStore:
                 contents = self._predictor_path(predictor).read_bytes()
                 if self._layout is None or digest(contents) != predictor:
                     raise DamagedChunkError("its predictor's file is damaged")
-                self._codecs[predictor] = Codec(self._layout, load(contents))
+                self._codecs[predictor] = Codec(self._layout, parse(contents))
             return self._codecs[predictor]
 
     def _predictor_path(self, predictor: bytes) -> Path:

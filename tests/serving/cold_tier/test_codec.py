@@ -16,7 +16,7 @@ from recalkv_vllm.serving.cold_tier.predictor import (
     seen_from_above,
     to_integers,
 )
-from recalkv_vllm.serving.cold_tier.predictor_file import dump, load
+from recalkv_vllm.serving.cold_tier.predictor_file import dump, parse
 from tests.serving.cold_tier.chunks import BANDS, PADDING, correlated, layout
 
 
@@ -117,7 +117,7 @@ def test_sums_are_exact_in_any_order():
 
 
 def test_a_predictors_file_gives_the_same_predictor(codec):
-    again = Codec(codec.layout, load(dump(codec.predictors)))
+    again = Codec(codec.layout, parse(dump(codec.predictors)))
     chunks = correlated(2, seed=11)
     assert again.encode(chunks) == codec.encode(chunks)
 
