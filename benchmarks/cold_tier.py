@@ -114,14 +114,13 @@ def engine(checkpoint: Path, extra: dict[str, Any], tokens: int) -> Callable[[li
 
 def cached_bytes(config: dict[str, Any]) -> int:
     """Bytes of a token in all layers."""
-    from recalkv_vllm.band_format import stored_format, token_bytes
-    from recalkv_vllm.checkpoint import RecalkvConfig
+    from recalkv_vllm.checkpoint import AttentionGeometry, RecalkvConfig, kv_bytes_per_token
 
-    recalkv = RecalkvConfig.from_hf_config(config)
-    return sum(
-        token_bytes(stored_format(one.bands, recalkv.latent_quantization), one.rank, 2)
-        for one in recalkv.layers
+    recalkv, geometry = (
+        RecalkvConfig.from_hf_config(config),
+        AttentionGeometry.from_hf_config(config),
     )
+    return kv_bytes_per_token(recalkv, geometry, 2)["compressed"]
 
 
 def read_prompts(checkpoint: Path, text: Path, tokens: int, count: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ all its codes first, token after token, then all its scales.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -48,6 +48,22 @@ class Band(NamedTuple):
 
     columns: int
     bits: int
+
+
+class Plane(NamedTuple):
+    """Some bits of all codes of a band.
+
+    Args:
+        columns: of the band.
+        part: their bytes among those of a token's codes.
+        bits: of each code.
+        shift: of the lowest in the code.
+    """
+
+    columns: slice
+    part: slice
+    bits: int
+    shift: int
 
 
 @dataclass(frozen=True)
@@ -91,10 +107,25 @@ class BandFormat:
         return self.rank // BLOCK_COLUMNS
 
     @cached_property
+    def used_bytes(self) -> int:
+        """Bytes of a token's codes without padding."""
+        return sum(map(band_bytes, self.bands))
+
+    @cached_property
     def code_bytes(self) -> int:
         """Bytes of a token's codes, padding included."""
-        used = sum(map(band_bytes, self.bands))
-        return -(-used // CODE_ALIGNMENT) * CODE_ALIGNMENT
+        return -(-self.used_bytes // CODE_ALIGNMENT) * CODE_ALIGNMENT
+
+    def planes(self) -> Iterator[Plane]:
+        """In the order of their bytes."""
+        column = byte = 0
+        for band in self.bands:
+            columns, shift = slice(column, column + band.columns), 0
+            for bits in PLANES[band.bits]:
+                size = band.columns * bits // 8
+                yield Plane(columns, slice(byte, byte + size), bits, shift)
+                byte, shift = byte + size, shift + bits
+            column += band.columns
 
     def slot_bytes(self, rank: int) -> int:
         """Bytes of one token, codes and scales; ``rank`` is that of the bands."""
@@ -179,29 +210,18 @@ class BandFormat:
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Bytes ``[..., code_bytes]`` of unpacked codes ``[..., rank]``."""
-        packed = []
-        for band, units in zip(self.bands, self._split(codes), strict=True):
-            shift = 0
-            for plane in PLANES[band.bits]:
-                packed.append(pack_bits(units >> shift & ((1 << plane) - 1), plane))
-                shift += plane
-        out = torch.cat(packed, dim=-1)
-        return torch.nn.functional.pad(out, (0, self.code_bytes - out.shape[-1]))
+        packed = codes.new_zeros((*codes.shape[:-1], self.code_bytes))
+        for columns, part, bits, shift in self.planes():
+            units = codes[..., columns] >> shift & ((1 << bits) - 1)
+            packed[..., part] = pack_bits(units, bits)
+        return packed
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """Inverse of :meth:`pack`."""
         codes = packed.new_zeros((*packed.shape[:-1], self.rank))
-        offset = 0
-        for band, units in zip(self.bands, self._split(codes), strict=True):
-            shift = 0
-            for plane in PLANES[band.bits]:
-                size = band.columns * plane // 8
-                units |= unpack_bits(packed[..., offset : offset + size], plane) << shift
-                offset, shift = offset + size, shift + plane
+        for columns, part, bits, shift in self.planes():
+            codes[..., columns] |= unpack_bits(packed[..., part], bits) << shift
         return codes
-
-    def _split(self, columns: torch.Tensor) -> Sequence[torch.Tensor]:
-        return columns.split([band.columns for band in self.bands], dim=-1)
 
     def _half_ranges(self, device: torch.device) -> torch.Tensor:
         """``2**(b - 1)`` of every block: ``[num_blocks]`` float32."""

@@ -183,7 +183,7 @@ def _rank_of(latent_format: LatentFormat, slot_bytes: int) -> int:
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of 1, 2, 4 or 8 bits as bytes, earlier ones in lower bits."""
+    """Codes of up to 8 bits as bytes, as many to each as fit, earlier ones in lower bits."""
     per_byte = 8 // bits
     shifts = bits * torch.arange(per_byte, dtype=torch.uint8, device=codes.device)
     return (codes.unflatten(-1, (-1, per_byte)) << shifts).sum(dim=-1, dtype=torch.uint8)

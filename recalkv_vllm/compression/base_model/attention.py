@@ -26,10 +26,15 @@ class Attention(Protocol):
     qkv_proj: nn.Module  # only where the three are fused
 
 
+def indexed_attention(model: CausalLM) -> dict[int, Attention]:
+    """The attention module of every decoder layer that has one, by the layer's index."""
+    found = enumerate(getattr(layer, "self_attn", None) for layer in model.model.layers)
+    return {index: attention for index, attention in found if attention is not None}
+
+
 def attention_modules(model: CausalLM) -> list[Attention]:
     """The attention module of every decoder layer that has one, first layer first."""
-    found = (getattr(layer, "self_attn", None) for layer in model.model.layers)
-    return [attention for attention in found if attention is not None]
+    return list(indexed_attention(model).values())
 
 
 class SplitProjection(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recalkv_vllm.compression.base_model.attention import Attention, CausalLM, attention_modules
+from recalkv_vllm.compression.base_model.attention import Attention, CausalLM, indexed_attention
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.compression.latents.rounded_projection import rounded_projections
 from recalkv_vllm.compression.layer import LayerFactors, natural_order, natural_rows
@@ -48,13 +48,10 @@ class OutputRefit:
         plan: ModelPlan | None = None,
     ):
         self._layers = model.model.layers
-        self._attention = attention_modules(model)
-        #: Of these modules in the decoder, where some layers may have none.
-        self._indices = [
-            i
-            for i, layer in enumerate(self._layers)
-            if getattr(layer, "self_attn", None) is not None
-        ]
+        attention = indexed_attention(model)
+        #: Of layers with attention, in the decoder.
+        self._indices = list(attention)
+        self._attention = list(attention.values())
         self._device = device
         self._plan = plan
         self._arguments = _layer_arguments(model, samples[:1])

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from recalkv_vllm.band_format import PLANES, BandFormat
+from recalkv_vllm.band_format import BandFormat
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -69,7 +69,7 @@ class ChunkLayout:
         in_rest = np.ones((1, self.size), bool)
         for layer in self.layers:
             for codes, scales in _pages(in_rest, layer):
-                codes[..., : _used_bytes(layer.latents)] = False
+                codes[..., : layer.latents.used_bytes] = False
                 scales[...] = False
         return in_rest[0]
 
@@ -83,7 +83,7 @@ class ChunkLayout:
         layers = []
         for layer in self.layers:
             codes, scales = zip(*_pages(chunks, layer), strict=True)
-            packed = _columns_first(codes)[: _used_bytes(layer.latents)]
+            packed = _columns_first(codes)[: layer.latents.used_bytes]
             layers.append(Latents(_unpack(packed, layer.latents), _columns_first(scales)))
         return layers, chunks[:, self._in_rest]
 
@@ -116,39 +116,26 @@ def _columns_first(pages: Sequence[Bytes]) -> Bytes:
     return np.ascontiguousarray(tokens.reshape(-1, tokens.shape[-1]).T)
 
 
-def _used_bytes(latents: BandFormat) -> int:
-    return sum(band.columns * band.bits // 8 for band in latents.bands)
-
-
-def _planes(latents: BandFormat) -> Iterator[tuple[slice, slice, int, int]]:
-    """Of every plane: its columns, its bytes, its bits, and the place of its lowest."""
-    column = byte = 0
-    for band in latents.bands:
-        shift = 0
-        for plane in PLANES[band.bits]:
-            size = band.columns * plane // 8
-            yield slice(column, column + band.columns), slice(byte, byte + size), plane, shift
-            byte, shift = byte + size, shift + plane
-        column += band.columns
-
-
 def _unpack(packed: Bytes, latents: BandFormat) -> Bytes:
-    """Codes ``[rank, tokens]`` of packed ones ``[bytes, tokens]``."""
+    """Codes ``[rank, tokens]`` of packed ones ``[bytes, tokens]``.
+
+    ``BandFormat.unpack`` with columns first, for speed: a byte of all tokens is one row.
+    """
     codes = np.zeros((latents.rank, packed.shape[1]), np.uint8)
-    for columns, part, plane, shift in _planes(latents):
-        per_byte = 8 // plane
+    for columns, part, bits, shift in latents.planes():
+        per_byte = 8 // bits
         for i in range(per_byte):
-            units = packed[part] >> (i * plane) & ((1 << plane) - 1)
+            units = packed[part] >> (i * bits) & ((1 << bits) - 1)
             codes[columns][i::per_byte] |= units << shift
     return codes
 
 
 def _pack(codes: Bytes, latents: BandFormat) -> Bytes:
     """Inverse of :func:`_unpack`."""
-    packed = np.zeros((_used_bytes(latents), codes.shape[1]), np.uint8)
-    for columns, part, plane, shift in _planes(latents):
-        per_byte = 8 // plane
+    packed = np.zeros((latents.used_bytes, codes.shape[1]), np.uint8)
+    for columns, part, bits, shift in latents.planes():
+        per_byte = 8 // bits
         for i in range(per_byte):
-            units = codes[columns][i::per_byte] >> shift & ((1 << plane) - 1)
-            packed[part] |= units << (i * plane)
+            units = codes[columns][i::per_byte] >> shift & ((1 << bits) - 1)
+            packed[part] |= units << (i * bits)
     return packed

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 import zstandard
 
+from recalkv_vllm.latent_format import pack_bits, unpack_bits
 from recalkv_vllm.serving.cold_tier.chunk_layout import Bytes
 
 #: Symbols have no repetitions worth looking for.
@@ -15,7 +17,9 @@ _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
 
 def compress(symbols: Bytes, bits: int) -> bytes:
     """Symbols below ``2**bits``, of any shape; several share a byte, and so a Huffman code."""
-    return compress_bytes(_several_to_a_byte(symbols.reshape(-1), bits))
+    flat = symbols.reshape(-1)
+    whole_bytes = np.pad(flat, (0, -len(flat) % (8 // bits)))
+    return compress_bytes(pack_bits(torch.from_numpy(whole_bytes), bits).numpy())
 
 
 def decompress(data: bytes | memoryview, bits: int, count: int) -> Bytes:
@@ -24,14 +28,9 @@ def decompress(data: bytes | memoryview, bits: int, count: int) -> Bytes:
     Raises:
         ValueError: ``data`` is damaged.
     """
-    per_byte = 8 // bits
-    packed = decompress_bytes(data, -(-count // per_byte))
-    if per_byte == 1:
-        return packed
-    symbols = np.empty((len(packed), per_byte), np.uint8)
-    for i in range(per_byte):
-        symbols[:, i] = packed >> (i * bits) & ((1 << bits) - 1)
-    return symbols.reshape(-1)[:count]
+    packed = decompress_bytes(data, -(-count // (8 // bits)))
+    # A copy: torch warns of memory that it may not write.
+    return unpack_bits(torch.from_numpy(packed.copy()), bits).numpy()[:count]
 
 
 def compress_bytes(data: Bytes) -> bytes:
@@ -55,15 +54,3 @@ def decompress_bytes(data: bytes | memoryview, size: int) -> Bytes:
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
     return np.frombuffer(plain, np.uint8)
-
-
-def _several_to_a_byte(symbols: Bytes, bits: int) -> Bytes:
-    per_byte = 8 // bits
-    if per_byte == 1:
-        return symbols
-    padded = np.zeros(-(-len(symbols) // per_byte) * per_byte, np.uint8)
-    padded[: len(symbols)] = symbols
-    packed = np.zeros(len(padded) // per_byte, np.uint8)
-    for i in range(per_byte):
-        packed |= padded[i::per_byte] << (i * bits)
-    return packed
