@@ -20,6 +20,10 @@ WEIGHT_ONLY = ("int4", "awq", "gptq")
 ACTIVATIONS = ("int8", "fp8")
 RECALKV = {"attention_backend": "recalkv"}
 
+needs_avx512 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM's kernels for weights in 4 bits need AVX-512"
+)
+
 
 def slow(*names):
     """The first of the formats in every run, the others where slow tests are asked for."""
@@ -59,6 +63,7 @@ def overrides(factors):
     }
 
 
+@needs_avx512
 @pytest.mark.parametrize("name", slow(*WEIGHT_ONLY))
 def test_tokens_equal_stock(make_base, compressed, small_prompts, name):
     base, _ = make_base(name)
@@ -114,6 +119,7 @@ def test_quantized_activations_change_no_more_than_in_stock(
     assert 0 < (ours - stock).abs().mean() < 1.5 * rounding
 
 
+@needs_avx512
 @pytest.mark.slow
 def test_perplexity_of_half_the_cache(make_base, tmp_path):
     """The dense form that transformers evaluates is what is served, calibrated as ever."""
