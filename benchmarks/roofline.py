@@ -44,22 +44,26 @@ def attention_work(
 
 
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """Read bandwidth of a sum, and torch's matrix product: 512 MiB and 1024 x 1024 on a CPU, 4 GiB
-    and 8192 x 8192 on a GPU."""
+    """Read bandwidth of a sum, and torch's matrix product in ``dtype`` or float32, whichever is
+    faster: CPUs without bf16 instructions compute in float32.
+
+    512 MiB and 1024 x 1024 on a CPU, 4 GiB and 8192 x 8192 on a GPU.
+    """
     gpu = device.type == "cuda"
     data = torch.ones(1 << (30 if gpu else 27), device=device)
     size = 8192 if gpu else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
+    factors = [torch.randn(size, size, device=device).to(t) for t in {dtype, torch.float32}]
+    product = min(_best(lambda a=a: a @ a, device) for a in factors)
     return Roof(
-        bytes_per_s=data.numel() * 4 / _best(data.sum, 10, device),
-        flop_per_s=2 * size**3 / _best(lambda: a @ a, 30, device),
+        bytes_per_s=data.numel() * 4 / _best(data.sum, device), flop_per_s=2 * size**3 / product
     )
 
 
-def _best(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """The shortest time: a roof is what the machine can do, not what it does on average."""
-    times = []
-    for _ in range(repeats):
+def _best(run: Callable[[], object], device: torch.device) -> float:
+    """The shortest time of a second's runs: a roof is what the machine can do, not what it does on
+    average."""
+    times: list[float] = []
+    while sum(times) < 1:
         began = time.perf_counter()
         run()
         if device.type == "cuda":
