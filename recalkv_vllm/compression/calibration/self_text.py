@@ -1,8 +1,8 @@
 """Calibration text that the model writes itself: for when there is none like what it will read.
 
-Texts of many kinds follow one another in rows of equal length. All rows of a batch are written at
-once, a token of each per step. Batches are kept on disk: compressing the same model again, or
-asking for more samples, writes none a second time.
+Texts of many kinds follow one another in rows of equal length. The rows of a batch that are asked
+for are written at once, a token of each per step. Batches are kept on disk: compressing the same
+model again, or asking for more samples, writes no row a second time.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from recalkv_vllm.compression.calibration.reserved_cache import reserved_cache
 from recalkv_vllm.compression.errors import output_errors
 from recalkv_vllm.compression.progress import Stage
 
-#: Rows of a batch; more are faster per row, but few are needed: two for each of a third of the
-#: default 64 samples, and some to hold out. No multiple of two or three, the number of kinds of
+#: Rows of a batch, at most; more are faster per row, but few are needed: two for each of a third of
+#: the default 64 samples, and some to hold out. No multiple of two or three, the number of kinds of
 #: prompts: a row's next prompt is so many further on, and kinds are to take turns.
 ROWS = 61
 #: Tokens of a row, at most: a step of long rows takes longer, and more texts are begun.
@@ -54,7 +54,8 @@ def sample_self(
         directory: where batches of this model are kept.
 
     Returns:
-        ``[num_samples, seq_len]`` int64, on the CPU; the same for the same ``seed`` and machine.
+        ``[num_samples, seq_len]`` int64, on the CPU; the same for the same ``seed`` and machine, up
+        to what rounding makes of how many rows are written at once.
 
     Raises:
         InputError: the tokenizer has no token that begins or ends a text.
@@ -63,47 +64,57 @@ def sample_self(
     prompts = Prompts.of(tokenizer)
     rows_per_sample = -(-seq_len // ROW_TOKENS)
     row_tokens = -(-seq_len // rows_per_sample)
-    batches = -(-num_samples * rows_per_sample // ROWS)
+    total = num_samples * rows_per_sample
     folder = directory / f"{_recipe(prompts)}-tokens-{row_tokens}-seed-{seed}"
-    paths = [folder / f"batch-{batch}.npy" for batch in range(batches)]
-    missing = [batch for batch, path in enumerate(paths) if not path.is_file()]
+    paths = [folder / f"batch-{batch}.npy" for batch in range(-(-total // ROWS))]
+    batches = [_kept(path, row_tokens) for path in paths]
+    wanted = [range(len(kept), min(ROWS, total - i * ROWS)) for i, kept in enumerate(batches)]
+    missing = [rows for rows in wanted if rows]
     if missing:
         with _output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         model = load_model()
-        what = f"the model writes {ROWS * len(missing)} x {row_tokens} tokens"
+        what = f"the model writes {sum(map(len, missing))} x {row_tokens} tokens"
         with Stage(what, total=len(missing) * (row_tokens - 1)) as stage:
-            for batch in missing:
-                rows = write_batch(model, prompts, batch, row_tokens, seed, stage)
-                with _output_errors(folder):
-                    _save(paths[batch], rows)
-    written = torch.cat([torch.from_numpy(np.load(path)) for path in paths])
-    written = written[: num_samples * rows_per_sample]
+            for batch, rows in enumerate(wanted):
+                if rows:
+                    written = write_rows(model, prompts, batch, rows, row_tokens, seed, stage)
+                    batches[batch] = torch.cat([batches[batch], written])
+                    with _output_errors(folder):
+                        _save(paths[batch], batches[batch])
+    written = torch.cat(batches)[:total]
     return written.reshape(num_samples, -1)[:, :seq_len].contiguous()
 
 
-def write_batch(
-    model: CausalLM, prompts: Prompts, batch: int, row_tokens: int, seed: int, stage: Stage
+def write_rows(
+    model: CausalLM,
+    prompts: Prompts,
+    batch: int,
+    rows: range,
+    row_tokens: int,
+    seed: int,
+    stage: Stage,
 ) -> torch.Tensor:
-    """Write the rows of one batch.
+    """Write rows of one batch.
 
     Args:
         model: to write with; its attention may be changed.
         prompts: to begin texts with.
         batch: which batch; each has random numbers and prompts of its own.
+        rows: which of its :data:`ROWS` rows.
         row_tokens: tokens per row.
         seed: of the random numbers.
         stage: told of every step.
 
     Returns:
-        ``[ROWS, row_tokens]`` int64, on the CPU.
+        ``[len(rows), row_tokens]`` int64, on the CPU.
     """
     ends = _ends(model, prompts)
-    texts = [_Texts(prompts.of_row(batch * ROWS + row, ROWS), ends) for row in range(ROWS)]
+    texts = [_Texts(prompts.of_row(batch * ROWS + row, ROWS), ends) for row in rows]
     # Made on the CPU, where a generator is the same for every device.
     generator = torch.Generator().manual_seed(seed + (batch << 32))
-    uniform = torch.rand(row_tokens, ROWS, generator=generator)
-    temperature = torch.tensor(TEMPERATURES).repeat(ROWS)[:ROWS].unsqueeze(1)
+    uniform = torch.rand(row_tokens, ROWS, generator=generator)[:, rows]
+    temperature = torch.tensor(TEMPERATURES).repeat(ROWS)[rows].unsqueeze(1)
     device = model.get_input_embeddings().weight.device
     tokens = [[text.first() for text in texts]]
     use_one_token_attention(model)
@@ -169,6 +180,13 @@ def _recipe(prompts: Prompts) -> str:
 
 def _output_errors(folder: Path) -> AbstractContextManager[None]:
     return output_errors(f"calibration text {folder} (in RECALKV_CACHE)")
+
+
+def _kept(path: Path, row_tokens: int) -> torch.Tensor:
+    """The rows of a batch that were written before, ``[rows, row_tokens]``."""
+    if not path.is_file():
+        return torch.empty(0, row_tokens, dtype=torch.int64)
+    return torch.from_numpy(np.load(path))
 
 
 def _save(path: Path, rows: torch.Tensor) -> None:

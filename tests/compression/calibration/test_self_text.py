@@ -11,7 +11,7 @@ from recalkv_vllm.cli import main
 from recalkv_vllm.compression.base_model.model import BaseModel
 from recalkv_vllm.compression.calibration import self_text
 from recalkv_vllm.compression.calibration.prompts import Prompts
-from recalkv_vllm.compression.calibration.self_text import ROWS, sample, sample_self, write_batch
+from recalkv_vllm.compression.calibration.self_text import ROWS, sample, sample_self, write_rows
 from recalkv_vllm.compression.errors import InputError, OutputError
 from recalkv_vllm.compression.progress import Stage
 
@@ -30,7 +30,7 @@ def prompts_of(*kinds: list[list[int]], end: int | None = None) -> Prompts:
 
 
 def rows_of(model, prompts: Prompts, tokens: int, seed: int = 0) -> list[list[int]]:
-    return write_batch(model, prompts, 0, tokens, seed, Stage("", 1)).tolist()
+    return write_rows(model, prompts, 0, range(ROWS), tokens, seed, Stage("", 1)).tolist()
 
 
 def test_same_seed_same_samples(load, tiny_tokenizer, tmp_path):
@@ -51,6 +51,18 @@ def test_nothing_is_written_twice(load, tiny_tokenizer, tmp_path):
     more = sample_self(load, tiny_tokenizer, ROWS + 1, 24, 1, tmp_path)
     torch.testing.assert_close(more[:ROWS], first)
     assert not (more[ROWS] == first).all(dim=1).any()
+
+
+def test_rows_are_written_as_they_are_asked_for(load, tiny_tokenizer, tmp_path):
+    def draw(where: str, samples: int) -> torch.Tensor:
+        return sample_self(load, tiny_tokenizer, samples, 24, 1, tmp_path / where)
+
+    few = draw("in parts", 5)
+    (batch,) = (tmp_path / "in parts").rglob("*.npy")
+    assert np.load(batch).shape == (5, 24)
+    more = draw("in parts", 13)
+    torch.testing.assert_close(more[:5], few)
+    torch.testing.assert_close(more, draw("at once", 13))
 
 
 def test_a_row_depends_on_nothing_but_its_own_tokens(load):
@@ -103,12 +115,12 @@ def test_ends_are_those_of_tokenizer_and_model(load):
 def test_long_samples_are_several_rows(tiny_tokenizer, monkeypatch, tmp_path, seq_len):
     written = []
 
-    def write(model, prompts, batch, row_tokens, seed, stage):
+    def write(model, prompts, batch, rows, row_tokens, seed, stage):
         written.append(row_tokens)
-        first = batch * ROWS * row_tokens
-        return torch.arange(first, first + ROWS * row_tokens).view(ROWS, row_tokens)
+        first = (batch * ROWS + rows.start) * row_tokens
+        return torch.arange(first, first + len(rows) * row_tokens).view(len(rows), row_tokens)
 
-    monkeypatch.setattr(self_text, "write_batch", write)
+    monkeypatch.setattr(self_text, "write_rows", write)
     samples = sample_self(lambda: None, tiny_tokenizer, 25, seq_len, 0, tmp_path)
     assert samples.shape == (25, seq_len)
     assert max(written) <= 512
@@ -180,4 +192,6 @@ def test_kept_beside_the_statistics(tiny, tmp_path, monkeypatch, capsys):
     assert main([*command, "--num-samples", "16", "--seq-len", "64"]) == 0
     capsys.readouterr()
     (batch,) = Path(tmp_path / "here" / "self-text").rglob("*.npy")
-    assert np.load(batch).shape == (ROWS, 64)
+    rows, tokens = np.load(batch).shape
+    assert 0 < rows < 16
+    assert tokens == 64
