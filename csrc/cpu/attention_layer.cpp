@@ -133,9 +133,12 @@ void AttentionLayer::set_expansion(const Expansion& expansion) {
   check(expansion.basis, "basis", at::kFloat, {kTerms, kStretch});
   check(expansion.coefficients, "coefficients", at::kFloat,
         {stretches, kTerms, 2, (pairs + 15) / 16 * 16});
-  check(expansion.pair_factors, "pair_factors", at::kBFloat16,
-        {layer_.num_kv_heads, pairs, layer_.k_width, 2});
-  TORCH_CHECK_VALUE(kernels_.factors == kBFloat16, "expansion: expected bfloat16 factors");
+  const int64_t heads = layer_.num_kv_heads, width = layer_.k_width;
+  if (kernels_.factors == kBFloat16) {
+    check(expansion.pair_factors, "pair_factors", at::kBFloat16, {heads, pairs, width, 2});
+  } else {
+    check(expansion.pair_factors, "pair_factors", at::kFloat, {heads, pairs, 2, width});
+  }
   TORCH_CHECK_VALUE(2 * pairs <= layer_.head_dim, "pair_factors: expected at most ",
                     layer_.head_dim / 2, " pairs, found ", pairs);
   TORCH_CHECK_VALUE(layer_.max_position <= stretches * kStretch,

@@ -49,6 +49,25 @@ struct Float32Dot {
     store_units(out + stride, b);
   }
   static RECALKV_INLINE void store_row(Unit* out, int index, Vec v) { store_units(out + index, v); }
+  // The two members of up to kLanes neighboring pairs; lanes from `count` on are zero.
+  static RECALKV_INLINE void load_pairs(const Unit* in, int count, Vec& first, Vec& second) {
+    float lanes[2][kLanes] = {};
+    for (int i = 0; i < kLanes && i < count; ++i) {
+      lanes[0][i] = bits_to_float(in[2 * i]);
+      lanes[1][i] = bits_to_float(in[2 * i + 1]);
+    }
+    first = RECALKV_ISA::load(lanes[0]);
+    second = RECALKV_ISA::load(lanes[1]);
+  }
+  static RECALKV_INLINE void store_pairs(Unit* out, Vec first, Vec second) {
+    float lanes[2][kLanes];
+    RECALKV_ISA::store(lanes[0], first);
+    RECALKV_ISA::store(lanes[1], second);
+    for (int i = 0; i < kLanes; ++i) {
+      out[2 * i] = float_to_bits(lanes[0][i]);
+      out[2 * i + 1] = float_to_bits(lanes[1][i]);
+    }
+  }
   // `width` elements of a row as units, a multiple of 16.
   static RECALKV_INLINE void widen(const Raw* row, Unit* out, int width) {
     for (int i = 0; i < width; i += kLanes) store_units(out + i, Source::load(row + i));
@@ -82,12 +101,14 @@ struct BFloat16Dot {
     const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b));
     _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
-  // The two halves of up to 16 units; lanes from `count` on are zero.
-  static RECALKV_INLINE void load_pair(const Unit* in, int count, Vec& low, Vec& high) {
+  static RECALKV_INLINE void load_pairs(const Unit* in, int count, Vec& low, Vec& high) {
     const __mmask16 valid = count >= 16 ? 0xffff : (1u << count) - 1;
     const __m512i units = _mm512_maskz_loadu_epi32(valid, in);
     low = _mm512_castsi512_ps(_mm512_slli_epi32(units, 16));
     high = _mm512_castsi512_ps(_mm512_and_si512(units, _mm512_set1_epi32(0xffff0000)));
+  }
+  static RECALKV_INLINE void store_pairs(Unit* out, Vec low, Vec high) {
+    store_pair(out, 0, low, high);
   }
   static RECALKV_INLINE void store_row(Unit* out, int index, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(out) + index),

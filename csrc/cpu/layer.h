@@ -30,7 +30,8 @@ struct Layer {
   int exact_pairs, expanded_pairs;
   const float* basis;         // [kTerms][kStretch]
   const float* coefficients;  // [stretches][kTerms][2 (cos, sin)][expanded_pairs up to 16s]
-  const Unit* pair_factors;   // [num_kv_heads][expanded_pairs][k_width], both rows of a pair
+  // [num_kv_heads][units of expanded_pairs][k_width] in the compute format.
+  const Unit* pair_factors;
   // How values come from latents; null where only value latents are asked for.
   const void* v_up;     // [num_kv_heads][head_dim][v_width] in the queries' type
   const float* v_bias;  // [num_kv_heads][head_dim], or null

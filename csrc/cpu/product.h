@@ -7,13 +7,9 @@
 
 namespace recalkv::RECALKV_ISA {
 
-#if RECALKV_AVX512
+// As many sums as registers hold beside their operands: 24 of 32, 12 of 16.
 constexpr int kRows = 6;
-constexpr int kVecs = 4;
-#else
-constexpr int kRows = 4;
-constexpr int kVecs = 2;
-#endif
+constexpr int kVecs = RECALKV_AVX512 ? 4 : 2;
 
 // acc[i][j] += sum over k of a[i][k] * b[k][j-th vector], with a's rows `lda` units apart and b's
 // rows `ldb`.

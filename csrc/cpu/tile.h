@@ -36,6 +36,7 @@ template <class Format>
 struct Attention {
   using Raw = typename Format::Raw;
   static constexpr int kTokenUnits = kTile / Format::kPerUnit;
+  static constexpr int kPairUnits = 2 / Format::kPerUnit;
 
   const Layer& layer;
   const Batch& batch;
@@ -67,7 +68,7 @@ struct Attention {
   Unit* widened;       // [kLanes][widest row], where the source is not made of units
   Unit* z_rows;        // [kTile][v_units], where values are reconstructed
   float* sums;         // [num_heads][rows][width], of weighted values or value latents
-  Unit* turned;        // [rows][kTerms][expanded_pairs], see absorb()
+  Unit* turned;        // [rows][kTerms][expanded_pairs][kPairUnits], see absorb()
   Unit* absorbed;      // [num_heads][rows][kTerms][k_units]
   float* offsets;      // [num_heads][rows][kTerms], the key bias' share
   Raw* dequantized;    // [kTile][dequantized_stride], where the cache is quantized
@@ -116,7 +117,7 @@ struct Attention {
         rows(t.num_queries * b.queries_per_kv),
         depth(l.head_dim / Format::kPerUnit),
         k_units(l.k_width / Format::kPerUnit),
-        expanded(Format::kRawIsUnits && use_expansion(l, rows)),
+        expanded(use_expansion(l, rows)),
         exact_rows(expanded ? 2 * l.exact_pairs : l.head_dim),
         dense(t.heads != nullptr),
         v_units(l.v_width / Format::kPerUnit),
@@ -154,7 +155,7 @@ struct Attention {
     }
     prefetch_step = kTile / (num_heads * (exact_rows / Products::kBlockRows + 1)) + 1;
     if (expanded) {
-      turned = scratch.take<Unit>(rows * kTerms * round_up(layer.expanded_pairs));
+      turned = scratch.take<Unit>(rows * kTerms * round_up(layer.expanded_pairs) * kPairUnits);
       absorbed = scratch.take<Unit>(int64_t{num_heads} * rows * kTerms * k_units);
       offsets = scratch.take<float>(int64_t{num_heads} * rows * kTerms);
     }

@@ -12,11 +12,6 @@ from recalkv_vllm.ops.cpu import tables
 from tests.ops.cases import AttentionCase, attend, build, spanned
 from tests.ops.checks import assert_matches_oracle, difference
 
-needs_bf16_dot = pytest.mark.skipif(
-    "avx512_bf16" not in torch.ops.recalkv_cpu.instruction_sets(torch.bfloat16),
-    reason="only the bf16 dot product expands rotations",
-)
-
 
 def table(
     rot_dim: int, base: float, positions: int, amplitude: float = 1.0, stretch: float = 1.0
@@ -72,7 +67,7 @@ def test_a_layer_shares_the_tables_of_another() -> None:
 LONG = spanned("long", (8, 2, 128), 1, 64, 2, 64, batch=((1, 901), (1, 130), (2, 257), (1, 64)))
 
 
-@needs_bf16_dot
+@pytest.mark.parametrize("isa", torch.ops.recalkv_cpu.instruction_sets(torch.bfloat16))
 @pytest.mark.parametrize(
     "case",
     [
@@ -86,7 +81,8 @@ LONG = spanned("long", (8, 2, 128), 1, 64, 2, 64, batch=((1, 901), (1, 130), (2,
     ],
     ids=["plain", "bias", "interleaved", "partial", "table", "window", "smollm2"],
 )
-def test_expanded_scores(case: AttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expanded_scores(case: AttentionCase, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECALKV_CPU_ISA", isa)
     inputs = build(case, torch.bfloat16)
     expanded = attend(inputs)
     assert_matches_oracle(expanded, case, torch.bfloat16)

@@ -77,7 +77,7 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
         rotation = classes.Rotation(
             tiles=tables.rope_tiles(rope), max_position=rope.shape[0], is_neox=layer.is_neox
         )
-        if dtype == torch.bfloat16:
+        if layer.k_up.dtype == torch.bfloat16:
             expansion = _expansion(k_factors, rope)
     panel = None
     if layer.v_width > layer.head_dim:
@@ -117,9 +117,11 @@ def _expansion(k_factors: torch.Tensor, rope: torch.Tensor) -> torch.ScriptObjec
     found = tables.expansion(rope, k_factors.shape[1])
     if found is None:
         return None
-    slow = k_factors[:, 2 * found.exact_pairs :]
+    slow = k_factors[:, 2 * found.exact_pairs :].unflatten(1, (-1, 2))
+    if k_factors.dtype == torch.bfloat16:  # both rows of a pair share units
+        slow = slow.transpose(2, 3)
     return torch.classes.recalkv_cpu.Expansion(
         basis=found.basis,
         coefficients=found.coefficients,
-        pair_factors=slow.unflatten(1, (-1, 2)).transpose(2, 3).contiguous(),
+        pair_factors=slow.contiguous(),
     )
