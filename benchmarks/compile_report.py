@@ -3,8 +3,9 @@
 ``python -m recalkv_vllm.benchmarks.compile_report`` compiles every kernel, as serving would launch
 it, for sm_80, sm_90 and sm_100 at the geometries of common models, and reads registers, spills,
 shared memory and tensor-core instructions off the result. It prints a table (or ``--json``) and
-exits with 1 if a kernel spills, does not fit, or lacks tensor-core instructions. Each of the some
-1200 different attention kernels takes two to five seconds of one core; Triton's cache keeps them.
+exits with 1 if a kernel spills, does not fit, or lacks tensor-core instructions. Each of the
+different attention kernels, well over a thousand, takes two to five seconds of one core; Triton's
+cache keeps them.
 
 The compiler is the one of the Triton that is imported, which releases of torch differ in; another
 is tried with ``pip install --no-deps --target DIR triton==VERSION`` and ``PYTHONPATH=DIR``.
@@ -18,7 +19,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -37,10 +38,9 @@ from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.cache_update import cache_update_launch
 from recalkv_vllm.ops.triton.key_scales import KeyScales
 from recalkv_vllm.ops.triton.launch import Launch
-from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import Part
 from recalkv_vllm.ops.triton.reconstruction import Reconstruction
-from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
+from recalkv_vllm.ops.triton.value_up import Values
 
 from .geometries import GEOMETRIES, SPANS, Latent, group_sizes, latent_of
 from .inputs import empty_cache, latent_layer
@@ -51,11 +51,13 @@ LATENT_DTYPES = ("bf16", *BITS, "bands")
 #: Whose decode kernels are also compiled for quantized latents: fewer bits instead of lower ranks.
 QUANTIZED = ("llama-3.1-8b",)
 QUANTIZED_COMPRESSIONS = (0.25, 0.5)
-#: Multiprocessors only decide splits, which do not change the code.
+#: Multiprocessors only decide pieces, which do not change the code.
 TARGETS = {80: heuristics.Target(80, 108), 90: heuristics.Target(90, 132),
            100: heuristics.Target(100, 148)}  # fmt: skip
 #: Enough for the rotation of a tile to be found in the table.
 POSITIONS = 1024
+#: Tokens of a sequence that is cut into pieces.
+LONG = 32768
 MODES = {"decode": 1, "verify": 4, "prefill": 64}
 TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 USES_TENSOR_CORES = ("latent_attention", "project_values", "reconstruct_tokens")
@@ -174,12 +176,14 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     yield from attention.head_launches(part, q, cache, batch, values, heads)
     if mode == "prefill":
         return
-    yield merge_launch(o_lat[None], lse[None], o_lat, lse)
+    cut = replace(batch, max_seq_len=LONG)
+    yield from attention.head_launches(part, q, cache, cut, values, heads)
+    *_, merge = attention.launches(part, q, cache, cut, o_lat, lse)
+    yield merge
     slots, (latents, _) = torch.zeros(1, dtype=torch.int64), split_pages(cache, layer.key_scales)
     yield cache_update_launch(z[:1], latents, slots, latent_format)
     if layer.key_scales:
         yield KeyScales(layer, attention.constants).launch(cache, slots)
-    yield value_up_launch(o_lat[None], values, heads, lse[None])
     if mode == "decode":  # as good a place as any, for it knows no queries
         dense = layer.v_up.new_empty(16, geometry.num_kv_heads, head_dim)
         pieces = Pieces(index[None], index[:1], index[:2], 16)

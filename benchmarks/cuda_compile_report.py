@@ -90,7 +90,7 @@ class PlanRow:
     group_size: int
     spans: str
     plan: Plan | None
-    splits: int
+    capacity: int  # pieces of a batch at most; 0 if it is not cut
 
 
 def instantiations() -> list[Instantiation]:
@@ -133,12 +133,13 @@ def plan_rows(context: int = 32768, batch: int = 8) -> Iterator[PlanRow]:
             sizes = LayerShape.of(latent_layer(geometry, latent, 1, torch.bfloat16))
             for device, limits in LIMITS.items():
                 plan = cuda_plan.plan(sizes, limits, 1)
-                splits = 0
+                capacity = 0
                 if plan is not None:
                     per_kv = geometry.num_heads // geometry.num_kv_heads
-                    row_blocks = max(batch, -(-batch * per_kv // plan.columns))
-                    splits = cuda_plan.split_count(plan, limits, row_blocks, context)
-                yield PlanRow(device, geometry.name, compression, size, spans, plan, splits)
+                    blocks = cuda_plan.row_blocks(plan, batch, batch, per_kv)
+                    bounds = cuda_plan.batch_bounds(plan, limits, blocks, context)
+                    capacity = 0 if bounds is None else bounds.capacity
+                yield PlanRow(device, geometry.name, compression, size, spans, plan, capacity)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{layout} heads {p.heads} teams {p.teams} stages {p.stages} tile {p.tokens} x "
             f"{p.tile_width:4} v_width<={16 * p.v_tiles:<3} "
             f"factor in {'shared' if p.resident else 'L2':6} shared {p.shared_bytes:6} "
-            f"blocks/SM {p.blocks_per_multiprocessor} splits {planned.splits}",
+            f"blocks/SM {p.blocks_per_multiprocessor} pieces {planned.capacity}",
             file=out,
         )
     if options.json:

@@ -96,6 +96,7 @@ def build(
         num_decode_tokens=num_seqs * queries,
         max_decode_query_len=queries,
         max_seq_len=context,
+        work_lists={},
     )
     shape = (num_seqs * queries, geometry.num_heads, geometry.head_dim)
     q = torch.randn(shape, device=device).to(dtype)

@@ -5,8 +5,8 @@ heads of a group) and its V span (``w_v``), and does ``2·w_k·d`` FLOP to recon
 ``2·(d + w_v)`` per query row. At ``w_k = w_v = 64``, ``d = 128`` and bf16 that is 64 FLOP per byte,
 far left of an H100's ridge (295): decode is bound by memory, if nothing else is moved per tile.
 
-Data movement. One program owns (a block of queries, ``HEADS`` KV heads of one V group, a split of
-the cached tokens) and walks over tiles of ``TILE`` tokens:
+Data movement. One program owns (a block of queries, ``HEADS`` KV heads of one V group, all cached
+tokens or a piece of them) and walks over tiles of ``TILE`` tokens:
 
 * latents: block table → slots → asynchronous copies into shared memory, several tiles ahead. The
   columns are cut into power-of-two chunks; a chunk that K and V both read is loaded once.
@@ -51,10 +51,12 @@ from recalkv_vllm.kernels.latents import (
 from recalkv_vllm.kernels.padding import first_padding_row, locate_padding, store_zeros
 from recalkv_vllm.kernels.partition import (
     find_queries,
+    load_piece,
     load_queries,
     locate_rows,
+    piece_rows,
     select_head,
-    tiles_of_split,
+    visible_tiles,
 )
 from recalkv_vllm.kernels.softmax import (
     accumulate_values,
@@ -69,11 +71,9 @@ from recalkv_vllm.kernels.softmax import (
 @triton.jit(
     do_not_specialize=[
         "num_seqs",
-        "num_splits",
         "first_token",
         "end_token",
         "stride_table",
-        "stride_lse_split",
     ],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc", "lse"],
 )
@@ -85,6 +85,7 @@ def latent_attention(
     block_table,
     seq_lens,
     query_start_loc,
+    pieces,
     k_up,
     k_bias,
     first_columns,
@@ -95,7 +96,6 @@ def latent_attention(
     out,
     lse,
     num_seqs,
-    num_splits,
     first_token,
     end_token,
     stride_q_token,
@@ -108,8 +108,6 @@ def latent_attention(
     stride_key_slot,
     stride_table,
     stride_rope,
-    stride_out_split,
-    stride_lse_split,
     scale,
     soft_cap,
     NUM_HEADS: tl.constexpr,
@@ -142,7 +140,7 @@ def latent_attention(
     STREAM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write normalized ``o_lat`` and natural ``lse`` of one split, float32.
+    """Write normalized ``o_lat`` and natural ``lse``, float32.
 
     ``HEADS`` KV heads per program, in K groups of ``GROUP``; ``DIM`` is ``HEAD_DIM`` padded.
     ``V_CHUNKS`` holds ``(offset, size, *planes)``, ``K_CHUNKS`` the same and the index of the V
@@ -151,9 +149,13 @@ def latent_attention(
     all cut alike. With a ``CODEC``, ``kv_cache`` and ``scales`` are the parts of a quantized cache
     of latents of ``RANK`` elements; in bands, spans start at multiples of ``CODE_UNIT`` bytes.
     With a key norm, a token has ``KEY_SCALES`` factors on its keys in the cache.
-    ``SEARCH`` maps programs to query blocks of any batch; without it sequence ``i`` is program
-    ``i`` and has at most ``QUERY_BLOCK`` queries. ``out`` and ``lse`` start at row ``first_token``;
-    rows from the last sequence's end to ``end_token`` get zeros and minus infinity.
+
+    With ``pieces``, a work list, program ``(_, i)`` attends piece ``i``; ``out`` and ``lse`` are
+    partial results ``[pieces, KV heads, QUERY_BLOCK · QUERIES_PER_KV, ...]``, and what no piece
+    covers is left to the merge. Without it, ``SEARCH`` maps programs to query blocks of any batch;
+    without that sequence ``i`` is program ``i`` and has at most ``QUERY_BLOCK`` queries. ``out``
+    and ``lse`` then start at row ``first_token``; rows from the last sequence's end to
+    ``end_token`` get zeros and minus infinity.
     """
     RESIDENT: tl.constexpr = STREAM == 0
     Q_HEADS: tl.constexpr = HEADS * QUERIES_PER_KV
@@ -165,26 +167,34 @@ def latent_attention(
     v_block = FIRST_V_BLOCK + program % V_BLOCKS
     first_head = program // V_BLOCKS % HEAD_BLOCKS * HEADS
     block = program // (V_BLOCKS * HEAD_BLOCKS)
-    split = tl.program_id(1)
-    seq, start, first_query = find_queries(query_start_loc, block, num_seqs, QUERY_BLOCK, SEARCH)
-    num_queries = tl.load(query_start_loc + seq + 1) - start
-    owned = tl.maximum(0, tl.minimum(num_queries - first_query, QUERY_BLOCK))
-    if owned < QUERY_BLOCK:
-        padding = first_padding_row(
-            query_start_loc, num_seqs, block, start, first_query, num_queries, QUERY_BLOCK
+    if pieces is None:
+        seq, start, first_query = find_queries(
+            query_start_loc, block, num_seqs, QUERY_BLOCK, SEARCH
         )
-        if padding < end_token:
-            live, token, head = locate_padding(
-                padding, owned, end_token, first_head, QUERY_BLOCK, Q_HEADS, QUERIES_PER_KV, ROWS
+        num_queries = tl.load(query_start_loc + seq + 1) - start
+        owned = tl.maximum(0, tl.minimum(num_queries - first_query, QUERY_BLOCK))
+        if owned < QUERY_BLOCK:
+            padding = first_padding_row(
+                query_start_loc, num_seqs, block, start, first_query, num_queries, QUERY_BLOCK
             )
-            out_row = (token - first_token) * NUM_HEADS + head
-            if v_block == 0:
-                nothing = tl.full([ROWS], float("-inf"), tl.float32)
-                tl.store(lse + split.to(tl.int64) * stride_lse_split + out_row, nothing, mask=live)
-            if num_splits == 1:  # else the merge makes zeros of minus infinity
+            if padding < end_token:
+                live, token, head = locate_padding(
+                    padding, owned, end_token, first_head, QUERY_BLOCK, Q_HEADS, QUERIES_PER_KV,
+                    ROWS,
+                )  # fmt: skip
+                out_row = (token - first_token) * NUM_HEADS + head
+                if v_block == 0:
+                    nothing = tl.full([ROWS], float("-inf"), tl.float32)
+                    tl.store(lse + out_row, nothing, mask=live)
                 store_zeros(out + out_row * V_WIDTH + v_block * V_BLOCK, live, V_CHUNKS)
-    if owned == 0:
-        return
+        if owned == 0:
+            return
+    else:
+        seq, first_query, tile_from, tile_to = load_piece(pieces, tl.program_id(1), QUERIES_PER_KV)
+        if tile_from >= tile_to:
+            return
+        start = tl.load(query_start_loc + seq)
+        num_queries = tl.load(query_start_loc + seq + 1) - start
     length = tl.load(seq_lens + seq)
 
     rows = locate_rows(
@@ -198,7 +208,8 @@ def latent_attention(
     )
 
     end = tl.minimum(length, first_position + QUERY_BLOCK)
-    tile_from, tile_to = tiles_of_split(first_position, end, split, num_splits, TILE, WINDOW)
+    if pieces is None:
+        tile_from, tile_to = visible_tiles(first_position, end, TILE, WINDOW)
     cache = Cache(
         block_table,
         stride_table,
@@ -277,13 +288,15 @@ def latent_attention(
         acc = accumulate_values(acc, values, weights.to(DTYPE), decay)
 
     row_lse = log_sum_exp(row_max, row_sum)
-    split = split.to(tl.int64)
-    out_row = (rows.token - first_token) * NUM_HEADS + rows.head
+    if pieces is None:
+        out_row = (rows.token - first_token) * NUM_HEADS + rows.head
+    else:
+        out_row = piece_rows(
+            tl.program_id(1), first_query, rows, NUM_HEADS, QUERY_BLOCK, QUERIES_PER_KV
+        )
     if v_block == 0:
-        tl.store(lse + split * stride_lse_split + out_row, row_lse, mask=rows.live)
-    if num_splits > 1 and tile_from >= tile_to:
-        return  # the merge skips a split whose log-sum-exp is minus infinity
+        tl.store(lse + out_row, row_lse, mask=rows.live)
     # As in log_sum_exp: nothing seen gives zero, a NaN stays a NaN.
     inverse_sum = tl.where(row_sum == 0, 0.0, 1 / row_sum)
-    out_row = out + split * stride_out_split + out_row * V_WIDTH + v_block * V_BLOCK
+    out_row = out + out_row * V_WIDTH + v_block * V_BLOCK
     store_output(out_row, rows.live, acc, inverse_sum, V_CHUNKS)

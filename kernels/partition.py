@@ -1,7 +1,7 @@
 """Which part of an attention call a program computes: its queries, its rows, its tiles.
 
-A program owns a block of queries of one sequence, for some heads, over one split of the cached
-tokens. Every (query, head) of it is a row of its matrix products.
+A program owns a block of queries of one sequence, for some heads, over all tiles of cached tokens
+that they see or a piece of them. Every (query, head) of it is a row of its matrix products.
 """
 
 from typing import NamedTuple
@@ -64,6 +64,26 @@ def find_queries(query_start_loc, block, num_seqs, QUERY_BLOCK: tl.constexpr, SE
 
 
 @triton.jit
+def load_piece(pieces, piece, QUERIES_PER_KV: tl.constexpr):
+    """``(sequence, first query, first tile, end tile)`` of a piece of the work list."""
+    entry = pieces + piece * 4
+    first_query = tl.load(entry + 1) // QUERIES_PER_KV
+    return tl.load(entry), first_query, tl.load(entry + 2), tl.load(entry + 3)
+
+
+@triton.jit
+def piece_rows(
+    piece, first_query, rows,
+    NUM_HEADS: tl.constexpr, QUERY_BLOCK: tl.constexpr, QUERIES_PER_KV: tl.constexpr,
+):  # fmt: skip
+    """Rows of the partial results ``[piece, KV head, row of the block]``, int64."""
+    kv_head = rows.head // QUERIES_PER_KV
+    place = (rows.query - first_query) * QUERIES_PER_KV + rows.head % QUERIES_PER_KV
+    row = piece.to(tl.int64) * (NUM_HEADS // QUERIES_PER_KV) + kv_head
+    return row * (QUERY_BLOCK * QUERIES_PER_KV) + place
+
+
+@triton.jit
 def locate_rows(
     start,
     first_query,
@@ -119,17 +139,12 @@ def load_queries(
 
 
 @triton.jit
-def tiles_of_split(
-    first_position, end, split, num_splits, TILE: tl.constexpr, WINDOW: tl.constexpr
-):
-    """``(from, to)``: this split's share of the tiles that any row of a program can see.
+def visible_tiles(first_position, end, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """``(from, to)``: the tiles that any row of a program can see.
 
     The program's first query is at ``first_position``; no query of it sees tokens from ``end`` on.
     """
-    last_tile = tl.cdiv(end, TILE)
     first_tile = 0
     if WINDOW > 0:
         first_tile = tl.maximum(first_position - (WINDOW - 1), 0) // TILE
-    share = tl.cdiv(last_tile - first_tile, num_splits)
-    tile_from = first_tile + split * share
-    return tile_from, tl.minimum(tile_from + share, last_tile)
+    return first_tile, tl.cdiv(end, TILE)

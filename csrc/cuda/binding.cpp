@@ -78,10 +78,11 @@ struct HopperArguments {
 void run_decode(Launch launch, const char* what, const HopperArguments& hopper, const Tensor& q,
                 const Tensor& kv_cache, const std::optional<Tensor>& key_scales,
                 const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
-                const Tensor& k_factor, const std::optional<Tensor>& k_bias,
-                const Tensor& base_rotation, const Tensor& local_rotation,
-                const Tensor& tile_columns, Tensor out, Tensor lse, std::vector<int64_t> sizes,
-                std::vector<int64_t> kernel, double scale, double soft_cap) {
+                const std::optional<Tensor>& pieces, const Tensor& k_factor,
+                const std::optional<Tensor>& k_bias, const Tensor& base_rotation,
+                const Tensor& local_rotation, const Tensor& tile_columns, Tensor out, Tensor lse,
+                std::vector<int64_t> sizes, std::vector<int64_t> kernel, double scale,
+                double soft_cap) {
   const Stream stream(q);
   DecodeParams p{};
   p.q = data<const uint16_t>(q);
@@ -95,6 +96,10 @@ void run_decode(Launch launch, const char* what, const HopperArguments& hopper, 
   p.block_table = data<const int32_t>(block_table);
   p.seq_lens = data<const int32_t>(seq_lens);
   p.query_start_loc = data<const int32_t>(query_start_loc);
+  if (pieces) {
+    p.pieces = data<const int32_t>(*pieces);
+    p.capacity = static_cast<int32_t>(pieces->size(0));
+  }
   p.k_factor = data<const void>(k_factor);
   p.k_bias = optional_data(k_bias);
   p.base_rotation = data<const float>(base_rotation);
@@ -122,8 +127,7 @@ void run_decode(Launch launch, const char* what, const HopperArguments& hopper, 
   // KernelShape of recalkv_vllm/ops/cuda/shapes.py.
   auto& shape = p.kernel;
   assign(kernel, "kernel", shape.column_tiles, shape.v_tiles, shape.heads, shape.teams,
-         shape.stages, shape.tile_width, shape.splits, shape.resident, shape.shared_bytes,
-         shape.lean);
+         shape.stages, shape.tile_width, shape.resident, shape.shared_bytes, shape.lean);
   const auto type = q.scalar_type() == torch::headeronly::ScalarType::BFloat16
                         ? ElementType::kBFloat16
                         : ElementType::kFloat16;
@@ -132,41 +136,29 @@ void run_decode(Launch launch, const char* what, const HopperArguments& hopper, 
 
 void decode(const Tensor& q, const Tensor& kv_cache, const std::optional<Tensor>& key_scales,
             const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
-            const Tensor& k_factor, const std::optional<Tensor>& k_bias,
-            const Tensor& base_rotation, const Tensor& local_rotation, const Tensor& tile_columns,
-            Tensor out, Tensor lse, std::vector<int64_t> sizes, std::vector<int64_t> kernel,
-            double scale, double soft_cap) {
+            const std::optional<Tensor>& pieces, const Tensor& k_factor,
+            const std::optional<Tensor>& k_bias, const Tensor& base_rotation,
+            const Tensor& local_rotation, const Tensor& tile_columns, Tensor out, Tensor lse,
+            std::vector<int64_t> sizes, std::vector<int64_t> kernel, double scale,
+            double soft_cap) {
   run_decode(launch_decode, "decode attention", {}, q, kv_cache, key_scales, block_table, seq_lens,
-             query_start_loc, k_factor, k_bias, base_rotation, local_rotation, tile_columns, out,
-             lse, sizes, kernel, scale, soft_cap);
+             query_start_loc, pieces, k_factor, k_bias, base_rotation, local_rotation, tile_columns,
+             out, lse, sizes, kernel, scale, soft_cap);
 }
 
 void decode_hopper(const Tensor& q, const Tensor& kv_cache, const std::optional<Tensor>& key_scales,
                    const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
-                   const Tensor& k_factor, const std::optional<Tensor>& k_bias,
-                   const Tensor& base_rotation, const Tensor& local_rotation,
-                   const Tensor& slow_rotation, const Tensor& tile_columns, Tensor out, Tensor lse,
-                   std::vector<int64_t> sizes, std::vector<int64_t> kernel, double scale,
-                   double soft_cap, const std::optional<Tensor>& band_blocks, int64_t most_blocks,
+                   const std::optional<Tensor>& pieces, const Tensor& k_factor,
+                   const std::optional<Tensor>& k_bias, const Tensor& base_rotation,
+                   const Tensor& local_rotation, const Tensor& slow_rotation,
+                   const Tensor& tile_columns, Tensor out, Tensor lse, std::vector<int64_t> sizes,
+                   std::vector<int64_t> kernel, double scale, double soft_cap,
+                   const std::optional<Tensor>& band_blocks, int64_t most_blocks,
                    int64_t token_scales) {
   run_decode(launch_hopper, "decode attention on Hopper",
              {slow_rotation, band_blocks, most_blocks, token_scales}, q, kv_cache, key_scales,
-             block_table, seq_lens, query_start_loc, k_factor, k_bias, base_rotation,
+             block_table, seq_lens, query_start_loc, pieces, k_factor, k_bias, base_rotation,
              local_rotation, tile_columns, out, lse, sizes, kernel, scale, soft_cap);
-}
-
-void merge(const Tensor& partial_out, const Tensor& partial_lse, Tensor out, Tensor lse,
-           int64_t splits) {
-  const Stream stream(out);
-  MergeParams p{};
-  p.partial_out = data<const float>(partial_out);
-  p.partial_lse = data<const float>(partial_lse);
-  p.out = data<float>(out);
-  p.lse = data<float>(lse);
-  p.rows = static_cast<int32_t>(out.size(0) * out.size(1));
-  p.splits = static_cast<int32_t>(splits);
-  p.v_width = static_cast<int32_t>(out.size(2));
-  check(launch_merge(p, stream.get()), "merge of splits");
 }
 
 }  // namespace
@@ -175,22 +167,18 @@ void merge(const Tensor& partial_out, const Tensor& partial_lse, Tensor out, Ten
 STABLE_TORCH_LIBRARY(recalkv_cuda, library) {
   library.def(
       "decode(Tensor q, Tensor kv_cache, Tensor? key_scales, Tensor block_table, Tensor seq_lens, "
-      "Tensor query_start_loc, Tensor k_factor, Tensor? k_bias, "
+      "Tensor query_start_loc, Tensor? pieces, Tensor k_factor, Tensor? k_bias, "
       "Tensor base_rotation, Tensor local_rotation, Tensor tile_columns, Tensor(a!) out, "
       "Tensor(b!) lse, int[] sizes, int[] kernel, float scale, float soft_cap) -> ()");
   library.def(
       "decode_hopper(Tensor q, Tensor kv_cache, Tensor? key_scales, Tensor block_table, "
-      "Tensor seq_lens, Tensor query_start_loc, Tensor k_factor, Tensor? k_bias, "
+      "Tensor seq_lens, Tensor query_start_loc, Tensor? pieces, Tensor k_factor, Tensor? k_bias, "
       "Tensor base_rotation, Tensor local_rotation, Tensor slow_rotation, Tensor tile_columns, "
       "Tensor(a!) out, Tensor(b!) lse, int[] sizes, int[] kernel, float scale, float soft_cap, "
       "Tensor? band_blocks, int most_blocks, int token_scales) -> ()");
-  library.def(
-      "merge(Tensor partial_out, Tensor partial_lse, Tensor(a!) out, Tensor(b!) lse, int splits) "
-      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recalkv_cuda, RECALKV_DISPATCH_KEY, library) {
   library.impl("decode", TORCH_BOX(&recalkv::decode));
   library.impl("decode_hopper", TORCH_BOX(&recalkv::decode_hopper));
-  library.impl("merge", TORCH_BOX(&recalkv::merge));
 }

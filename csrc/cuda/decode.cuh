@@ -1,8 +1,8 @@
 // Decode attention over a paged cache of latents; see docs/kernels/cuda_decode.md.
 //
-// A block owns `columns` query rows under each of `heads` KV heads of one K group, and a share of
-// their tokens. It runs `teams` independent token streams; a team has one warp per head, which all
-// read the same tiles from the team's ring. Teams meet only at the end.
+// A block owns `columns` query rows under each of `heads` KV heads of one K group, and the tokens
+// that they see or a piece of these. It runs `teams` independent token streams; a team has one warp
+// per head, which all read the same tiles from the team's ring. Teams meet only at the end.
 #pragma once
 
 #include "results.cuh"
@@ -18,7 +18,7 @@ namespace recalkv {
 // be under way any more.
 template <typename S>
 RECALKV_DEVICE void merge_teams(const DecodeParams& p, const SharedLayout<S>& shared,
-                                unsigned char* memory, RunningSoftmax<S>& state, const Rows& rows,
+                                unsigned char* memory, RunningSoftmax<S>& state, const OwnRows& own,
                                 int first_head, int v_block, int v_columns) {
   const int lane = thread_index() % 32;
   const int warp = thread_index() / 32;
@@ -77,9 +77,8 @@ RECALKV_DEVICE void merge_teams(const DecodeParams& p, const SharedLayout<S>& sh
     }
     block_sync();
   }
-  const int split = block_y();
   for (int column = warp; column < num_columns; column += p.kernel.heads * p.kernel.teams) {
-    if (rows.begin + column % S::kColumns >= rows.end) continue;
+    if (column % S::kColumns >= own.count) continue;
     float highest = kMinusInfinity;
     for (int t = 0; t < p.kernel.teams; ++t) {
       highest = fmaxf(highest, maxima[t * num_columns + column].x);
@@ -89,8 +88,8 @@ RECALKV_DEVICE void merge_teams(const DecodeParams& p, const SharedLayout<S>& sh
       const float2 part = maxima[t * num_columns + column];
       if (part.x != kMinusInfinity) total += part.y * exp2_fast(part.x - highest);
     }
-    const int64_t row = result_row(p, rows.first_token, first_head + column / S::kColumns,
-                                   rows.begin + column % S::kColumns, split);
+    const int64_t row =
+        result_row(p, own, first_head + column / S::kColumns, column % S::kColumns, S::kColumns);
     const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
     float* out = p.out + row * p.v_width + v_block * (16 * S::kVTiles);
     for (int v = lane; v < v_columns; v += 32) {
@@ -110,16 +109,11 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const 
   const int head_block = block_x() % head_blocks;
   const int v_block = block_x() / head_blocks % v_blocks;
   const int first_head = head_block * p.kernel.heads;
-  const int row_block = block_x() / head_blocks / v_blocks;
-  const Rows rows = find_rows(p, row_block, S::kColumns);
-  const Padding padding = find_padding(p, rows, row_block, S::kColumns);
-  if (padding.begin < padding.end) clear_padding(p, padding, first_head, v_block, 16 * S::kVTiles);
-  if (rows.begin >= rows.end) return;
-  const TokenRange range = split_range(p, rows, block_y(), S::kTokens);
-  if (p.kernel.splits > 1 && range.tile_from >= range.tile_to) {
-    if (v_block == 0) clear_split(p, rows, first_head, S::kColumns);
-    return;
-  }
+  const Work work = find_work(p, block_x() / head_blocks / v_blocks, S::kColumns, first_head,
+                              v_block, 16 * S::kVTiles, S::kTokens, p.kernel.teams);
+  if (!work.some) return;
+  const Rows& rows = work.rows;
+  const TokenRange& range = work.range;
 
   const int thread = thread_index();
   unsigned char* memory = shared_memory();
@@ -185,6 +179,7 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const 
     }
   }
 
+  const OwnRows own(p, rows);
   RunningSoftmax<S> state;
   state.clear();
   int stage = 0;
@@ -215,7 +210,7 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kLargestBlock) decode_attention(const 
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
   copy_wait<0>();
-  merge_teams<S>(p, shared, memory, state, rows, first_head, v_block, v_columns);
+  merge_teams<S>(p, shared, memory, state, own, first_head, v_block, v_columns);
 }
 
 }  // namespace recalkv

@@ -1,6 +1,7 @@
 // Decode attention for Hopper (sm_90a): see docs/kernels/cuda_decode.md.
 //
-// A block owns `kColumns` query rows under one KV head and a share of their tokens.
+// A block owns `kColumns` query rows under one KV head, and the tokens that they see or a piece of
+// these.
 #pragma once
 
 #include "hopper_consumer.cuh"
@@ -47,7 +48,7 @@ RECALKV_DEVICE void consumer_sync() { team_sync(1, kConsumerThreads); }
 // Merge the consumer warps' results through shared memory, in a fixed order, and write them.
 template <typename S>
 RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& shared,
-                                unsigned char* memory, HopperState<S>& state, const Rows& rows,
+                                unsigned char* memory, HopperState<S>& state, const OwnRows& own,
                                 const BandTable& bands, int kv_head, int v_block, int v_columns) {
   const int lane = thread_index() % 32;
   const int warp = thread_index() / 32;
@@ -96,7 +97,7 @@ RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& sh
     consumer_sync();
   }
   for (int row = warp; row < S::kColumns; row += kConsumerWarps) {
-    if (rows.begin + row >= rows.end) continue;
+    if (row >= own.count) continue;
     float highest = kNoMaximum;
     for (int w = 0; w < kConsumerWarps; ++w) {
       highest = fmaxf(highest, maxima[w * S::kColumns + row].x);
@@ -106,7 +107,7 @@ RECALKV_DEVICE void merge_warps(const DecodeParams& p, const HopperLayout<S>& sh
       const float2 part = maxima[w * S::kColumns + row];
       total += part.y * exp2_fast(part.x - highest);
     }
-    const int64_t to = result_row(p, rows.first_token, kv_head, rows.begin + row, block_y());
+    const int64_t to = result_row(p, own, kv_head, row, S::kColumns);
     const float unit = S::kBands ? 1 << kElementScale : 1;
     const float inverse = total > 0.0f ? unit / total : 0.0f;
     float* out = p.out + to * p.v_width + v_block * (16 * S::kVTiles);
@@ -128,17 +129,12 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
   // Blocks that read the same latents are neighbors, so that all but one hit L2.
   const int kv_head = block_x() % p.num_kv_heads;
   const int v_block = block_x() / p.num_kv_heads % v_blocks;
-  const int row_block = block_x() / p.num_kv_heads / v_blocks;
-  const Rows rows = find_rows(p, row_block, S::kColumns);
-  const Padding padding = find_padding(p, rows, row_block, S::kColumns);
-  if (padding.begin < padding.end) clear_padding(p, padding, kv_head, v_block, 16 * S::kVTiles);
-  if (rows.begin >= rows.end) return;
   // In tiles that a warpgroup takes in a turn, and from there on in tiles.
-  TokenRange range = split_range(p, rows, block_y(), S::kTurn * S::kTokens);
-  if (p.kernel.splits > 1 && range.tile_from >= range.tile_to) {
-    if (v_block == 0) clear_split(p, rows, kv_head, S::kColumns);
-    return;
-  }
+  Work work = find_work(p, block_x() / p.num_kv_heads / v_blocks, S::kColumns, kv_head, v_block,
+                        16 * S::kVTiles, S::kTurn * S::kTokens, p.kernel.teams);
+  if (!work.some) return;
+  const Rows& rows = work.rows;
+  TokenRange& range = work.range;
   range.tile_from *= S::kTurn;
   range.tile_to *= S::kTurn;
   unsigned char* memory = shared_memory();
@@ -162,10 +158,14 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
     }
   } else {
     grow_registers<S::kConsumerRegisters>();
+    const OwnRows own(p, rows);
     HopperState<S> state(p, rows, lane);
     consume<S>(p, shared, memory, barriers, state, rows, range, columns, bands, kv_head, v_columns,
                lane, warp);
-    merge_warps<S>(p, shared, memory, state, rows, bands, kv_head, v_block, v_columns);
+    // Found anew: through the loop they would take registers that there are none of.
+    const int block = block_x_anew();
+    merge_warps<S>(p, shared, memory, state, own, bands, block % p.num_kv_heads,
+                   block / p.num_kv_heads % v_blocks, v_columns);
   }
 #endif
 }

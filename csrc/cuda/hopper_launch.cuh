@@ -13,9 +13,9 @@ const char* launch_hopper_shape(const DecodeParams& p, void* stream) {
   }
   const int v_blocks = (p.v_width + 16 * S::kVTiles - 1) / (16 * S::kVTiles);
   const int64_t rows = static_cast<int64_t>(p.tokens) * (p.num_heads / p.num_kv_heads);
-  const int row_blocks = static_cast<int>(rows / S::kColumns) + p.num_seqs;
-  return launch(decode_attention_hopper<S>, row_blocks * v_blocks * p.num_kv_heads, p.kernel.splits,
-                kHopperThreads, p.kernel.shared_bytes, stream, p);
+  const int row_blocks = p.pieces ? 1 : static_cast<int>(rows / S::kColumns) + p.num_seqs;
+  return launch(decode_attention_hopper<S>, row_blocks * v_blocks * p.num_kv_heads,
+                p.pieces ? p.capacity : 1, kHopperThreads, p.kernel.shared_bytes, stream, p);
 }
 
 template <typename Element, int kHeadDim, int kColumnTiles, int kVTiles, bool kLean>

@@ -1,8 +1,6 @@
 // Entry points of the kernels.
 #include "launch.h"
 
-#include "merge.cuh"
-
 namespace recalkv {
 
 const char* launch_decode(const DecodeParams& params, ElementType type, int head_dim,
@@ -23,11 +21,6 @@ const char* launch_hopper(const DecodeParams& params, ElementType type, int head
     case 128: return launch_hopper_for<128>(params, type, stream);
     default: return "q: expected a head size of 64, 96 or 128";
   }
-}
-
-const char* launch_merge(const MergeParams& params, void* stream) {
-  const int blocks = (params.rows + kMergeWarps - 1) / kMergeWarps;
-  return launch(merge_splits, blocks, 1, 32 * kMergeWarps, 0, stream, params);
 }
 
 }  // namespace recalkv

@@ -7,9 +7,8 @@ namespace recalkv {
 
 enum class ElementType { kBFloat16, kFloat16 };
 
-// They return null, or a line that says what went wrong. `row_blocks`: see `find_rows`.
+// They return null, or a line that says what went wrong.
 const char* launch_decode(const DecodeParams& params, ElementType type, int head_dim, void* stream);
-const char* launch_merge(const MergeParams& params, void* stream);
 
 // The decode kernel for Hopper alone.
 const char* launch_hopper(const DecodeParams& params, ElementType type, int head_dim, void* stream);

@@ -14,10 +14,10 @@ const char* launch_shape(const DecodeParams& p, void* stream) {
   const int head_blocks = p.num_kv_heads / p.kernel.heads;
   const int v_blocks = (p.v_width + 16 * S::kVTiles - 1) / (16 * S::kVTiles);
   const int64_t rows = static_cast<int64_t>(p.tokens) * (p.num_heads / p.num_kv_heads);
-  const int row_blocks = static_cast<int>(rows / S::kColumns) + p.num_seqs;
+  const int row_blocks = p.pieces ? 1 : static_cast<int>(rows / S::kColumns) + p.num_seqs;
   return launch(decode_attention<S, kResident>, row_blocks * v_blocks * head_blocks,
-                p.kernel.splits, 32 * p.kernel.heads * p.kernel.teams, p.kernel.shared_bytes,
-                stream, p);
+                p.pieces ? p.capacity : 1, 32 * p.kernel.heads * p.kernel.teams,
+                p.kernel.shared_bytes, stream, p);
 }
 
 // A compiled kernel: what tells it apart, and how to launch it.

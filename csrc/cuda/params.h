@@ -14,6 +14,7 @@ struct DecodeParams {
   const int32_t* block_table;  // [num_seqs, max_blocks]
   const int32_t* seq_lens;
   const int32_t* query_start_loc;
+  const int32_t* pieces;        // [capacity, 4], the work list (kernels/work_list.py), or null
   const void* k_factor;         // [h_kv, d/16, k_width/16, lane, 8], see ops/cuda/layout.py
   const float* k_bias;          // [h_kv, d] in pair order, or null
   const float* base_rotation;   // [max_position/16, d/2, 2]: (cos, sin) of every 16th position
@@ -21,8 +22,8 @@ struct DecodeParams {
   const float* slow_rotation;   // Hopper only: [d/2, 4], see `load_queries`
   const int32_t* tile_columns;  // [v_blocks, head_blocks, 2 + heads + chunks], see `TileColumns`
   const int32_t* band_blocks;   // Hopper only: see `BandTable`, or null
-  float* out;                   // [splits, tokens, h_q, v_width]
-  float* lse;                   // [splits, tokens, h_q]
+  float* out;                   // [tokens, h_q, v_width]; of pieces: see `result_row`
+  float* lse;                   // alike without the last dimension
   int64_t q_token_stride;
   int64_t cache_block_stride;
   int64_t cache_slot_stride;
@@ -30,6 +31,7 @@ struct DecodeParams {
   int64_t table_stride;
   int64_t base_rotation_stride;  // in floats per 16 positions; 0 when keys are not rotated
   int32_t tokens;
+  int32_t capacity;  // of the work list
   int32_t num_seqs;
   int32_t num_heads;
   int32_t num_kv_heads;
@@ -51,22 +53,10 @@ struct DecodeParams {
     int32_t teams;         // token streams of a block, each of `heads` warps
     int32_t stages;        // tiles in a team's ring
     int32_t tile_width;    // columns of a tile in shared memory
-    int32_t splits;        // blocks that share a sequence's tokens
     int32_t resident;      // whether the factor is kept in shared memory
     int32_t shared_bytes;
     int32_t lean;  // Hopper only: see `HopperShape`
   } kernel;
-};
-
-// The merge of `splits` partial results.
-struct MergeParams {
-  const float* partial_out;  // [splits, rows, v_width]
-  const float* partial_lse;  // [splits, rows]
-  float* out;                // [rows, v_width]
-  float* lse;                // [rows]
-  int32_t rows;
-  int32_t splits;
-  int32_t v_width;
 };
 
 }  // namespace recalkv

@@ -26,6 +26,12 @@ RECALKV_DEVICE int thread_index() { return threadIdx.x; }
 RECALKV_DEVICE int thread_count() { return blockDim.x; }
 RECALKV_DEVICE int block_x() { return blockIdx.x; }
 RECALKV_DEVICE int block_y() { return blockIdx.y; }
+// What is made of it is not what is held from before.
+RECALKV_DEVICE int block_x_anew() {
+  int x;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  return x;
+}
 
 RECALKV_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char recalkv_shared[];

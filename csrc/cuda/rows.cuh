@@ -14,6 +14,15 @@ struct Rows {
   int length;  // cached tokens of the sequence
 };
 
+// Up to `columns` rows of sequence `seq` from `begin` on.
+RECALKV_DEVICE Rows rows_from(const DecodeParams& p, int seq, int begin, int columns) {
+  const int start = p.query_start_loc[seq];
+  const int num_queries = p.query_start_loc[seq + 1] - start;
+  const int rows = num_queries * (p.num_heads / p.num_kv_heads);
+  const int end = begin + columns < rows ? begin + columns : rows;
+  return {seq, start, begin, end, num_queries, p.seq_lens[seq]};
+}
+
 // Sequence `i` owns the row blocks from `start[i] * per_kv / columns + i` on: never fewer than it
 // needs, and `tokens * per_kv / columns + num_seqs` in all, whatever the query lengths are.
 RECALKV_DEVICE Rows find_rows(const DecodeParams& p, int row_block, int columns) {
@@ -25,12 +34,8 @@ RECALKV_DEVICE Rows find_rows(const DecodeParams& p, int row_block, int columns)
     const int first = p.query_start_loc[middle] * per_kv / columns + middle;
     (first <= row_block ? low : high) = middle;
   }
-  const int start = p.query_start_loc[low];
-  const int num_queries = p.query_start_loc[low + 1] - start;
-  const int rows = num_queries * per_kv;
-  const int begin = (row_block - start * per_kv / columns - low) * columns;
-  const int end = begin + columns < rows ? begin + columns : rows;
-  return {low, start, begin, end, num_queries, p.seq_lens[low]};
+  const int begin = (row_block - p.query_start_loc[low] * per_kv / columns - low) * columns;
+  return rows_from(p, low, begin, columns);
 }
 
 // Rows of no sequence, which a padded batch has after the last one's. A block with fewer rows than
@@ -50,13 +55,13 @@ RECALKV_DEVICE Padding find_padding(const DecodeParams& p, const Rows& rows, int
   return {begin, end < p.tokens * per_kv ? end : p.tokens * per_kv};
 }
 
-// Tokens [first, end) are visible to some row; tiles [tile_from, tile_to) are this split's.
+// Tokens [first, end) are visible to some row; the block attends tiles [tile_from, tile_to).
 struct TokenRange {
   int first, end, tile_from, tile_to;
 };
 
-RECALKV_DEVICE TokenRange split_range(const DecodeParams& p, const Rows& rows, int split,
-                                      int tile) {
+// All tiles that some row sees.
+RECALKV_DEVICE TokenRange visible_range(const DecodeParams& p, const Rows& rows, int tile) {
   const int per_kv = p.num_heads / p.num_kv_heads;
   const int context = rows.length - rows.num_queries;
   const int oldest = context + rows.begin / per_kv - p.window + 1;
@@ -64,13 +69,26 @@ RECALKV_DEVICE TokenRange split_range(const DecodeParams& p, const Rows& rows, i
   TokenRange range;
   range.first = oldest > 0 ? oldest : 0;
   range.end = rows.length == 0 ? 0 : newest + 1;
-  const int first_tile = range.first / tile;
-  const int tiles = (range.end + tile - 1) / tile - first_tile;
-  const int share = (tiles + p.kernel.splits - 1) / p.kernel.splits;
-  range.tile_from = first_tile + split * share;
-  const int to = range.tile_from + share;
-  range.tile_to = to < first_tile + tiles ? to : first_tile + tiles;
+  range.tile_from = range.first / tile;
+  range.tile_to = (range.end + tile - 1) / tile;
   return range;
+}
+
+// A piece of the work list: rows of one sequence from `begin` on, and tiles, each as long as what
+// all teams of a block take in a turn. An empty one is no work.
+struct Piece {
+  int seq, begin, from, to;
+};
+
+RECALKV_DEVICE Piece load_piece(const DecodeParams& p) {
+  const int32_t* entry = p.pieces + 4 * block_y();
+  return {entry[0], entry[1], entry[2], entry[3]};
+}
+
+// Narrow a range to a piece, of whose tiles each is `turn` of the range's.
+RECALKV_DEVICE void narrow_range(TokenRange& range, const Piece& piece, int turn) {
+  if (piece.from * turn > range.tile_from) range.tile_from = piece.from * turn;
+  if (piece.to * turn < range.tile_to) range.tile_to = piece.to * turn;
 }
 
 // The factor on a token's key, which is in the cache; zero for tokens that no row sees, whose

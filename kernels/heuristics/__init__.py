@@ -5,10 +5,10 @@ compiler reports by ``python -m recalkv_vllm.benchmarks.compile_report``.
 """
 
 from recalkv_vllm.kernels.heuristics.choice import attention_config, query_lengths
+from recalkv_vllm.kernels.heuristics.pieces import piece_bounds
 from recalkv_vllm.kernels.heuristics.preference import prefers_cuda
 from recalkv_vllm.kernels.heuristics.reconstruction import prefers_dense, reconstruction_config
 from recalkv_vllm.kernels.heuristics.shapes import AttentionConfig, AttentionShape, shared_memory
-from recalkv_vllm.kernels.heuristics.splits import most_programs, split_count
 from recalkv_vllm.kernels.heuristics.targets import WIDE_MMA, Target, target_of
 from recalkv_vllm.kernels.heuristics.value_up import (
     ValueUpConfig,
@@ -23,13 +23,12 @@ __all__ = [
     "Target",
     "ValueUpConfig",
     "attention_config",
-    "most_programs",
+    "piece_bounds",
     "prefers_cuda",
     "prefers_dense",
     "query_lengths",
     "reconstruction_config",
     "shared_memory",
-    "split_count",
     "target_of",
     "value_up_config",
     "value_up_tokens",

@@ -1,7 +1,7 @@
 """Predicted time to decode, and how it compares with the dense cache.
 
-Of attention alone, over long contexts: launches, the merge of KV splits and what runs beside
-attention are not in it.
+Of attention alone, over long contexts: launches, the work list, the merge of pieces and what runs
+beside attention are not in it.
 """
 
 from __future__ import annotations

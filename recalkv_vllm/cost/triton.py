@@ -57,7 +57,7 @@ def triton_spends(layer: LayerCost, arch: int) -> Spent | None:
 
 @cache
 def _spent(shape: heuristics.AttentionShape, arch: int, queries: int) -> Spent | None:
-    # Multiprocessors only decide splits.
+    # Multiprocessors only decide pieces.
     target = heuristics.Target(arch, num_sms=1)
     try:
         config = heuristics.attention_config(shape, target, queries)

@@ -6,8 +6,8 @@ implementation, the dispatcher or a kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -129,6 +129,10 @@ class Batch:
         num_decode_tokens: hint: own exactly this many first rows of the queries,
         max_decode_query_len: hint: at most this many each.
         max_seq_len: hint: bound on ``seq_lens``; what the block table can hold if not given.
+        work_lists: how kernels cut these sequences, kept from the first layer of a step for the
+            others; empty at first. Only where the tensors keep their values as long as the batch
+            is used, but for what a CUDA graph captures, which cuts again when it is replayed; no
+            two graphs may be captured with one. If not given, every call cuts its own.
     """
 
     block_table: torch.Tensor
@@ -138,6 +142,7 @@ class Batch:
     num_decode_tokens: int = 0
     max_decode_query_len: int = 1
     max_seq_len: int | None = None
+    work_lists: dict[Any, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_seqs(self) -> int:

@@ -1,6 +1,8 @@
-"""Device memory that calls share: the partial results of attention split over cached tokens."""
+"""Device memory that calls share: the partial results of cached tokens cut into pieces."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -27,24 +29,23 @@ def reserve_workspace(device: torch.device, nbytes: int) -> torch.Tensor:
     return kept[-1]
 
 
-def partial_bytes(splits: int, rows: int, v_width: int) -> int:
-    """Bytes of the partial results of ``rows`` query rows; a single split needs none."""
-    return 4 * splits * rows * (v_width + 1) if splits > 1 else 0
+def partial_bytes(rows: int, v_width: int) -> int:
+    """Bytes of the partial results of ``rows`` rows of all pieces together."""
+    return 4 * rows * (v_width + 1)
 
 
 def partial_results(
-    splits: int, tokens: int, num_heads: int, v_width: int, device: torch.device
+    rows: tuple[int, ...], v_width: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``o_lat: [splits, tokens, h_q, v_width]`` and ``lse: [splits, tokens, h_q]``, float32.
+    """``o_lat: [*rows, v_width]`` and ``lse: [*rows]``, float32.
 
     They lie in the workspace, and hold until the next call on the device asks for theirs.
     """
-    rows = tokens * num_heads
-    nbytes = partial_bytes(splits, rows, v_width)
+    count = math.prod(rows)
+    nbytes = partial_bytes(count, v_width)
     elements = reserve_workspace(device, nbytes)[:nbytes].view(torch.float32)
-    cut = splits * rows * v_width
-    o_lat = elements[:cut].view(splits, tokens, num_heads, v_width)
-    return o_lat, elements[cut:].view(splits, tokens, num_heads)
+    cut = count * v_width
+    return elements[:cut].view(*rows, v_width), elements[cut:].view(rows)
 
 
 def clear_rows(o_lat: torch.Tensor, lse: torch.Tensor, rows: range) -> None:

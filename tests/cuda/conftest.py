@@ -34,6 +34,8 @@ def device() -> str:
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], None]:
     if ON_GPU:
         return lambda seed, early_copies: None
+    if torch.cuda.is_available():
+        pytest.skip("needs the CUDA extension, for compiled Triton cuts batches")
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # the run's, so that one worker compiles for all
@@ -47,7 +49,7 @@ def configure(
 ) -> Callable[[int, int], None]:
     """Route ``ops.cuda`` to the emulation; returns ``configure(seed, early_copies)``.
 
-    Plans are made for few multiprocessors, so that short sequences are split too.
+    Plans are made for few multiprocessors, so that short sequences are cut too.
     """
 
     def poisoned_workspace(device: torch.device, nbytes: int) -> torch.Tensor:
@@ -61,6 +63,20 @@ def configure(
     monkeypatch.setenv("RECALKV_KERNEL", "cuda")
     emulator(0, 0)
     return emulator
+
+
+@pytest.fixture
+def cutting(
+    multiprocessors: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[bool], None]:
+    """``cutting(True)`` makes plans for many multiprocessors; else no batch is cut into pieces."""
+
+    def choose(cut: bool) -> None:
+        multiprocessors(200)
+        if not cut:
+            monkeypatch.setattr(attention, "batch_bounds", lambda *_: None)
+
+    return choose
 
 
 @pytest.fixture

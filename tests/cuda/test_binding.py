@@ -178,16 +178,17 @@ def test_empty_batch(configure: Configure) -> None:
     assert lse.shape == (0, 4)
 
 
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("name", PADDED_CALLS)
 def test_rows_of_no_sequence_are_cleared(
-    name: str, split: bool, multiprocessors: Callable[[int], None]
+    name: str, cut: bool, cutting: Callable[[bool], None]
 ) -> None:
     """By the kernels, in outputs and a workspace that start as NaN."""
-    multiprocessors(200 if split else 1)
+    cutting(cut)
     case, inputs = padded_call(name, DTYPE, DEVICE)
     layer = cuda.bind(inputs.layer)
-    assert (layer.decode.choose(len(inputs.q), len(case.batch), 8, 1024)[2] > 1) == split
+    chosen = layer.decode.choose(len(inputs.q), len(case.batch), 8, 1024)
+    assert (chosen.cut is not None) == cut
     assert_matches_oracle(layer.attend(*inputs.call), case, DTYPE)
 
 
@@ -274,8 +275,8 @@ def test_workspace_covers_every_batch(configure: Configure) -> None:
     used = []
     for seqs in range(1, 9):
         for queries in range(1, 5):
-            splits = layer.decode.choose(seqs * queries, seqs, 4, 2048)[2]
-            used.append(4 * splits * seqs * queries * 4 * 33 if splits > 1 else 0)
+            cut = layer.decode.choose(seqs * queries, seqs, 4, 2048).cut
+            used.append(0 if cut is None else 4 * cut.bounds.capacity * 2 * cut.rows * 33)
     assert max(used) == reserved > 0
 
 

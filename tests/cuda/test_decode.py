@@ -142,7 +142,7 @@ def test_every_instantiation(
 
 
 @pytest.mark.parametrize("count", [1, 3, 40, 200])
-def test_any_number_of_splits(
+def test_any_number_of_multiprocessors(
     count: int, multiprocessors: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     multiprocessors(count)

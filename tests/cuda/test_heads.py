@@ -56,36 +56,37 @@ def check(case: AttentionCase, **hints: int) -> list[str]:
 
 
 @needs_triton
-@pytest.mark.parametrize("count", [1, 200], ids=["whole", "split"])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 def test_decodes_take_two_launches(
-    count: int, multiprocessors: Callable[[int], None], launched: list[str]
+    cut: bool, cutting: Callable[[bool], None], launched: list[str]
 ) -> None:
-    multiprocessors(count)
+    cutting(cut)
     assert check(DECODES) == ["decode"]
-    assert launched == ["project_values"]
+    assert launched == [*["cut_batch"] * cut, "project_values"]
 
 
 @needs_triton
-@pytest.mark.parametrize("count", [1, 200], ids=["whole", "split"])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 def test_sinks_take_no_launch(
-    count: int, multiprocessors: Callable[[int], None], launched: list[str]
+    cut: bool, cutting: Callable[[bool], None], launched: list[str]
 ) -> None:
-    multiprocessors(count)
+    cutting(cut)
     assert check(replace(DECODES, name="decodes with sinks", sinks=True)) == ["decode"]
-    assert launched == ["project_values"]
+    assert launched == [*["cut_batch"] * cut, "project_values"]
     launched.clear()
     check(SINKS, **HINTS)
 
 
 @needs_triton
-@pytest.mark.parametrize("count", [1, 200], ids=["whole", "split"])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 def test_other_sequences_are_tritons(
-    count: int,
-    multiprocessors: Callable[[int], None],
+    cut: bool,
+    cutting: Callable[[bool], None],
     launched: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    multiprocessors(count)
+    cutting(cut)
     monkeypatch.delenv("RECALKV_KERNEL")
     assert check(CASE, **HINTS) == ["decode"]
-    assert launched == ["project_values", "latent_attention", "project_values"]
+    rest = ["cut_batch", "latent_attention", "project_values"]
+    assert launched == [*["cut_batch"] * cut, "project_values", *rest]

@@ -212,7 +212,7 @@ def test_every_instantiation(
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_any_number_of_splits(count: int, multiprocessors: Callable[[int], None]) -> None:
+def test_any_number_of_multiprocessors(count: int, multiprocessors: Callable[[int], None]) -> None:
     multiprocessors(count)
     check(replace(LONG["mha"], sliding_window=150, batch=((1, 700), (0, 0), (1, 0), (2, 40))))
 

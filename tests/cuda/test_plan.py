@@ -97,15 +97,17 @@ def test_columns_that_are_loaded(spans: tuple[list, list], width: int) -> None:
     assert plan.tile_width == width
 
 
-def test_splits_fill_the_device_without_a_second_wave() -> None:
+def test_pieces_fill_the_device() -> None:
     plan = cuda_plan.plan(layer_of(128, 1, [(0, 128)] * 8, [(0, 128)] * 8), H100, 1)
     assert plan is not None
     for batch in (1, 2, 8, 16):
-        splits = cuda_plan.split_count(plan, H100, batch, 32768)
-        blocks = splits * batch * plan.blocks
-        assert 0.75 * 132 * plan.blocks_per_multiprocessor <= blocks
-        assert blocks <= 132 * plan.blocks_per_multiprocessor
-    assert cuda_plan.split_count(plan, H100, 1, 32) == 1
+        bounds = cuda_plan.batch_bounds(plan, H100, batch, 32768)
+        assert bounds is not None
+        running = bounds.at_once * plan.blocks
+        slots = 132 * plan.blocks_per_multiprocessor
+        assert slots - plan.blocks < running <= slots
+        assert bounds.capacity > bounds.at_once
+    assert cuda_plan.batch_bounds(plan, H100, 1, 32) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from recalkv_vllm.ops import BatchLimits, cuda
 from recalkv_vllm.ops.cuda import extension
 from recalkv_vllm.ops.cuda.shapes import KernelShape
 from recalkv_vllm.ops.overwrite import overwrite
+from recalkv_vllm.ops.triton.launch import Launch
 from tests.ops.band_cases import banded
 from tests.ops.cases import build, joint, spanned
 from tests.ops.checks import assert_matches_oracle
@@ -22,47 +24,40 @@ from tests.ops.replay import PADDED, GraphMemory
 from tests.ops.tracing import RecordedCalls, ops_on_tensors
 
 NAMESPACE = "recalkv_cuda"
-DECODE, MERGE = f"{NAMESPACE}::decode", f"{NAMESPACE}::merge"
-HOPPER = f"{NAMESPACE}::decode_hopper"
+DECODE, HOPPER = f"{NAMESPACE}::decode", f"{NAMESPACE}::decode_hopper"
 DEVICE = "cuda" if torch.cuda.is_available() and extension.load_error is None else "cpu"
 
 
-@pytest.mark.parametrize(
-    ("length", "names"), [(17, {DECODE}), (700, {DECODE, MERGE})], ids=["whole", "split"]
-)
-def test_ops(length: int, names: set[str], configure: Callable[[int, int], None]) -> None:
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_ops(cut: bool, cutting: Callable[[bool], None]) -> None:
+    cutting(cut)
     case = spanned(
-        "decode", (8, 2, 128), 2, 48, 1, 80, batch=((1, length),), key_bias=True, key_norm=True
+        "decode", (8, 2, 128), 2, 48, 1, 80, batch=((1, 700),), key_bias=True, key_norm=True
     )
     inputs = build(case, torch.bfloat16, DEVICE)
     with RecordedCalls(NAMESPACE) as recorded:
         cuda.bind(inputs.layer).attend(*inputs.call)
-    recorded.check(*names)
+    recorded.check(DECODE)
 
 
-@pytest.mark.parametrize(
-    ("length", "names"), [(17, {HOPPER}), (700, {HOPPER, MERGE})], ids=["whole", "split"]
-)
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 @pytest.mark.parametrize("coded", [False, True])
 def test_ops_on_hopper(
-    coded: bool,
-    length: int,
-    names: set[str],
-    configure: Callable[[int, int], None],
-    monkeypatch: pytest.MonkeyPatch,
+    coded: bool, cut: bool, cutting: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cutting(cut)
     monkeypatch.setattr(heuristics, "target_of", lambda device: Target(90, 132))
-    case = joint("decode", (8, 2, 128), 1, 96, batch=((1, length),), key_norm=True)
+    case = joint("decode", (8, 2, 128), 1, 96, batch=((1, 700),), key_norm=True)
     if coded:
         case = banded(case, *[((32, 6), (64, 4))] * 2)
     inputs = build(case, torch.bfloat16, DEVICE)
     with RecordedCalls(NAMESPACE) as recorded:
         cuda.bind(inputs.layer).attend(*inputs.call)
-    recorded.check(*names)
+    recorded.check(HOPPER)
 
 
 def test_every_op_has_a_test_here(configure: Callable[[int, int], None]) -> None:
-    assert ops_on_tensors(NAMESPACE) == {DECODE, HOPPER, MERGE}
+    assert ops_on_tensors(NAMESPACE) == {DECODE, HOPPER}
 
 
 @pytest.mark.parametrize("heads", [(8, 2, 128), (16, 1, 64)], ids=str)
@@ -74,7 +69,7 @@ def test_warming_up_runs_every_kernel_that_decodes_reach(
     def kernels(calls: list[tuple[Any, tuple]]) -> set[Any]:
         loaded = set()
         for op, arguments in calls:
-            shape = KernelShape(*arguments[14]) if op._schema.name == DECODE else None
+            shape = KernelShape(*arguments[15]) if op._schema.name == DECODE else None
             loaded.add(shape and (shape.column_tiles, shape.v_tiles, shape.resident))
         return loaded
 
@@ -94,17 +89,25 @@ def test_warming_up_runs_every_kernel_that_decodes_reach(
 
 @pytest.mark.parametrize("name", PADDED)
 def test_replayed_calls_serve_padded_batches(
-    name: str, configure: Callable[[int, int], None]
+    name: str, configure: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Triton's launches among them, which cut the batch and merge its pieces."""
     memory = GraphMemory(name, torch.bfloat16, DEVICE)
     layer = cuda.bind(memory.inputs.layer)
-    with RecordedCalls(NAMESPACE) as graph:
-        result = layer.attend(*memory.inputs.call)
+    graph: list[Callable[[], object]] = []
+    run, decode = Launch.run, layer.decode._start
+    monkeypatch.setattr(Launch, "run", lambda self: (graph.append(partial(run, self)), run(self)))
+    monkeypatch.setattr(
+        layer.decode, "_start", lambda *call: (graph.append(partial(decode, *call)), decode(*call))
+    )
+    result = layer.attend(*memory.inputs.call)
+    captured = tuple(graph)
+    assert len(captured) == 3
     memory.show_batch()
     for output in result:
         output.fill_(torch.nan)
-    for op, arguments in graph.calls:
-        op(*arguments)
+    for call in captured:
+        call()
     assert_matches_oracle(result, memory.case, torch.bfloat16)
 
 

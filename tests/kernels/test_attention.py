@@ -21,6 +21,7 @@ from recalkv_vllm.ops.triton import TritonLayer
 from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.plan import Part
+from tests.kernels.pieces import cut_into
 from tests.ops.cases import (
     CASES,
     MIXED,
@@ -82,18 +83,28 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
     check(BY_NAME[name], dtype)
 
 
-@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("pieces", [2, 5])
 @pytest.mark.parametrize("name", ["mixed", "window", "decode-long"])
-def test_splits(name: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More splits than tiles, windows that leave splits empty, sequences of no tokens."""
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+def test_pieces(name: str, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More pieces than tiles, windows, sequences of no tokens."""
+    cut_into(pieces, monkeypatch)
     check(BY_NAME[name])
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_decodes_first(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [None, 100])
+def test_one_long_sequence_among_short_ones(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_into(4, monkeypatch)
+    batch = ((1, 30), (1, 900), (0, 0), (3, 5), (1, 1), (2, 200))
+    case = spanned("skewed", (6, 2, 64), 1, 32, 2, 48, batch=batch, padding_rows=2)
+    check(replace(case, sliding_window=window))
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_decodes_first(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mixed batch whose decodes go through the decode launch, at two query lengths."""
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+    cut_into(pieces, monkeypatch)
     batch = ((1, 45), (3, 50), (0, 0), (2, 2), (20, 20), (13, 47))
     case = spanned("decodes-first", (4, 2, 64), 1, 32, 2, 32, batch=batch, padding_rows=2)
     check(case, num_decodes=4, num_decode_tokens=6, max_decode_query_len=3, max_seq_len=64)
@@ -186,12 +197,12 @@ def test_launches_read_nothing_from_the_device(
     assert first
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize("name", PADDED)
 def test_replayed_launches_serve_padded_batches(
-    name: str, splits: int, monkeypatch: pytest.MonkeyPatch
+    name: str, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+    cut_into(pieces, monkeypatch)
     memory = GraphMemory(name, torch.float32, DEVICE)
     run, graph = Launch.run, []
     monkeypatch.setattr(Launch, "run", lambda self: (graph.append(self), run(self)))
@@ -206,13 +217,13 @@ def test_replayed_launches_serve_padded_batches(
     assert_matches_oracle(result, memory.case, torch.float32)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize("name", PADDED_CALLS)
 def test_rows_of_no_sequence_are_cleared(
-    name: str, splits: int, monkeypatch: pytest.MonkeyPatch
+    name: str, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the launches themselves, in outputs and a workspace that start as NaN."""
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+    cut_into(pieces, monkeypatch)
     assert torch.empty(8, device=DEVICE).isnan().all()
     case, inputs = padded_call(name, torch.float32, DEVICE)
     layer = bind(inputs)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from recalkv_vllm.band_format import BLOCK_COLUMNS, PLANES, BandFormat
 from recalkv_vllm.kernels import columns as cut
-from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.latent_format import unpack_bits
 from recalkv_vllm.ops import reference
 from recalkv_vllm.ops import triton as ops
 from recalkv_vllm.ops.triton.layout import format_constants
 from recalkv_vllm.span import Span
+from tests.kernels.pieces import cut_into
 from tests.kernels.test_attention import DEVICE, change_config, check
 from tests.ops.band_cases import BAND_CASES
 from tests.ops.cases import AttentionCase, build, caching_layer, paged_cache
@@ -169,15 +169,15 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "splits"), [("bands-joint", 5), ("bands-unsorted-with-gaps", 2), ("bands-long", 3)]
+    ("name", "pieces"), [("bands-joint", 5), ("bands-unsorted-with-gaps", 2), ("bands-long", 3)]
 )
-def test_splits(name: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+def test_pieces(name: str, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_into(pieces, monkeypatch)
     check(BY_NAME[name])
 
 
 def test_decodes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: 3)
+    cut_into(3, monkeypatch)
     batch = ((1, 45), (3, 50), (0, 0), (2, 2), (20, 20), (13, 47))
     case = replace(BY_NAME["bands-joint"], name="bands-decodes-first", batch=batch)
     check(case, num_decodes=4, num_decode_tokens=6, max_decode_query_len=3, max_seq_len=64)
@@ -193,14 +193,14 @@ def test_streamed_factors(name: str, stream: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("name", "v_block", "splits"),
+    ("name", "v_block", "pieces"),
     [("bands-joint-all-heads", 112, 1), ("bands-one-v-group", 112, 3), ("bands-split", 16, 2)],
 )
 def test_value_columns_in_blocks(
-    name: str, v_block: int, splits: int, monkeypatch: pytest.MonkeyPatch
+    name: str, v_block: int, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every block, two of each span, is a launch; only the first writes the log-sum-exp."""
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+    cut_into(pieces, monkeypatch)
     change_config(monkeypatch, v_block=v_block)
     check(BY_NAME[name])
 

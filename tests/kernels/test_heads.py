@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.ops import triton as ops
 from recalkv_vllm.ops.triton.launch import Launch
+from tests.kernels.pieces import cut_into
 from tests.ops.cases import CASES, QUANTIZED_CASES, AttentionCase, build, spanned
 from tests.ops.checks import assert_within
 from tests.ops.rounding import allowed_heads_error
@@ -51,7 +52,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def check(case: AttentionCase, dtype: torch.dtype, **hints: int) -> None:
+def check(case: AttentionCase, dtype: torch.dtype, **hints: Any) -> None:
     _, exact, _ = heads_in_torch(case, dtype, bias=True)
     inputs = build(case, dtype, DEVICE).change(**hints)
     bias = torch.randn(inputs.layer.v_up.shape[:2], generator=torch.Generator().manual_seed(1))
@@ -71,7 +72,7 @@ def check(case: AttentionCase, dtype: torch.dtype, **hints: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "splits"),
+    ("name", "dtype", "pieces"),
     [
         ("decode-lengths", torch.float32, 9),  # most saw no token, and were not written
         ("mixed", torch.float32, 3),
@@ -83,43 +84,48 @@ def check(case: AttentionCase, dtype: torch.dtype, **hints: int) -> None:
     ],
     ids=str,
 )
-def test_splits(
-    name: str, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch
+def test_pieces(
+    name: str, dtype: torch.dtype, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+    cut_into(pieces, monkeypatch)
     check(BY_NAME[name], dtype)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("pieces", [1, 3])
 def test_decodes_first(
-    splits: int, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
+    pieces: int, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+    cut_into(pieces, monkeypatch)
     check(HINTED, torch.bfloat16, **HINTS)
-    assert launched == {"latent_attention": 2, "project_values": 2}
+    cuts = {} if pieces == 1 else {"cut_batch": 2}
+    assert launched == {"latent_attention": 2, "project_values": 2} | cuts
 
 
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("pieces", [1, 3])
 def test_decode_takes_two_launches(
-    splits: int, sinks: bool, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
+    pieces: int, sinks: bool, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+    """And one that cuts the batch, for all layers of a step."""
+    cut_into(pieces, monkeypatch)
     case = replace(BY_NAME["decode-lengths"], name="decodes", sinks=sinks)
-    check(case, torch.bfloat16, num_decodes=6, num_decode_tokens=6)
-    assert launched == {"latent_attention": 1, "project_values": 1}
+    hints: dict[str, Any] = {"num_decodes": 6, "num_decode_tokens": 6, "work_lists": {}}
+    for _ in range(2):
+        check(case, torch.bfloat16, **hints)
+    cuts = {} if pieces == 1 else {"cut_batch": 1}
+    assert launched == {"latent_attention": 2, "project_values": 2} | cuts
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_sinks(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: splits)
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_sinks(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_into(pieces, monkeypatch)
     check_a_sink_of_nothing(ops.bind, torch.float32, DEVICE)
     check_a_sink_of_all(ops.bind, torch.float32, DEVICE)
     check_a_sink_is_a_token_of_no_value(ops.bind, torch.float32, DEVICE)
 
 
 def test_nan_in_the_cache_reaches_the_heads_that_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heuristics, "split_count", lambda *_: 3)
+    cut_into(3, monkeypatch)
     inputs = build(BY_NAME["decode-long"], torch.float32, DEVICE)
     block = inputs.batch.block_table[0, 2]
     inputs.kv_cache[block, 3, inputs.layer.v_spans[1].start] = torch.nan

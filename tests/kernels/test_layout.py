@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from recalkv_vllm.kernels import columns as cut
 from recalkv_vllm.kernels import heuristics
-from recalkv_vllm.kernels.splits import MAX_SPLITS
 from recalkv_vllm.ops.reference import apply_rope
 from recalkv_vllm.ops.rotary import pair_order
 from recalkv_vllm.ops.triton import layout
@@ -160,13 +159,3 @@ def test_no_launch_parameters() -> None:
         heuristics.attention_config(shape, heuristics.Target(90, 132), 1)
     few = replace(shape, queries_per_kv=64)
     assert heuristics.attention_config(few, heuristics.Target(90, 132), 1).rows == 64
-
-
-@given(programs=st.integers(1, 5000), tiles=st.integers(1, 5000))
-def test_splits_are_bounded_and_fill_the_device(programs: int, tiles: int) -> None:
-    target = heuristics.Target(90, 132)
-    splits = heuristics.split_count(programs, tiles, target)
-    assert 1 <= splits <= min(MAX_SPLITS, tiles)
-    assert splits == 1 or programs * splits <= heuristics.most_programs(target)
-    if programs == 1 and tiles >= 1000:
-        assert splits > MAX_SPLITS - 4

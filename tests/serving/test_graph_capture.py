@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from recalkv_vllm.serving.attention.metadata import LatentMetadataBuilder
@@ -77,3 +79,22 @@ def test_the_reference_is_never_captured(monkeypatch):
     assert support(None, None) is AttentionCGSupport.UNIFORM_BATCH
     monkeypatch.setenv("RECALKV_KERNEL", "reference")
     assert support(None, None) is AttentionCGSupport.NEVER
+
+
+def test_a_drafter_gets_a_new_batch_for_every_step():
+    """It changes lengths in place, by which work lists of a step before would be out of date."""
+    builder = object.__new__(LatentMetadataBuilder)
+    builder.reorder_batch_threshold = 1
+    numbers = torch.arange(3, dtype=torch.int32)
+    common = SimpleNamespace(
+        max_query_len=1, num_reqs=2, num_actual_tokens=2, max_seq_len=9,
+        query_start_loc=numbers, query_start_loc_cpu=numbers, seq_lens=numbers[1:],
+        block_table_tensor=numbers[1:, None], seq_lens_cpu_upper_bound=None,
+    )  # fmt: skip
+    built = builder.build(0, common)
+    assert built.batch.work_lists == {}
+    assert builder.build(0, common) is built
+    drafts = [builder.build_for_drafting(common, step) for step in range(2)]
+    batches = [each.batch for each in (built, *drafts)]
+    assert len({id(batch) for batch in batches}) == 3
+    assert len({id(batch.work_lists) for batch in batches}) == 3

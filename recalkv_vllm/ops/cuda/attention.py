@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,13 +13,12 @@ from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.ops.contract import Batch, BatchLimits, KernelUnavailableError, LatentLayer
 from recalkv_vllm.ops.cuda.hopper_layout import HopperLayer
 from recalkv_vllm.ops.cuda.layout import PackedLayer, pack_layer, tile_columns
-from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, plan, split_count
+from recalkv_vllm.ops.cuda.plan import MAX_QUERIES, batch_bounds, plan, row_blocks
 from recalkv_vllm.ops.cuda.shapes import LayerShape, Limits, Plan
+from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.warm_up import empty_batch
-from recalkv_vllm.ops.workspace import (
-    partial_bytes,
-    partial_results,
-)
+from recalkv_vllm.ops.triton.work_list import Cut, Partial, work_list
+from recalkv_vllm.ops.workspace import partial_bytes
 
 
 @cache
@@ -31,6 +30,19 @@ def device_limits(device: torch.device) -> Limits:
         properties.shared_memory_per_block_optin,
         properties.shared_memory_per_multiprocessor,
     )
+
+
+class Choice(NamedTuple):
+    """How a batch is attended.
+
+    Args:
+        columns: the table of the plan's tiles.
+        cut: how cached tokens are cut into pieces; None if they are not.
+    """
+
+    plan: Plan
+    columns: torch.Tensor
+    cut: Cut | None
 
 
 class DecodeAttention:
@@ -56,6 +68,7 @@ class DecodeAttention:
         self.limits = device_limits(device)
         self.num_kv_heads, self.v_width = layer.num_kv_heads, layer.v_width
         self.key_scales = layer.key_scales
+        self.window = layer.sliding_window or 0
         plans = self.prepare(layer, shape)
         if plans[1] is None:
             raise KernelUnavailableError(
@@ -105,48 +118,51 @@ class DecodeAttention:
         lse: torch.Tensor,
     ) -> None:
         """Attend all of a batch, whatever its query lengths; writes ``o_lat`` and ``lse``."""
-        chosen = self._plan(q, kv_cache, batch)
-        splits = chosen[2]
-        if splits == 1:
-            self._start(chosen, q, kv_cache, batch, o_lat, lse)
-            return
-        tokens, num_heads, _ = q.shape
-        out, out_lse = partial_results(splits, tokens, num_heads, self.v_width, q.device)
-        self._start(chosen, q, kv_cache, batch, out, out_lse)
-        torch.ops.recalkv_cuda.merge(out, out_lse, o_lat, lse, splits)
+        choice = self._choice(q, kv_cache, batch)
+        if choice.cut is None:
+            self._start(choice, q, kv_cache, batch, o_lat, lse)
+        else:
+            merge_launch(self._pieces(choice, choice.cut, q, kv_cache, batch), o_lat, lse).run()
 
     def partial(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same before splits are merged, held until another call on the device.
+    ) -> Partial | tuple[torch.Tensor, torch.Tensor]:
+        """The same before pieces are merged.
 
         Returns:
-            ``o_lat: [splits, tokens, h_q, v_width]`` and ``lse: [splits, tokens, h_q]``; of a call
-            that is not split, without splits in front.
+            Results of pieces; of a call that is not cut, ``o_lat: [tokens, h_q, v_width]`` and
+            ``lse: [tokens, h_q]``.
         """
+        choice = self._choice(q, kv_cache, batch)
+        if choice.cut is not None:
+            return self._pieces(choice, choice.cut, q, kv_cache, batch)
         tokens, num_heads, _ = q.shape
-        chosen = self._plan(q, kv_cache, batch)
-        splits = chosen[2]
-        if splits > 1:
-            out, lse = partial_results(splits, tokens, num_heads, self.v_width, q.device)
-            self._start(chosen, q, kv_cache, batch, out, lse)
-            return out, lse
         o_lat = q.new_empty(tokens, num_heads, self.v_width, dtype=torch.float32)
         lse = q.new_empty(tokens, num_heads, dtype=torch.float32)
-        self._start(chosen, q, kv_cache, batch, o_lat, lse)
+        self._start(choice, q, kv_cache, batch, o_lat, lse)
         return o_lat, lse
+
+    def _pieces(
+        self, choice: Choice, cut: Cut, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
+    ) -> Partial:
+        work, cutting = work_list(batch, range(batch.num_seqs), range(len(q)), cut)
+        for launch in cutting:
+            launch.run()
+        partial = Partial.of(work, self.num_kv_heads, self.v_width)
+        self._start(choice, q, kv_cache, batch, partial.o_lat, partial.lse, work.pieces)
+        return partial
 
     def _start(
         self,
-        chosen: tuple[Plan, torch.Tensor, int],
+        choice: Choice,
         q: torch.Tensor,
         kv_cache: torch.Tensor,
         batch: Batch,
         out: torch.Tensor,
         lse: torch.Tensor,
+        pieces: torch.Tensor | None = None,
     ) -> None:
-        """Launch attention into ``out`` and ``lse``, which have splits in front if it is split."""
-        plan, columns, splits = chosen
+        """Launch attention into ``out`` and ``lse``, which with ``pieces`` are partial results."""
         latents, key_scales = split_pages(kv_cache, self.key_scales)
         kv_cache = self.elements(latents)
         if kv_cache.data_ptr() % 16 or kv_cache.stride(0) % 8 or kv_cache.stride(1) % 8:
@@ -162,12 +178,13 @@ class DecodeAttention:
             batch.block_table,
             batch.seq_lens,
             batch.query_start_loc,
+            pieces,
             *packed.tensors,
-            columns,
+            choice.columns,
             out,
             lse,
             packed.sizes,
-            plan.kernel_shape(splits),
+            choice.plan.kernel_shape(),
             *packed.scalars,
             *self.last_arguments(),
         )
@@ -183,33 +200,32 @@ class DecodeAttention:
             o_lat = q.new_empty(*shape, self.v_width, dtype=torch.float32)
             lse = q.new_empty(shape, dtype=torch.float32)
             self.run(q, kv_cache, empty_batch(tokens, limits, self.device), o_lat, lse)
-        torch.ops.recalkv_cuda.merge(o_lat[None], lse[None], o_lat, lse, 1)
-        return 3
+        return 2
 
-    def _plan(
-        self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
-    ) -> tuple[Plan, torch.Tensor, int]:
-        """Plan, its tile columns, and splits for a call."""
+    def _choice(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> Choice:
         tokens, num_heads, _ = q.shape
         return self.choose(tokens, batch.num_seqs, num_heads, batch.longest(kv_cache.shape[1]))
 
-    def choose(
-        self, tokens: int, num_seqs: int, num_heads: int, max_seq_len: int
-    ) -> tuple[Plan, torch.Tensor, int]:
-        """Plan, its tile columns, and splits for a batch."""
-        rows = tokens * (num_heads // self.num_kv_heads)
+    def choose(self, tokens: int, num_seqs: int, num_heads: int, max_seq_len: int) -> Choice:
+        """How a batch is attended."""
+        per_kv = num_heads // self.num_kv_heads
         few = self.plans[1][0].columns * num_seqs
-        tiles = 2 if rows > few and 2 in self.plans else 1
-        chosen, columns = self.plans[tiles]
-        row_blocks = max(num_seqs, -(-rows // chosen.columns))
-        return chosen, columns, split_count(chosen, self.limits, row_blocks, max_seq_len)
+        tiles = 2 if tokens * per_kv > few and 2 in self.plans else 1
+        plan, columns = self.plans[tiles]
+        blocks = row_blocks(plan, tokens, num_seqs, per_kv)
+        bounds = batch_bounds(plan, self.limits, blocks, max_seq_len)
+        if bounds is None:
+            return Choice(plan, columns, None)
+        cut = Cut(plan.columns, per_kv, plan.turn_tokens, self.window, bounds)
+        return Choice(plan, columns, cut)
 
     def workspace_bytes(self, limits: BatchLimits) -> int:
         """Largest workspace that decode batches within ``limits`` need."""
         most = 0
         for seqs in range(1, limits.num_seqs + 1):
             for queries in range(1, limits.decode_query_len + 1):
-                tokens = seqs * queries
-                splits = self.choose(tokens, seqs, limits.num_heads, limits.seq_len)[2]
-                most = max(most, partial_bytes(splits, tokens * limits.num_heads, self.v_width))
+                cut = self.choose(seqs * queries, seqs, limits.num_heads, limits.seq_len).cut
+                if cut is not None:
+                    rows = cut.bounds.capacity * self.num_kv_heads * cut.rows
+                    most = max(most, partial_bytes(rows, self.v_width))
         return most

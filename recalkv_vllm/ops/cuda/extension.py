@@ -17,7 +17,6 @@ def load_library(path: str) -> None:
 
     @torch.library.register_fake("recalkv_cuda::decode")
     @torch.library.register_fake("recalkv_cuda::decode_hopper")
-    @torch.library.register_fake("recalkv_cuda::merge")
     def _(*_: object) -> None:
         """They write into tensors that they are given and return nothing."""
 

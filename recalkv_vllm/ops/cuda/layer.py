@@ -18,8 +18,9 @@ from recalkv_vllm.ops.triton.attention import TritonAttention
 from recalkv_vllm.ops.triton.cache_and_values import CacheAndValues
 from recalkv_vllm.ops.triton.layout import kernel_constants
 from recalkv_vllm.ops.triton.plan import Part
-from recalkv_vllm.ops.triton.value_up import value_up_launch
+from recalkv_vllm.ops.triton.value_up import merged_value_up_launch, value_up_launch
 from recalkv_vllm.ops.triton.warm_up import head_launches, run_all
+from recalkv_vllm.ops.triton.work_list import Partial
 from recalkv_vllm.ops.workspace import clear_rows, reserve_workspace
 
 
@@ -150,8 +151,12 @@ class CudaLayer(CacheAndValues):
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch, heads: torch.Tensor
     ) -> None:
         """Head outputs of a batch of decodes by CUDA C++; writes ``heads: [tokens, h_q, d]``."""
-        partial, lse = self.decode.partial(q, kv_cache, batch)
-        value_up_launch(partial, self.values, heads, lse).run()
+        result = self.decode.partial(q, kv_cache, batch)
+        if isinstance(result, Partial):
+            merged_value_up_launch(result, self.values, heads).run()
+        else:
+            o_lat, lse = result
+            value_up_launch(o_lat, self.values, heads, lse).run()
 
     def _with_decodes(self, tokens: int, batch: Batch) -> Batch:
         """The batch with all that CUDA C++ attends as decodes: without hints, few queries each."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 
-from recalkv_vllm.kernels.splits import MAX_SPLITS, cheapest_split
+from recalkv_vllm.kernels.pieces import Bounds, piece_bounds
 from recalkv_vllm.ops.cuda.shapes import BlockShape, LayerShape, Limits, Plan
 from recalkv_vllm.span import Span
 
@@ -114,10 +114,12 @@ def plan(layer: LayerShape, limits: Limits, column_tiles: int) -> Plan | None:
     return max(fitting, key=quality, default=None)
 
 
-@cache
-def split_count(plan: Plan, limits: Limits, row_blocks: int, max_seq_len: int) -> int:
-    """Splits of the cached tokens: fixed by shapes alone, so that a CUDA graph can hold it."""
+def row_blocks(plan: Plan, tokens: int, num_seqs: int, per_kv: int) -> int:
+    """Row blocks of a batch that have rows, nearly: half of what it may have at most."""
+    return max(num_seqs, -(-tokens * per_kv // plan.columns))
+
+
+def batch_bounds(plan: Plan, limits: Limits, blocks: int, max_seq_len: int) -> Bounds | None:
+    """Bounds on the pieces of a batch of so many row blocks; None if it is not cut."""
     slots = limits.multiprocessors * plan.blocks_per_multiprocessor
-    tiles = -(-max_seq_len // (plan.tokens * plan.teams))
-    most = max(1, min(MAX_SPLITS, tiles))
-    return cheapest_split(row_blocks * plan.blocks, slots, tiles, most)
+    return piece_bounds(blocks, plan.blocks, slots, -(-max_seq_len // plan.turn_tokens))

@@ -89,7 +89,12 @@ class Plan(BlockShape):
         """Only the kernel for Hopper has lean instantiations."""
         return False
 
-    def kernel_shape(self, splits: int) -> KernelShape:
+    @property
+    def turn_tokens(self) -> int:
+        """Tokens that all teams take in a turn: what pieces are counted in."""
+        return self.tokens * self.teams
+
+    def kernel_shape(self) -> KernelShape:
         """What the kernel is told of it."""
         return KernelShape(
             self.column_tiles,
@@ -98,7 +103,6 @@ class Plan(BlockShape):
             self.teams,
             self.stages,
             self.tile_width,
-            splits,
             int(self.resident),
             self.shared_bytes,
             int(self.lean),
@@ -114,7 +118,6 @@ class KernelShape(NamedTuple):
     teams: int
     stages: int
     tile_width: int
-    splits: int
     resident: int
     shared_bytes: int
     lean: int

@@ -13,8 +13,9 @@ from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.layout import cache_arguments, kernel_constants, local_rotation
 from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import AttentionPlanner, LaunchPlan, Part
-from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
-from recalkv_vllm.ops.workspace import clear_rows, partial_results, reserve_workspace
+from recalkv_vllm.ops.triton.value_up import Values, merged_value_up_launch, value_up_launch
+from recalkv_vllm.ops.triton.work_list import Partial, WorkList, work_list
+from recalkv_vllm.ops.workspace import clear_rows, reserve_workspace
 
 FLOAT = torch.float32
 
@@ -122,13 +123,14 @@ class TritonAttention:
         """The launches that compute ``part`` of a call into ``o_lat`` and ``lse``."""
         owned = slice(part.tokens.start, part.tokens.stop)
         plan = self._plan(part, q, kv_cache, batch)
-        if plan.splits == 1:
-            out = o_lat[owned][None], lse[owned][None]
-            yield from self._attention(plan, part, q, kv_cache, batch, *out)
+        if plan.cut is None:
+            yield from self._attention(plan, part, q, kv_cache, batch, o_lat[owned], lse[owned])
             return
-        partial = self._partial_results(plan, part, q)
-        yield from self._attention(plan, part, q, kv_cache, batch, *partial)
-        yield merge_launch(*partial, o_lat[owned], lse[owned])
+        work, cutting = work_list(batch, part.sequences, part.tokens, plan.cut)
+        yield from cutting
+        partial = Partial.of(work, self.planner.num_kv_heads, self.planner.v_width)
+        yield from self._attention(plan, part, q, kv_cache, batch, partial.o_lat, partial.lse, work)
+        yield merge_launch(partial, o_lat[owned], lse[owned])
 
     def head_launches(
         self,
@@ -141,31 +143,27 @@ class TritonAttention:
     ) -> Iterator[Launch]:
         """The launches that compute head outputs of ``part`` into ``heads: [tokens, h_q, d]``.
 
-        Value latents of a call that is not split are rounded to the queries' dtype, in which they
-        are projected; those of splits are merged where they are projected.
+        Value latents of a call that is not cut into pieces are rounded to the queries' dtype, in
+        which they are projected; those of pieces are merged where they are projected.
         """
         own_heads = heads[part.tokens.start : part.tokens.stop]
         plan = self._plan(part, q, kv_cache, batch)
-        if plan.splits == 1:
+        if plan.cut is None:
             rows = (len(part.tokens), q.shape[1])
             o_lat, lse = q.new_empty(*rows, self.planner.v_width), q.new_empty(rows, dtype=FLOAT)
-            yield from self._attention(plan, part, q, kv_cache, batch, o_lat[None], lse[None])
+            yield from self._attention(plan, part, q, kv_cache, batch, o_lat, lse)
             yield value_up_launch(o_lat, values, own_heads, lse)
             return
-        partial, partial_lse = self._partial_results(plan, part, q)
-        yield from self._attention(plan, part, q, kv_cache, batch, partial, partial_lse)
-        yield value_up_launch(partial, values, own_heads, partial_lse)
+        work, cutting = work_list(batch, part.sequences, part.tokens, plan.cut)
+        yield from cutting
+        partial = Partial.of(work, self.planner.num_kv_heads, self.planner.v_width)
+        yield from self._attention(plan, part, q, kv_cache, batch, partial.o_lat, partial.lse, work)
+        yield merged_value_up_launch(partial, values, own_heads)
 
     def _plan(
         self, part: Part, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
     ) -> LaunchPlan:
         return self.planner.plan(part, q.shape[1], batch.longest(kv_cache.shape[1]))
-
-    def _partial_results(
-        self, plan: LaunchPlan, part: Part, q: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, num_heads = len(part.tokens), q.shape[1]
-        return partial_results(plan.splits, rows, num_heads, self.planner.v_width, q.device)
 
     def _attention(
         self,
@@ -176,11 +174,11 @@ class TritonAttention:
         batch: Batch,
         out: torch.Tensor,
         lse: torch.Tensor,
+        work: WorkList | None = None,
     ) -> Iterator[Launch]:
-        """Launches into ``out: [splits, rows, h_q, v_width]`` and ``lse: [splits, rows, h_q]``,
-        whose rows are the part's."""
+        """Launches into the part's rows of ``out: [rows, h_q, v_width]`` and ``lse: [rows, h_q]``;
+        of a work list into its partial results."""
         planner, config, num_heads = self.planner, plan.config, q.shape[1]
-        is_split = plan.splits > 1
         head_blocks = planner.num_kv_heads // config.heads
         arguments = {
             **self.constants,
@@ -189,18 +187,16 @@ class TritonAttention:
             "block_table": batch.block_table[part.first :],
             "seq_lens": batch.seq_lens[part.first :],
             "query_start_loc": batch.query_start_loc[part.first :],
+            "pieces": None if work is None else work.pieces,
             "local_rotation": self.local_rotation if config.local_rope else None,
             "out": out,
             "lse": lse,
             "num_seqs": part.count,
-            "num_splits": plan.splits,
             "first_token": part.tokens.start,
             "end_token": part.tokens.stop,
             "stride_q_token": q.stride(0),
             "stride_q_head": q.stride(1),
             "stride_table": batch.block_table.stride(0),
-            "stride_out_split": out.stride(0) if is_split else 0,
-            "stride_lse_split": lse.stride(0) if is_split else 0,
             "NUM_HEADS": num_heads,
             "QUERIES_PER_KV": num_heads // planner.num_kv_heads,
             "HEADS": config.heads,
@@ -210,14 +206,15 @@ class TritonAttention:
             "ROWS": config.rows,
             "TILE": config.tile,
             "LOCAL_ROPE": config.local_rope,
-            "SEARCH": plan.search,
+            "SEARCH": plan.search and work is None,
             "STREAM": config.stream,
             "STAGES": config.stages,
         }
+        blocks, pieces = (plan.blocks, 1) if work is None else (1, len(work.pieces))
         for v_blocks, columns in plan.columns:
             yield Launch(
                 latent_attention,
-                (plan.blocks * head_blocks * len(v_blocks), plan.splits),
+                (blocks * head_blocks * len(v_blocks), pieces),
                 arguments
                 | {
                     "V_BLOCKS": len(v_blocks),

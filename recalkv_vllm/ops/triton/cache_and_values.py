@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.kernels.pieces import Bounds
 from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.ops.contract import BatchLimits, BoundLayer, LatentLayer, Pieces
 from recalkv_vllm.ops.triton.cache_update import cache_update_launch
 from recalkv_vllm.ops.triton.key_scales import KeyScales
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.reconstruction import Reconstruction
-from recalkv_vllm.ops.triton.value_up import Values, value_up_launch
+from recalkv_vllm.ops.triton.value_up import Values, merged_value_up_launch, value_up_launch
+from recalkv_vllm.ops.triton.work_list import Cut, Partial, WorkList
 
 
 class CacheAndValues(BoundLayer):
@@ -70,7 +72,7 @@ class CacheAndValues(BoundLayer):
 
         Args:
             merged: whether value latents come merged in float32, too, besides in the queries' dtype
-                and in splits.
+                and in pieces.
         """
         v_up, width = self.values.up, self._latents(kv_cache).shape[2]
         rank = width if self._latent_format is None else self._latent_format.rank_of(width)
@@ -81,12 +83,14 @@ class CacheAndValues(BoundLayer):
         nothing = Pieces(zeros[None, :1], zeros[:1], zeros, 0)
         keys = v_up.new_empty(0, num_kv_heads, head_dim)
         yield self._reconstruction.launch(kv_cache, nothing, keys, keys)
-        for tokens in heuristics.value_up_tokens(limits.num_heads // num_kv_heads):
+        per_kv = limits.num_heads // num_kv_heads
+        uncut = WorkList(Cut(per_kv, per_kv, 1, 0, Bounds(1, 1)), zeros[None], zeros, zeros, 0)
+        for tokens in heuristics.value_up_tokens(per_kv):
             rows = (tokens, limits.num_heads)
             o_lat = v_up.new_zeros(*rows, v_width, dtype=torch.float32)
             out = v_up.new_empty(*rows, head_dim)
             lse = o_lat.new_zeros(rows)
             yield value_up_launch(o_lat.to(v_up.dtype), self.values, out, lse)
-            yield value_up_launch(o_lat[None], self.values, out, lse[None])
+            yield merged_value_up_launch(Partial(uncut, o_lat, lse), self.values, out)
             if merged:
                 yield value_up_launch(o_lat, self.values, out, lse)

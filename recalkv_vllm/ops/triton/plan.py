@@ -9,6 +9,7 @@ from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.columns import Columns, next_power_of_2, plan_columns
 from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
 from recalkv_vllm.ops.triton.layout import padded_head_dim
+from recalkv_vllm.ops.triton.work_list import Cut
 from recalkv_vllm.ops.workspace import partial_bytes
 
 
@@ -26,6 +27,10 @@ class Part:
     tokens: range
     queries: int
     bounded: bool
+
+    @property
+    def sequences(self) -> range:
+        return range(self.first, self.first + self.count)
 
     @classmethod
     def decodes(cls, batch: Batch) -> Part:
@@ -49,13 +54,14 @@ class LaunchPlan:
     Args:
         columns: chunks of the spans for each launch, by the blocks of value columns that it owns.
         blocks: query blocks.
-        search: programs find the sequence of their query block.
+        cut: how the cached tokens are cut into pieces; None if they are not.
+        search: programs find the sequence of their query block, if nothing is cut.
     """
 
     config: heuristics.AttentionConfig
     columns: tuple[tuple[range, Columns], ...]
     blocks: int
-    splits: int
+    cut: Cut | None
     search: bool
 
 
@@ -92,8 +98,8 @@ class AttentionPlanner:
         if search:
             block = config.query_block
             blocks += part.tokens.stop // block - part.tokens.start // block
-        splits = self._splits(config, blocks, longest)
-        return LaunchPlan(config, self.columns(config.v_block), blocks, splits, search)
+        cut = self._cut(config, blocks, num_heads, longest)
+        return LaunchPlan(config, self.columns(config.v_block), blocks, cut, search)
 
     def shape(self, num_heads: int) -> heuristics.AttentionShape:
         """What launch parameters depend on."""
@@ -121,22 +127,17 @@ class AttentionPlanner:
     def workspace_bytes(self, limits: BatchLimits) -> int:
         """Largest workspace that any call needs, with decodes within ``limits``."""
         shape = self.shape(limits.num_heads)
-        config = heuristics.attention_config(shape, self.target, limits.decode_query_len)
-        decode = max(
-            partial_bytes(
-                self._splits(config, count, limits.seq_len),
-                count * limits.decode_query_len * limits.num_heads,
-                self.v_width,
-            )
-            for count in range(1, limits.num_seqs + 1)
-        )
-        programs = heuristics.most_programs(self.target)
-        prefill = max(
-            4 * programs * config.rows * (config.v_block + 1)
-            for queries in heuristics.query_lengths()
-            for config in [heuristics.attention_config(shape, self.target, queries)]
-        )
-        return max(decode, prefill)
+        lengths = {limits.decode_query_len, *heuristics.query_lengths()}
+        configs = {heuristics.attention_config(shape, self.target, n) for n in lengths}
+        return max(self._most_bytes(config, limits) for config in configs)
+
+    def _most_bytes(self, config: heuristics.AttentionConfig, limits: BatchLimits) -> int:
+        """Of calls with one configuration: more row blocks have more pieces, until none are cut."""
+        most, blocks = 0, 1
+        while cut := self._cut(config, blocks, limits.num_heads, limits.seq_len):
+            rows = cut.bounds.capacity * self.num_kv_heads * cut.rows
+            most, blocks = max(most, partial_bytes(rows, self.v_width)), blocks + 1
+        return most
 
     def _shape(self, num_heads: int) -> heuristics.AttentionShape:
         layer = self.layer
@@ -159,6 +160,14 @@ class AttentionPlanner:
             bands=isinstance(layer.latent_format, BandFormat),
         )
 
-    def _splits(self, config: heuristics.AttentionConfig, blocks: int, longest: int) -> int:
-        programs = blocks * self.num_kv_heads // config.heads * self.v_width // config.v_block
-        return heuristics.split_count(programs, -(-longest // config.tile), self.target)
+    def _cut(
+        self, config: heuristics.AttentionConfig, blocks: int, num_heads: int, longest: int
+    ) -> Cut | None:
+        programs = self.num_kv_heads // config.heads * (self.v_width // config.v_block)
+        tiles = -(-longest // config.tile)
+        bounds = heuristics.piece_bounds(blocks, programs, self.target, tiles)
+        if bounds is None:
+            return None
+        per_kv = num_heads // self.num_kv_heads
+        window = self.layer.sliding_window or 0
+        return Cut(config.query_block * per_kv, per_kv, config.tile, window, bounds)

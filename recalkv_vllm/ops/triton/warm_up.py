@@ -53,8 +53,8 @@ def head_launches(
     *,
     decodes: bool,
 ) -> Iterator[Launch]:
-    """The launches that compute head outputs, whether split over cached tokens or not; ``decodes``
-    says whether decodes are Triton's too."""
+    """The launches that compute head outputs, whether cached tokens are cut into pieces or not;
+    ``decodes`` says whether decodes are Triton's too."""
     for part in parts_to_warm(limits, decodes=decodes):
         q = attention.new_queries(len(part.tokens), limits.num_heads)
         heads = torch.empty_like(q)

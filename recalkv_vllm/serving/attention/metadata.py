@@ -63,8 +63,9 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         fast_build: bool = False,
     ) -> LatentMetadata:
         common: Any = common_attn_metadata  # to keep what is built on it
-        built = getattr(common, "_recalkv_metadata", None)
-        # A drafter changes the object from step to step.
+        # A drafter, which asks for a fast build, changes the object from step to step, and what its
+        # tensors hold: work lists are not for its next step.
+        built = None if fast_build else getattr(common, "_recalkv_metadata", None)
         if built is None or not (
             built.batch.block_table is common.block_table_tensor
             and built.batch.query_start_loc is common.query_start_loc
@@ -83,6 +84,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
                 num_decode_tokens=num_decode_tokens,
                 max_decode_query_len=threshold,
                 max_seq_len=common.max_seq_len,
+                work_lists={},
             )
             prefills = None
             if num_decodes < batch.num_seqs and common.seq_lens_cpu_upper_bound is not None:

@@ -398,6 +398,7 @@ inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
 inline int thread_index() { return emulation::Machine::get().current; }
 inline int thread_count() { return static_cast<int>(emulation::Machine::get().lanes.size()); }
 inline int block_x() { return emulation::Machine::get().block_x; }
+inline int block_x_anew() { return block_x(); }
 inline int block_y() { return emulation::Machine::get().block_y; }
 
 inline unsigned char* shared_memory() {
