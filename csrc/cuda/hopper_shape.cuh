@@ -41,10 +41,10 @@ struct HopperShape {
   static constexpr int kVTiles = kVTiles_;
   // Steps of 16 key columns, 8 pairs, that are rotated: the rest are of slow pairs.
   static constexpr int kFastSteps = kLean ? kHeadDim / 32 : kHeadDim / 16;
-  // Of a thread; a multiprocessor has 512 for each of 128 threads. With 216 ptxas spills in some of
-  // these, with 224 in others.
+  // Of a thread; a multiprocessor has 512 for each of 128 threads. With 216, which leave 80 to
+  // producers, ptxas spills in some of the first, with 200 in others, which issue more with it.
   static constexpr int kConsumerRegisters =
-      kBands && (kHeadDim < 96 || (kHeadDim < 128 && kColumnTiles == 1)) ? 224 : 216;
+      kBands && (kHeadDim == 64 || (kColumnTiles == 2 && kVTiles == 8)) ? 200 : 216;
   static constexpr int kProducerRegisters = 512 - 2 * kConsumerRegisters;
   static constexpr int kQueryBytes = kHeadDim / 32 * 512;  // of 4 rows
   static constexpr int kOutStride = 16 * kVTiles + 4;
