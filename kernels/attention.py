@@ -210,6 +210,8 @@ def latent_attention(
     end = tl.minimum(length, first_position + QUERY_BLOCK)
     if pieces is None:
         tile_from, tile_to = visible_tiles(first_position, end, TILE, WINDOW)
+        # Adds zero, or the compiler spends registers on a loop that it knows to begin at zero.
+        tile_from += tl.minimum(start, 0)
     cache = Cache(
         block_table,
         stride_table,
