@@ -26,6 +26,8 @@ void check_dims(const at::Tensor& tensor, const char* name, int64_t dims) {
                     tensor.sizes());
 }
 
+int64_t elements_per_unit(const Kernels& kernels) { return kernels.factors == kBFloat16 ? 2 : 1; }
+
 const float* data_or_null(const std::optional<at::Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<float>() : nullptr;
 }
@@ -105,7 +107,7 @@ void AttentionLayer::set_values(const Values& values) {
   layer_.v_up = values.factors.const_data_ptr();
   layer_.v_bias = data_or_null(values.bias);
   if (!values.panel) return;
-  const int64_t per_unit = kernels_.factors == kBFloat16 ? 2 : 1;
+  const int64_t per_unit = elements_per_unit(kernels_);
   check(*values.panel, "panel", dtype_of(kernels_.factors),
         {heads, width / per_unit, head_dim, per_unit});
   layer_.v_panel = static_cast<const Unit*>(values.panel->const_data_ptr());
@@ -128,17 +130,14 @@ void AttentionLayer::set_rotation(const Rotation& rotation) {
 void AttentionLayer::set_expansion(const Expansion& expansion) {
   check_dims(expansion.pair_factors, "pair_factors", 4);
   check_dims(expansion.coefficients, "coefficients", 4);
-  const int64_t pairs = expansion.pair_factors.size(1);
+  const int64_t per_unit = elements_per_unit(kernels_);
+  const int64_t pairs = expansion.pair_factors.size(1) * per_unit / 2;
   const int64_t stretches = expansion.coefficients.size(0);
   check(expansion.basis, "basis", at::kFloat, {kTerms, kStretch});
   check(expansion.coefficients, "coefficients", at::kFloat,
         {stretches, kTerms, 2, (pairs + 15) / 16 * 16});
-  const int64_t heads = layer_.num_kv_heads, width = layer_.k_width;
-  if (kernels_.factors == kBFloat16) {
-    check(expansion.pair_factors, "pair_factors", at::kBFloat16, {heads, pairs, width, 2});
-  } else {
-    check(expansion.pair_factors, "pair_factors", at::kFloat, {heads, pairs, 2, width});
-  }
+  check(expansion.pair_factors, "pair_factors", dtype_of(kernels_.factors),
+        {layer_.num_kv_heads, pairs * 2 / per_unit, layer_.k_width, per_unit});
   TORCH_CHECK_VALUE(2 * pairs <= layer_.head_dim, "pair_factors: expected at most ",
                     layer_.head_dim / 2, " pairs, found ", pairs);
   TORCH_CHECK_VALUE(layer_.max_position <= stretches * kStretch,

@@ -58,8 +58,8 @@ struct Rotation : torch::CustomClassHolder {
 struct Expansion : torch::CustomClassHolder {
   const at::Tensor basis;         // [kTerms, kStretch] float32
   const at::Tensor coefficients;  // [stretches, kTerms, 2 (cos, sin), pairs up to 16s] float32
-  // In the type of Keys::factors: [num_kv_heads, pairs, k_width, 2] in bfloat16, where both rows of
-  // a pair share units, [num_kv_heads, pairs, 2, k_width] in float32.
+  // [num_kv_heads, units of both rows of pairs, k_width, elements of a unit] in the type of
+  // Keys::factors
   const at::Tensor pair_factors;
 
   Expansion(at::Tensor basis, at::Tensor coefficients, at::Tensor pair_factors)

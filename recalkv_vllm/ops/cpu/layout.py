@@ -60,6 +60,11 @@ def factors_dtype(isa: str) -> torch.dtype:
     return torch.bfloat16 if torch.ops.recalkv_cpu.bf16_products(isa) else torch.float32
 
 
+def per_unit(dtype: torch.dtype) -> int:
+    """Elements of factors that share a unit of 32 bits."""
+    return 4 // dtype.itemsize
+
+
 def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
     """Pack a layer's constants for one instruction set.
 
@@ -81,7 +86,7 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
             expansion = _expansion(k_factors, rope)
     panel = None
     if layer.v_width > layer.head_dim:
-        pairs = layer.v_up.unflatten(2, (-1, 2 if dtype == torch.bfloat16 else 1))
+        pairs = layer.v_up.unflatten(2, (-1, per_unit(dtype)))
         panel = pairs.transpose(1, 2).to(k_factors.dtype).contiguous()
     return classes.AttentionLayer(
         isa=isa,
@@ -117,11 +122,9 @@ def _expansion(k_factors: torch.Tensor, rope: torch.Tensor) -> torch.ScriptObjec
     found = tables.expansion(rope, k_factors.shape[1])
     if found is None:
         return None
-    slow = k_factors[:, 2 * found.exact_pairs :].unflatten(1, (-1, 2))
-    if k_factors.dtype == torch.bfloat16:  # both rows of a pair share units
-        slow = slow.transpose(2, 3)
+    slow = k_factors[:, 2 * found.exact_pairs :].unflatten(1, (-1, per_unit(k_factors.dtype)))
     return torch.classes.recalkv_cpu.Expansion(
         basis=found.basis,
         coefficients=found.coefficients,
-        pair_factors=slow.contiguous(),
+        pair_factors=slow.transpose(2, 3).contiguous(),
     )
