@@ -50,7 +50,9 @@ def test_factors_only(model, tmp_path):
 
 @pytest.mark.slow
 def test_benchmark(model, half, tmp_path):
-    run_example("sh", EXAMPLES / "benchmark.sh", half, model, cwd=tmp_path)
+    """With short requests, and in a type that every CPU computes in."""
+    few = ("--workload", "chat", "--dtype", "float32")
+    run_example("sh", EXAMPLES / "benchmark.sh", half, model, *few, cwd=tmp_path)
     result = json.loads((tmp_path / "bench-serve" / "result.json").read_text())
     assert not result["partial"]
     assert {row["server"] for row in result["rows"]} == {"stock", half.name}
