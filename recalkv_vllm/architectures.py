@@ -35,6 +35,7 @@ class Architecture:
         attention: what vLLM's decoder layers call their attention module.
         hidden_states_first: and give it, before positions.
         multimodal: the language model is a part of it, of a supported type of its own.
+        text_alone: and images are not served, since they give tokens other positions than text.
         fuses_when_loading: vLLM's class fuses projections where it loads them, and its mapper of
             names does not say so.
         hybrid: some layers have no attention, and stay as they are.
@@ -50,6 +51,7 @@ class Architecture:
     attention: str = "self_attn"
     hidden_states_first: bool = False
     multimodal: bool = False
+    text_alone: bool = False
     fuses_when_loading: bool = False
     hybrid: bool = False
 
@@ -143,6 +145,24 @@ SUPPORTED = {
         f"{_MODELS}.gemma3_mm:Gemma3ForConditionalGeneration",
         "Gemma 3 of 4B and more, for text alone",
         multimodal=True,
+    ),
+    "qwen2_vl": Architecture(
+        f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration",
+        "Qwen2-VL, for text alone",
+        multimodal=True,
+        text_alone=True,
+    ),
+    "qwen2_5_vl": Architecture(
+        f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
+        "Qwen2.5-VL, for text alone",
+        multimodal=True,
+        text_alone=True,
+    ),
+    "qwen3_vl": Architecture(
+        f"{_MODELS}.qwen3_vl:Qwen3VLForConditionalGeneration",
+        "Qwen3-VL, for text alone",
+        multimodal=True,
+        text_alone=True,
     ),
     "gemma": Architecture(
         f"{_MODELS}.gemma:GemmaForCausalLM", "Gemma 1, CodeGemma (one KV head in 2B)"
@@ -271,11 +291,31 @@ SUPPORTED = {
 }
 
 
+#: Types of language models within others that are, for text alone, the model of another type: its
+#: tokens have one position each, whatever the sections of RoPE.
+ON_TEXT_ALONE = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+_SECTIONS = ("mrope_section", "mrope_interleaved")
+
+
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a Hugging Face config that describes the language model; all of it if it is that
-    model's alone."""
+    model's alone. One of :data:`ON_TEXT_ALONE` as the model that it is there."""
     text = config.get("text_config")
-    return text if isinstance(text, Mapping) else config
+    if not isinstance(text, Mapping):
+        return config
+    model_type = ON_TEXT_ALONE.get(text.get("model_type", ""))
+    if model_type is None:
+        return text
+    return {
+        name: _without_sections(value) if name in ("rope_parameters", "rope_scaling") else value
+        for name, value in {**text, "model_type": model_type}.items()
+    }
+
+
+def _without_sections(rope: Any) -> Any:
+    if not isinstance(rope, Mapping):
+        return rope
+    return {name: value for name, value in rope.items() if name not in _SECTIONS}
 
 
 #: ``layer_types`` of layers with attention, and of those without that hybrid models have.

@@ -49,11 +49,8 @@ REASONS = {
     ),
     "positions of images in several dimensions": (
         "glm4v",
-        "qwen2_5_vl",
-        "qwen2_vl",
         "qwen3_5_moe_text",
         "qwen3_5_text",
-        "qwen3_vl",
         "qwen3_vl_moe",
     ),
     "a language model within a model of several modalities": ("internvl",),

@@ -13,5 +13,7 @@ MODEL_MODULE = "recalkv_vllm.serving.model.classes"
 ARCHITECTURES = {entry.served_name: entry.vllm_class for entry in SUPPORTED.values()}
 #: Those of models of several modalities, whose language model is a part.
 MULTIMODAL = {entry.served_name for entry in SUPPORTED.values() if entry.multimodal}
+#: Those of them whose images are not served.
+TEXT_ALONE = {entry.served_name for entry in SUPPORTED.values() if entry.text_alone}
 #: Those of models some of whose layers have no attention.
 HYBRID = {entry.served_name for entry in SUPPORTED.values() if entry.hybrid}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from transformers import (
     Mistral3Config,
     MistralConfig,
     PixtralVisionConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
     SiglipVisionConfig,
 )
 
@@ -29,8 +33,8 @@ from tests.tiny_models import VOCABULARY, train_tokenizer
 
 #: Tokens of images are behind the vocabulary that the tokenizer learns.
 END_OF_VOCABULARY = VOCABULARY
-#: Gemma's images are not served; the processor of Mistral's needs torchvision.
-TEXT_ALONE = ("gemma3", "mistral3")
+#: Images of Gemma and Qwen are not served; the processor of Mistral's needs torchvision.
+TEXT_ALONE = ("gemma3", "mistral3", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 IMAGE = "[IMG]"
 TEXT = {**SIZES, "vocab_size": VOCABULARY + 8}
 TOWER = {
@@ -41,6 +45,11 @@ TOWER = {
     "image_size": 56,
     "patch_size": 14,
 }
+QWEN_TEXT = {
+    **TEXT,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+}
+QWEN_TOWER = {"depth": 2, "num_heads": 2, "intermediate_size": 64, "patch_size": 14}
 PIXELS = {"shortest_edge": 56}
 CROP = {"height": 56, "width": 56}
 
@@ -78,6 +87,31 @@ CONFIGS = {
         image_token_id=VOCABULARY,
         vision_feature_layer=-1,
     ),
+    "qwen2-vl": Qwen2VLConfig(
+        text_config=QWEN_TEXT,
+        vision_config={"depth": 2, "num_heads": 2, "embed_dim": 64, "hidden_size": 256},
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-vl": Qwen2_5_VLConfig(
+        text_config=QWEN_TEXT,
+        vision_config={**QWEN_TOWER, "hidden_size": 64, "out_hidden_size": 256},
+        tie_word_embeddings=False,
+    ),
+    "qwen3-vl": Qwen3VLConfig(
+        text_config={
+            **QWEN_TEXT,
+            "head_dim": 32,
+            "rope_parameters": {**QWEN_TEXT["rope_parameters"], "mrope_interleaved": True},
+        },
+        vision_config={
+            **QWEN_TOWER,
+            "hidden_size": 64,
+            "out_hidden_size": 256,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+        tie_word_embeddings=False,
+    ),
 }
 
 
@@ -101,6 +135,19 @@ def processor(name: str):
     return LlavaNextProcessor(images, tokenizer, **options)
 
 
+def as_published(path: Path) -> None:
+    """Rewrite a config as those of the first Qwen models are: the language model's has no part."""
+    config = json.loads(path.read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        "rope_theta": rope["rope_theta"],
+        "tie_word_embeddings": config["tie_word_embeddings"],
+    }
+    path.write_text(json.dumps({**text, **config}))
+
+
 def save_multimodal_model(name: str, directory: Path) -> Path:
     """Write a model of :data:`CONFIGS` with random weights, and its processor."""
     save_random_model(CONFIGS[name], directory, auto_class=AutoModelForImageTextToText)
@@ -111,5 +158,7 @@ def save_multimodal_model(name: str, directory: Path) -> Path:
         tensors = load_file(path)
         tensors = {tower.sub("vision_tower.vision_model.", n): x for n, x in tensors.items()}
         save_file(tensors, path, metadata={"format": "pt"})
+    if name in ("qwen2-vl", "qwen2.5-vl"):
+        as_published(directory / "config.json")
     processor(name).save_pretrained(directory)
     return directory

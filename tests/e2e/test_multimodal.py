@@ -31,7 +31,8 @@ def job(small_prompts, model, name, **engine):
     greedy = {"sampling": {"max_tokens": 16, "ignore_eos": True}}
     text = {**greedy, "prompts": small_prompts.ids}
     if name in TEXT_ALONE:
-        return small_prompts.job(model, text, limit_mm_per_prompt={"image": 0}, **engine)
+        limits = {"image": 0, "video": 0} if name.startswith("qwen") else {"image": 0}
+        return small_prompts.job(model, text, limit_mm_per_prompt=limits, **engine)
     image, short = END_OF_VOCABULARY, small_prompts.ids[1]
     prompts = [[*short, image, *short], [image, *short], [*short, image, *short, image]]
     seen = {**greedy, "prompts": prompts, "images": [[0], [1], [1, 2]]}

@@ -23,6 +23,7 @@ def configuration(**changes):
             "dtype": torch.float32,
             "architectures": ["RecalkvLlamaForCausalLM"],
             "is_mm_prefix_lm": False,
+            "supports_multimodal_inputs": True,
             "hf_text_config": FULL.hf_text_config,
         },
         "cache_config": {"cache_dtype": "auto"},
@@ -70,6 +71,11 @@ def configuration(**changes):
             {"model_config": {"is_mm_prefix_lm": True}},
             "--limit-mm-per-prompt: expected '{\"image\": 0}' for a model whose images attend to "
             "themselves in both directions, which latents are not served with",
+        ),
+        (
+            {"model_config": {"architectures": ["RecalkvQwen3VLForConditionalGeneration"]}},
+            """--limit-mm-per-prompt: expected '{"image": 0, "video": 0}' for a model whose images """
+            "have positions of several dimensions, which latents are not served with",
         ),
         (
             {

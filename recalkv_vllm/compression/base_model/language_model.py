@@ -48,6 +48,8 @@ def load_language_model(
     own = {
         own_name: tensor for name, tensor in tensors if (own_name := language_name(name)) in names
     }
+    # The whole model's configuration says it, by rules that differ between models.
+    config.tie_word_embeddings = "lm_head.weight" not in own
     return model_class.from_pretrained(
         None, config=config, dtype=dtype, state_dict=own, output_loading_info=True
     )

@@ -63,7 +63,7 @@ class BaseModel:
         entry = SUPPORTED.get(config.get("model_type", ""))
         if entry is not None and entry.hybrid and "recalkv" not in config:
             return {**config, "layer_types": list(self._transformers_config.layer_types)}
-        if language_config(config) is config or config.get("model_type") not in SUPPORTED:
+        if entry is None or not entry.multimodal:
             return config
         return {**config, "text_config": self._transformers_config.get_text_config().to_dict()}
 
@@ -152,7 +152,7 @@ class BaseModel:
         weight_format = self.weight_format
         try:
             if multimodal:
-                text_config = self._transformers_config.get_text_config()
+                text_config = AutoConfig.for_model(**language_config(self.config))
                 loaded: Any = load_language_model(text_config, _all_tensors(self.directory), dtype)
             elif weight_format is None:
                 loaded = AutoModelForCausalLM.from_pretrained(

@@ -77,6 +77,8 @@ def supported_architecture(config: Mapping[str, Any]) -> Architecture:
     architecture = SUPPORTED[model_type]
     if architecture.multimodal:
         _check_language_model(model_type, config)
+    else:
+        _check_rope(model_type, config, architecture)
     # Some models call themselves by another's type, and are served by a class of their own.
     expected = (
         architecture.served_name.removeprefix("Recalkv"),
@@ -88,13 +90,6 @@ def supported_architecture(config: Mapping[str, Any]) -> Architecture:
     for field in ATTENTION_FIELDS:
         if config.get(field) and field not in architecture.reads:
             raise InputError(f"{model_type} with {field} is not supported")
-    for parameters in _ropes(config):
-        for field in ROPE_FIELDS:
-            if parameters.get(field):
-                raise InputError(f"{model_type} with {field} of RoPE is not supported")
-        rope_type = parameters.get("rope_type", parameters.get("type"))
-        if architecture.by_transformers and rope_type in VARYING_ROPE:
-            raise InputError(f"{model_type} with {rope_type} RoPE is not supported")
     known = {*ATTENTION_LAYERS, *OTHER_LAYERS} if architecture.hybrid else {*LAYER_TYPES}
     if unknown := sorted(set(config.get("layer_types") or ()) - known):
         raise InputError(f"{model_type} with layers of {', '.join(unknown)} is not supported")
@@ -114,6 +109,16 @@ def _check_language_model(model_type: str, config: Mapping[str, Any]) -> None:
         raise InputError(
             f"quantization_config: {model_type}: expected weights that are not quantized"
         )
+
+
+def _check_rope(model_type: str, config: Mapping[str, Any], architecture: Architecture) -> None:
+    for parameters in _ropes(config):
+        for field in ROPE_FIELDS:
+            if parameters.get(field):
+                raise InputError(f"{model_type} with {field} of RoPE is not supported")
+        rope_type = parameters.get("rope_type", parameters.get("type"))
+        if architecture.by_transformers and rope_type in VARYING_ROPE:
+            raise InputError(f"{model_type} with {rope_type} RoPE is not supported")
 
 
 def _ropes(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import (
     Phi3LongRoPEScaledRotaryEmbedding,
 )
@@ -31,6 +32,8 @@ def rotate_queries(
     rotary: Any, positions: torch.Tensor, q: torch.Tensor, head_dim: int
 ) -> torch.Tensor:
     """Rotate ``q: [tokens, h_q · d]``; keys are rotated in attention."""
-    # LongRoPE insists on keys: the first query head stands in, and its result is dropped.
-    insists = isinstance(rotary, Phi3LongRoPEScaledRotaryEmbedding)
-    return rotary(positions, q, q[:, :head_dim] if insists else None)[0]
+    # Some insist on keys: the first query head stands in, and its result is dropped.
+    insists = isinstance(rotary, Phi3LongRoPEScaledRotaryEmbedding | MRotaryEmbedding)
+    # Text has one position in all dimensions.
+    flat = positions[0] if positions.ndim == 2 else positions
+    return rotary(flat, q, q[:, :head_dim] if insists else None)[0]

@@ -6,7 +6,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from recalkv_vllm.serving.attention.backend import SUPPORTED_DTYPES
-from recalkv_vllm.serving.names import BACKEND_NAME, HYBRID, MULTIMODAL
+from recalkv_vllm.serving.names import BACKEND_NAME, HYBRID, MULTIMODAL, TEXT_ALONE
 from recalkv_vllm.serving.startup.connectors import unsupported_connector
 
 #: Ways of speculation that give the tokens of a run without in our tests.
@@ -47,6 +47,10 @@ def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
         f"--kv-transfer-config: {connector}": connector is not None,
         "--limit-mm-per-prompt: expected '{\"image\": 0}' for a model whose images attend to "
         "themselves in both directions, which latents are not served with": model.is_mm_prefix_lm,
+        """--limit-mm-per-prompt: expected '{"image": 0, "video": 0}' for a model whose images have """
+        "positions of several dimensions, which latents are not served with": (
+            bool(TEXT_ALONE & {*model.architectures}) and model.supports_multimodal_inputs
+        ),
         "--enable-lora: expected a language model alone, found one of several modalities": (
             config.lora_config is not None and bool(MULTIMODAL & {*model.architectures})
         ),
