@@ -164,6 +164,20 @@ SUPPORTED = {
         multimodal=True,
         text_alone=True,
     ),
+    "qwen3_5": Architecture(
+        f"{_MODELS}.qwen3_5:Qwen3_5ForConditionalGeneration",
+        "Qwen3.5, for text alone",
+        multimodal=True,
+        text_alone=True,
+        hybrid=True,
+    ),
+    "qwen3_5_moe": Architecture(
+        f"{_MODELS}.qwen3_5:Qwen3_5MoeForConditionalGeneration",
+        "Qwen3.5, mixture of experts, for text alone",
+        multimodal=True,
+        text_alone=True,
+        hybrid=True,
+    ),
     "gemma": Architecture(
         f"{_MODELS}.gemma:GemmaForCausalLM", "Gemma 1, CodeGemma (one KV head in 2B)"
     ),
@@ -214,6 +228,20 @@ SUPPORTED = {
         f"{_MODELS}.qwen3_next:Qwen3NextForCausalLM",
         "Qwen3-Next (gated delta nets stay as they are; gated attention, key norm, partial RoPE)",
         reads=("attn_output_gate",),
+        key_norm="head",
+        hybrid=True,
+    ),
+    "qwen3_5_text": Architecture(
+        f"{_MODELS}.qwen3_5:Qwen3_5ForCausalLM",
+        "Qwen3.5 without its tower (as Qwen3-Next)",
+        reads=("attn_output_gate", "mrope_section"),
+        key_norm="head",
+        hybrid=True,
+    ),
+    "qwen3_5_moe_text": Architecture(
+        f"{_MODELS}.qwen3_5:Qwen3_5MoeForCausalLM",
+        "Qwen3.5 without its tower, mixture of experts",
+        reads=("attn_output_gate", "mrope_section"),
         key_norm="head",
         hybrid=True,
     ),

@@ -49,8 +49,6 @@ REASONS = {
     ),
     "positions of images in several dimensions": (
         "glm4v",
-        "qwen3_5_moe_text",
-        "qwen3_5_text",
         "qwen3_vl_moe",
     ),
     "a language model within a model of several modalities": ("internvl",),

@@ -56,7 +56,7 @@ class EngineProcess:
     """A process of ``engine.py``; what it logs goes to a file, of which failures show the end."""
 
     def __init__(self, **environment):
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.log = tempfile.TemporaryFile("a+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, ENGINE],
             stdin=subprocess.PIPE,
@@ -73,6 +73,8 @@ class EngineProcess:
         self.process.stdin.write(json.dumps(jobs) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
+        if not answer:
+            self.process.wait()  # it still writes why
         self.log.seek(began)
         assert answer, self.log.read()[-4000:]
         return json.loads(answer)

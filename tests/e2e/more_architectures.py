@@ -33,6 +33,8 @@ from transformers import (
     OlmoeConfig,
     PhimoeConfig,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     SeedOssConfig,
     SolarOpenConfig,
     StableLmConfig,
@@ -45,7 +47,22 @@ from tests.e2e.architectures import EXPERTS, MIXED, SIZES, WINDOW, rope
 #: vLLM's kernel of Mamba 2 for CPUs gives no states in between, which prefix caching asks for.
 WITHOUT_PREFIX_CACHING = ("granitemoehybrid",)
 
+QWEN3_5 = {
+    **SIZES,
+    **rope("default", partial_rotary_factor=0.25, mrope_section=[3, 3, 2], mrope_interleaved=True),
+    "head_dim": 64,
+    "layer_types": ["full_attention"] * 3,
+}
+
 MORE_CONFIGS = {
+    # Their other layers: see ``test_hybrid.py``.
+    "qwen3.5-attention": Qwen3_5TextConfig(**QWEN3_5),
+    "qwen3.5-moe-attention": Qwen3_5MoeTextConfig(
+        **{**QWEN3_5, **EXPERTS},
+        num_experts=4,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+    ),
     "gemma": GemmaConfig(
         **{**SIZES, "num_key_value_heads": 1, "tie_word_embeddings": True}, head_dim=48
     ),

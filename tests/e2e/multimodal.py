@@ -24,17 +24,20 @@ from transformers import (
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3VLConfig,
     SiglipVisionConfig,
 )
 
 from tests.e2e.architectures import MIXED, SIZES, WINDOW, save_random_model
+from tests.e2e.more_architectures import MORE_CONFIGS, QWEN3_5
 from tests.tiny_models import VOCABULARY, train_tokenizer
 
 #: Tokens of images are behind the vocabulary that the tokenizer learns.
 END_OF_VOCABULARY = VOCABULARY
 #: Images of Gemma and Qwen are not served; the processor of Mistral's needs torchvision.
-TEXT_ALONE = ("gemma3", "mistral3", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
+TEXT_ALONE = ("gemma3", "mistral3", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "qwen3.5-moe")
 IMAGE = "[IMG]"
 TEXT = {**SIZES, "vocab_size": VOCABULARY + 8}
 TOWER = {
@@ -50,6 +53,12 @@ QWEN_TEXT = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
 }
 QWEN_TOWER = {"depth": 2, "num_heads": 2, "intermediate_size": 64, "patch_size": 14}
+NEWER_QWEN_TOWER = {
+    **QWEN_TOWER,
+    "hidden_size": 64,
+    "out_hidden_size": 256,
+    "num_position_embeddings": 16,
+}
 PIXELS = {"shortest_edge": 56}
 CROP = {"height": 56, "width": 56}
 
@@ -103,13 +112,18 @@ CONFIGS = {
             "head_dim": 32,
             "rope_parameters": {**QWEN_TEXT["rope_parameters"], "mrope_interleaved": True},
         },
-        vision_config={
-            **QWEN_TOWER,
-            "hidden_size": 64,
-            "out_hidden_size": 256,
-            "deepstack_visual_indexes": [0],
-            "num_position_embeddings": 16,
-        },
+        vision_config={**NEWER_QWEN_TOWER, "deepstack_visual_indexes": [0]},
+        tie_word_embeddings=False,
+    ),
+    # Layers with attention alone: see ``test_hybrid.py``.
+    "qwen3.5": Qwen3_5Config(
+        text_config={**QWEN3_5, **TEXT},
+        vision_config=NEWER_QWEN_TOWER,
+        tie_word_embeddings=False,
+    ),
+    "qwen3.5-moe": Qwen3_5MoeConfig(
+        text_config={**MORE_CONFIGS["qwen3.5-moe-attention"].to_dict(), **TEXT},
+        vision_config=NEWER_QWEN_TOWER,
         tie_word_embeddings=False,
     ),
 }

@@ -8,8 +8,8 @@ from itertools import chain
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3NextConfig
 
+from recalkv_vllm.architectures import SUPPORTED
 from recalkv_vllm.band_format import token_bytes
 from recalkv_vllm.checkpoint import AttentionGeometry, RecalkvConfig, read_hf_config
 from recalkv_vllm.cli.main import main
@@ -19,6 +19,7 @@ from recalkv_vllm.compression.calibration.text import documents
 from recalkv_vllm.evaluation.transformers_engine import score_windows
 from tests.e2e.architectures import CONFIGS, save_random_model
 from tests.e2e.conftest import run_engines
+from tests.e2e.more_architectures import MORE_CONFIGS
 from tests.tiny_models import train_tokenizer
 
 NAME = "granitemoehybrid"
@@ -135,9 +136,11 @@ def test_factors_on_the_untouched_base(base, compressed, small_prompts):
 
 
 @pytest.mark.slow
-def test_gated_delta_net_beside_gated_attention(tmp_path, compressed, small_prompts):
+@pytest.mark.parametrize("name", ["qwen3-next-attention", "qwen3.5-attention"])
+def test_gated_delta_net_beside_gated_attention(name, tmp_path, compressed, small_prompts):
     """In bfloat16, the only dtype of vLLM's kernels for CPUs: as near to float32 as stock is."""
-    config = CONFIGS["qwen3-next-attention"].to_dict()
+    attention = {**CONFIGS, **MORE_CONFIGS}[name]
+    config = attention.to_dict()
     config |= {
         "num_hidden_layers": 4,
         "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -147,10 +150,11 @@ def test_gated_delta_net_beside_gated_attention(tmp_path, compressed, small_prom
         "linear_value_head_dim": 128,
         "num_experts_per_tok": 4,  # all of them: rounding would choose others
     }
-    base = save_random_model(Qwen3NextConfig(**config), tmp_path / "qwen3-next")
+    base = save_random_model(type(attention)(**config), tmp_path / "model")
     train_tokenizer().save_pretrained(base)
     ours = compressed(base)
-    stock = {"hf_overrides": {"architectures": ["Qwen3NextForCausalLM"]}}
+    served = SUPPORTED[attention.model_type].served_name.removeprefix("Recalkv")
+    stock = {"hf_overrides": {"architectures": [served]}}
     engine = {"dtype": "bfloat16", **ENGINE}
     scored = {"prompts": small_prompts.ids, "sampling": {"max_tokens": 1, "prompt_logprobs": 0}}
     results = run_engines(

@@ -74,8 +74,8 @@ def configuration(**changes):
         ),
         (
             {"model_config": {"architectures": ["RecalkvQwen3VLForConditionalGeneration"]}},
-            """--limit-mm-per-prompt: expected '{"image": 0, "video": 0}' for a model whose images """
-            "have positions of several dimensions, which latents are not served with",
+            """--limit-mm-per-prompt: expected '{"image": 0, "video": 0}' for a model that gives """
+            "images positions of several dimensions, which latents are not served with",
         ),
         (
             {

@@ -21,6 +21,11 @@ def language_name(name: str) -> str:
     return _HEAD.sub("lm_head.", _PREFIX.sub("model.", name))
 
 
+def _place(name: str) -> str:
+    """``model.layers`` of ``model.layers.0.mlp.up_proj.weight``."""
+    return ".".join(name.split(".")[:2])
+
+
 def class_and_names(config: Any) -> tuple[Any, Set[str]]:
     """transformers' class of a language model, and what its tensors are called.
 
@@ -45,8 +50,12 @@ def load_language_model(
     if hasattr(config, "attention_dropout"):
         config.attention_dropout = 0.0
     model_class, names = class_and_names(config)
+    # Of experts, files and transformers have different tensors: only where they are is the same.
+    places = set(map(_place, names))
     own = {
-        own_name: tensor for name, tensor in tensors if (own_name := language_name(name)) in names
+        own_name: tensor
+        for name, tensor in tensors
+        if _place(own_name := language_name(name)) in places
     }
     # The whole model's configuration says it, by rules that differ between models.
     config.tie_word_embeddings = "lm_head.weight" not in own

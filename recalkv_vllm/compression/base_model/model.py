@@ -61,11 +61,12 @@ class BaseModel:
         """
         config = read_hf_config(self.directory)
         entry = SUPPORTED.get(config.get("model_type", ""))
+        if entry is not None and entry.multimodal:
+            text_config = self._transformers_config.get_text_config().to_dict()
+            return {**config, "text_config": text_config}
         if entry is not None and entry.hybrid and "recalkv" not in config:
             return {**config, "layer_types": list(self._transformers_config.layer_types)}
-        if entry is None or not entry.multimodal:
-            return config
-        return {**config, "text_config": self._transformers_config.get_text_config().to_dict()}
+        return config
 
     @cached_property
     def architecture(self) -> Architecture:

@@ -51,7 +51,7 @@ ATTENTION_FIELDS = (
     "use_bidirectional_attention",
     "use_qk_norm",
 )
-#: Fields of a RoPE's parameters that latents are not served with.
+#: As :data:`ATTENTION_FIELDS`, of a RoPE's parameters.
 ROPE_FIELDS = ("llama_4_scaling_beta", "mrope_section")
 #: Kinds of layers of a model that is not hybrid.
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -114,7 +114,7 @@ def _check_language_model(model_type: str, config: Mapping[str, Any]) -> None:
 def _check_rope(model_type: str, config: Mapping[str, Any], architecture: Architecture) -> None:
     for parameters in _ropes(config):
         for field in ROPE_FIELDS:
-            if parameters.get(field):
+            if parameters.get(field) and field not in architecture.reads:
                 raise InputError(f"{model_type} with {field} of RoPE is not supported")
         rope_type = parameters.get("rope_type", parameters.get("type"))
         if architecture.by_transformers and rope_type in VARYING_ROPE:

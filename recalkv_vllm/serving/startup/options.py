@@ -47,8 +47,8 @@ def unsupported_option(config: VllmConfig, requested: str | None) -> str | None:
         f"--kv-transfer-config: {connector}": connector is not None,
         "--limit-mm-per-prompt: expected '{\"image\": 0}' for a model whose images attend to "
         "themselves in both directions, which latents are not served with": model.is_mm_prefix_lm,
-        """--limit-mm-per-prompt: expected '{"image": 0, "video": 0}' for a model whose images have """
-        "positions of several dimensions, which latents are not served with": (
+        """--limit-mm-per-prompt: expected '{"image": 0, "video": 0}' for a model that gives """
+        "images positions of several dimensions, which latents are not served with": (
             bool(TEXT_ALONE & {*model.architectures}) and model.supports_multimodal_inputs
         ),
         "--enable-lora: expected a language model alone, found one of several modalities": (
