@@ -164,6 +164,12 @@ SUPPORTED = {
         multimodal=True,
         text_alone=True,
     ),
+    "qwen3_vl_moe": Architecture(
+        f"{_MODELS}.qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration",
+        "Qwen3-VL, mixture of experts, for text alone",
+        multimodal=True,
+        text_alone=True,
+    ),
     "qwen3_5": Architecture(
         f"{_MODELS}.qwen3_5:Qwen3_5ForConditionalGeneration",
         "Qwen3.5, for text alone",
@@ -321,7 +327,12 @@ SUPPORTED = {
 
 #: Types of language models within others that are, for text alone, the model of another type: its
 #: tokens have one position each, whatever the sections of RoPE.
-ON_TEXT_ALONE = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+ON_TEXT_ALONE = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
 _SECTIONS = ("mrope_section", "mrope_interleaved")
 
 

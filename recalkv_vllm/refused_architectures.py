@@ -47,10 +47,7 @@ REASONS = {
         "mistral4",
         "youtu",
     ),
-    "positions of images in several dimensions": (
-        "glm4v",
-        "qwen3_vl_moe",
-    ),
+    "positions of images in several dimensions": ("glm4v", "glm4v_moe"),
     "a language model within a model of several modalities": ("internvl",),
     "projections under other names than q_proj, k_proj, v_proj and o_proj": (
         "bloom",

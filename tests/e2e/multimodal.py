@@ -27,17 +27,21 @@ from transformers import (
     Qwen3_5Config,
     Qwen3_5MoeConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
 )
 
-from tests.e2e.architectures import MIXED, SIZES, WINDOW, save_random_model
+from tests.e2e.architectures import EXPERTS, MIXED, SIZES, WINDOW, save_random_model
 from tests.e2e.more_architectures import MORE_CONFIGS, QWEN3_5
 from tests.tiny_models import VOCABULARY, train_tokenizer
 
 #: Tokens of images are behind the vocabulary that the tokenizer learns.
 END_OF_VOCABULARY = VOCABULARY
 #: Images of Gemma and Qwen are not served; the processor of Mistral's needs torchvision.
-TEXT_ALONE = ("gemma3", "mistral3", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "qwen3.5-moe")
+TEXT_ALONE = (
+    *("gemma3", "mistral3", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3.5"),
+    "qwen3.5-moe",
+)
 IMAGE = "[IMG]"
 TEXT = {**SIZES, "vocab_size": VOCABULARY + 8}
 TOWER = {
@@ -59,6 +63,12 @@ NEWER_QWEN_TOWER = {
     "out_hidden_size": 256,
     "num_position_embeddings": 16,
 }
+QWEN3_VL_TEXT = {
+    **QWEN_TEXT,
+    "head_dim": 32,
+    "rope_parameters": {**QWEN_TEXT["rope_parameters"], "mrope_interleaved": True},
+}
+QWEN3_VL_TOWER = {**NEWER_QWEN_TOWER, "deepstack_visual_indexes": [0]}
 PIXELS = {"shortest_edge": 56}
 CROP = {"height": 56, "width": 56}
 
@@ -107,12 +117,19 @@ CONFIGS = {
         tie_word_embeddings=False,
     ),
     "qwen3-vl": Qwen3VLConfig(
+        text_config=QWEN3_VL_TEXT,
+        vision_config=QWEN3_VL_TOWER,
+        tie_word_embeddings=False,
+    ),
+    "qwen3-vl-moe": Qwen3VLMoeConfig(
         text_config={
-            **QWEN_TEXT,
-            "head_dim": 32,
-            "rope_parameters": {**QWEN_TEXT["rope_parameters"], "mrope_interleaved": True},
+            **QWEN3_VL_TEXT,
+            **EXPERTS,
+            "num_experts": 4,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
         },
-        vision_config={**NEWER_QWEN_TOWER, "deepstack_visual_indexes": [0]},
+        vision_config=QWEN3_VL_TOWER,
         tie_word_embeddings=False,
     ),
     # Layers with attention alone: see ``test_hybrid.py``.
@@ -165,13 +182,15 @@ def as_published(path: Path) -> None:
 def save_multimodal_model(name: str, directory: Path) -> Path:
     """Write a model of :data:`CONFIGS` with random weights, and its processor."""
     save_random_model(CONFIGS[name], directory, auto_class=AutoModelForImageTextToText)
+    # As models on the hub have them: transformers writes other forms by now.
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
     if name.startswith("llava"):
-        # As models on the hub call it; transformers writes a shorter name by now.
-        path = directory / "model.safetensors"
         tower = re.compile(r"^vision_tower\.(?!vision_model\.)")
-        tensors = load_file(path)
         tensors = {tower.sub("vision_tower.vision_model.", n): x for n, x in tensors.items()}
-        save_file(tensors, path, metadata={"format": "pt"})
+    if name == "qwen3-vl-moe":
+        tensors = {n: x.mT.contiguous() if "experts" in n else x for n, x in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
     if name in ("qwen2-vl", "qwen2.5-vl"):
         as_published(directory / "config.json")
     processor(name).save_pretrained(directory)

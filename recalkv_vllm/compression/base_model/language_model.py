@@ -6,7 +6,7 @@ transformers and vLLM have used two orders of names for it; by itself it has tho
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,15 +26,21 @@ def _place(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
-def class_and_names(config: Any) -> tuple[Any, Set[str]]:
-    """transformers' class of a language model, and what its tensors are called.
+def class_and_shapes(config: Any) -> tuple[Any, Mapping[str, torch.Size]]:
+    """transformers' class of a language model, and the shapes of its tensors by name.
 
     Args:
         config: transformers' of the language model.
     """
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config)
-    return type(network), network.state_dict().keys()
+    return type(network), {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def _oriented(tensor: torch.Tensor, shape: torch.Size | None) -> torch.Tensor:
+    """Files of Qwen3-VL have the matrices of all experts, one tensor, transposed."""
+    turned = tensor.ndim == 3 and shape is not None and tensor.shape != shape
+    return tensor.mT.contiguous() if turned else tensor
 
 
 def load_language_model(
@@ -49,11 +55,11 @@ def load_language_model(
     """
     if hasattr(config, "attention_dropout"):
         config.attention_dropout = 0.0
-    model_class, names = class_and_names(config)
+    model_class, shapes = class_and_shapes(config)
     # Of experts, files and transformers have different tensors: only where they are is the same.
-    places = set(map(_place, names))
+    places = set(map(_place, shapes))
     own = {
-        own_name: tensor
+        own_name: _oriented(tensor, shapes.get(own_name))
         for name, tensor in tensors
         if _place(own_name := language_name(name)) in places
     }

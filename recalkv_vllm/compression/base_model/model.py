@@ -16,7 +16,7 @@ from recalkv_vllm.checkpoint import AttentionGeometry, read_hf_config
 from recalkv_vllm.compression.base_model.attention import CausalLM, split_fused_projections
 from recalkv_vllm.compression.base_model.devices import SPREAD
 from recalkv_vllm.compression.base_model.find import find_model
-from recalkv_vllm.compression.base_model.language_model import class_and_names, load_language_model
+from recalkv_vllm.compression.base_model.language_model import class_and_shapes, load_language_model
 from recalkv_vllm.compression.base_model.support import supported_architecture
 from recalkv_vllm.compression.base_model.weight_files import (
     content_digest,
@@ -183,11 +183,11 @@ def _load_dense_form(
     """What ``from_pretrained`` gives of the same model before it was quantized."""
     config = AutoConfig.from_pretrained(directory, **options)
     del config.quantization_config
-    model_class, names = class_and_names(config)
+    model_class, shapes = class_and_shapes(config)
     tensors = weight_format.dense(directory, dict(_all_tensors(directory)), dtype)
     # What else a quantized model has (scales of activations) is no parameter.
     parameters = {
-        n: t for n, t in tensors.items() if n in names or n.endswith((".weight", ".bias"))
+        n: t for n, t in tensors.items() if n in shapes or n.endswith((".weight", ".bias"))
     }
     for name, tensor in parameters.items():
         if tensor.dtype not in DTYPES.values():

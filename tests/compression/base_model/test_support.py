@@ -4,7 +4,11 @@ import pytest
 from transformers import AutoConfig
 
 from recalkv_vllm.architectures import SUPPORTED
-from recalkv_vllm.compression.base_model.support import ATTENTION_FIELDS, supported_architecture
+from recalkv_vllm.compression.base_model.support import (
+    ATTENTION_FIELDS,
+    ROPE_FIELDS,
+    supported_architecture,
+)
 from recalkv_vllm.compression.errors import InputError
 from recalkv_vllm.refused_architectures import REFUSED
 
@@ -27,7 +31,8 @@ def test_fields_that_change_attention(field):
 
 
 def test_what_architectures_read_is_among_the_fields():
-    assert {field for entry in SUPPORTED.values() for field in entry.reads} <= {*ATTENTION_FIELDS}
+    known = {*ATTENTION_FIELDS, *ROPE_FIELDS}
+    assert {field for entry in SUPPORTED.values() for field in entry.reads} <= known
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
