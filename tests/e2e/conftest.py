@@ -55,10 +55,10 @@ def run_example(*command, **options) -> str:
 class EngineProcess:
     """A process of ``engine.py``; what it logs goes to a file, of which failures show the end."""
 
-    def __init__(self, **environment):
+    def __init__(self, *options, **environment):
         self.log = tempfile.TemporaryFile("a+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, ENGINE],
+            [sys.executable, ENGINE, *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -86,9 +86,9 @@ class EngineProcess:
 
 
 @cache
-def shared_engines() -> EngineProcess:
+def shared_engines(*options) -> EngineProcess:
     """The process of all jobs that need no environment of their own; vLLM is imported once."""
-    engines = EngineProcess()
+    engines = EngineProcess(*options)
     atexit.register(engines.close)
     return engines
 
@@ -101,16 +101,20 @@ def imports_numba(engine):
 
 def run_engines(*jobs, **environment):
     """Run engine jobs (see ``engine.py``) one after the other in one process."""
-    # vLLM 0.32 starts no engine where Numba was imported, as by its n-gram proposer.
-    alone = environment or any(imports_numba(job["engine"]) for job in jobs)
-    engines = EngineProcess(**environment) if alone else shared_engines()
+    if environment:
+        engines = EngineProcess(**environment)
+    elif any(imports_numba(job["engine"]) for job in jobs):
+        # vLLM 0.32 starts no engine where Numba was imported, as by its n-gram proposer.
+        engines = shared_engines("--fork")
+    else:
+        engines = shared_engines()
     try:
         return engines.run(jobs)
     except AssertionError:
         shared_engines.cache_clear()
         raise
     finally:
-        if alone:
+        if environment:
             engines.close()
 
 

@@ -18,7 +18,8 @@ its output is the error, or null. ``{"sleep": level}`` lets the engine sleep and
 steps until offloading has written ``n`` files.
 
 Engines run one after the other in this process, which saves their start-up; a fresh process keeps
-vLLM's global state away from the tests.
+vLLM's global state away from the tests. With ``--fork``, the jobs of each line run in a child of
+their own, which has imported vLLM already and nothing else.
 """
 
 import gc
@@ -288,11 +289,24 @@ def likelihoods(positions):
     return [at and {str(token): found.logprob for token, found in at.items()} for at in positions]
 
 
-if __name__ == "__main__":
+def main(forks):
     results_to = os.dup(1)
     # vLLM logs to stdout; results alone may go there.
     os.dup2(2, 1)
+    if forks:
+        # Its import starts no thread, which a child would lack.
+        from vllm import LLM  # noqa: F401
     with os.fdopen(results_to, "w") as out:
         for jobs in sys.stdin:
+            if forks and (child := os.fork()):
+                if os.waitpid(child, 0)[1]:
+                    sys.exit(1)
+                continue
             out.write(json.dumps([run(job) for job in json.loads(jobs)]) + "\n")
             out.flush()
+            if forks:
+                break
+
+
+if __name__ == "__main__":
+    main(forks="--fork" in sys.argv)
