@@ -5,6 +5,7 @@ Imports neither torch nor vLLM, so that every side can read it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -355,6 +356,18 @@ def _without_sections(rope: Any) -> Any:
     if not isinstance(rope, Mapping):
         return rope
     return {name: value for name, value in rope.items() if name not in _SECTIONS}
+
+
+_PREFIX = re.compile(r"^(model\.language_model|language_model\.model)\.")
+_HEAD = re.compile(r"^language_model\.lm_head\.")
+
+
+def language_name(name: str) -> str:
+    """What a tensor of a model of several modalities is called in its language model by itself.
+
+    transformers and vLLM have used two orders of names within the whole; other tensors keep theirs.
+    """
+    return _HEAD.sub("lm_head.", _PREFIX.sub("model.", name))
 
 
 #: ``layer_types`` of layers with attention, and of those without that hybrid models have.

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from recalkv_vllm.architectures import language_name
 from recalkv_vllm.checkpoint import INDEX_FILE, WEIGHTS_FILE, CheckpointError
 
 #: Key of ``config.json`` beside factors without a model.
@@ -30,16 +31,17 @@ def base_digest(find: Callable[[str], Path | None], layers: Sequence[int]) -> st
     Raises:
         CheckpointError: no such weights.
     """
-    wanted = re.compile(
-        r"(model|model\.language_model|language_model\.model)\.layers\."
-        rf"({layers[0]}|{layers[-1]})\.self_attn\.(k|v|qkv)_proj\.\w+"
-    )
+    pattern = rf"model\.layers\.({layers[0]}|{layers[-1]})\.self_attn\.(k|v|qkv)_proj\.\w+"
+
+    def wanted(name: str) -> bool:
+        return re.fullmatch(pattern, language_name(name)) is not None
+
     index = find(INDEX_FILE)
     if index is None:
         files = {WEIGHTS_FILE}
     else:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {file for name, file in weight_map.items() if wanted.fullmatch(name)}
+        files = {file for name, file in weight_map.items() if wanted(name)}
     parts = {}
     for file in files:
         path = find(file)
@@ -47,13 +49,13 @@ def base_digest(find: Callable[[str], Path | None], layers: Sequence[int]) -> st
             raise CheckpointError(f"{file}: no such file; expected the base model's weights")
         try:
             with safe_open(path, framework="pt") as tensors:
-                for name in filter(wanted.fullmatch, tensors.keys()):
+                for name in filter(wanted, tensors.keys()):
                     data = tensors.get_tensor(name).contiguous().flatten().view(torch.uint8)
                     parts[name] = hashlib.blake2b(data.numpy(), digest_size=16).hexdigest()
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     if not parts:
-        raise CheckpointError(f"{wanted.pattern}: expected such weights in the base model")
+        raise CheckpointError(f"{pattern}: expected such weights in the base model")
     return hashlib.blake2b(json.dumps(sorted(parts.items())).encode(), digest_size=16).hexdigest()
 
 

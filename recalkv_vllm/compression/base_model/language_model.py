@@ -1,24 +1,14 @@
-"""The language model within a model of several modalities: what its tensors are called, and alone.
-
-transformers and vLLM have used two orders of names for it; by itself it has those of any model.
-"""
+"""The language model within a model of several modalities, by itself."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-_PREFIX = re.compile(r"^(model\.language_model|language_model\.model)\.")
-_HEAD = re.compile(r"^language_model\.lm_head\.")
-
-
-def language_name(name: str) -> str:
-    """A tensor's name in the language model by itself; other tensors keep theirs."""
-    return _HEAD.sub("lm_head.", _PREFIX.sub("model.", name))
+from recalkv_vllm.architectures import language_name
 
 
 def _place(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from recalkv_vllm.compression.base_model.language_model import language_name
+from recalkv_vllm.architectures import language_name
 from recalkv_vllm.compression.layer import LayerFactors, reorder_rows
 from recalkv_vllm.compression.output.copy_weights import Change
 

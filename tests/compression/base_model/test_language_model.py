@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from recalkv_vllm.compression.base_model.language_model import language_name
+from recalkv_vllm.architectures import language_name
 from recalkv_vllm.compression.base_model.model import BaseModel
 from recalkv_vllm.compression.errors import InputError
 from tests.e2e.architectures import SIZES
