@@ -17,13 +17,13 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("RECALKV_SANITIZE") != "1", reason="only in make test-asan"
 )
 
-#: The op without the checks before it, on factors whose rows are no multiple of 16.
+#: The op without the checks before it, on factors whose rows are no multiple of any vector.
 OVERFLOW = """
 import torch
 from recalkv_vllm.ops import cpu
 isa = cpu.instruction_set(torch.float32)
 torch.ops.recalkv_cpu.latent_value_up(
-    torch.ones(3, 4, 24), torch.ones(2, 40, 24), None, torch.float32, isa
+    torch.ones(3, 4, 20), torch.ones(2, 40, 20), None, torch.float32, isa
 )
 """
 
