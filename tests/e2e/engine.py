@@ -46,6 +46,7 @@ def resolve_model_class(engine):
     load_general_plugins()
     config = json.loads(Path(cached_file(engine["model"], "config.json")).read_text())
     config |= engine.get("hf_overrides", {})
+    # vLLM has the classes of Qwen3.5 with and without a tower in one module.
     if "vision_config" in config or config["model_type"].startswith("qwen3_5"):
         from pretend_torchvision import pretend_torchvision
 
