@@ -92,10 +92,10 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     return {**asdict(row), **evaluate(options.out / row.name, options), **made}
 
 
-def evaluate(model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity of a model on the evaluation text."""
+def evaluate(model: Path, options: argparse.Namespace, *engine: str) -> dict[str, Any]:
+    """Perplexity of a model on the evaluation text; ``engine``: options, if not the default."""
     text = ("--dataset", options.evaluate, "--max-tokens", options.max_tokens)
-    return run("eval", model, *text, "--seq-len", options.evaluate_len)
+    return run("eval", model, *text, "--seq-len", options.evaluate_len, *engine)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ measured again. Checkpoints are made by ``recalkv compress`` and stay in ``OUT``
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from recalkv_vllm.compression.errors import InputError, check_least
 from .catalog import ROWS, choose
 from .measure import Bench
 from .report import plot, table
+from .served import add_served
 
 #: What rows of one table have in common.
 SETTINGS = ("num_samples", "calibrate_len", "evaluate_len", "max_tokens")
@@ -41,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("-o", "--out", type=Path, required=True, help="for checkpoints and results")
     add("--rows", nargs="+", metavar="ROW", help="these rows only, by their names in the table")
     add("--heal", action="store_true", help="ours healed, too (slow)")
+    add("--served", action="store_true", help="checkpoints' losses as vLLM serves them, too")
     add("--num-samples", type=int, default=64)
     add("--calibrate-len", type=int, default=512, help="tokens of a calibration sample")
     add("--evaluate-len", type=int, default=1024, help="tokens of an evaluation window")
@@ -63,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         subprocess.CalledProcessError: a checkpoint could not be made or evaluated.
     """
     check_least(options, num_samples=1, calibrate_len=2, evaluate_len=2, max_tokens=2)
-    rows = choose(options.rows, options.heal)
+    chosen = choose(options.rows, options.heal)
     settings = {
         "model": options.model.resolve().name,
         "calibrate": describe(options.calibrate),
@@ -79,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
                 f"{path}: its rows have {name} {found}, not {value}; choose another -o"
             )
     known = {row["name"] for row in result["rows"]}
-    rows = [row for row in rows if row.name not in known]
+    rows = [row for row in chosen if row.name not in known]
     bench = Bench(options, rows)
     if "dense" not in result:
         result |= {"dense_bytes": bench.dense_bytes(), "dense": bench.dense()}
@@ -98,6 +101,8 @@ def run(options: argparse.Namespace) -> None:
         # Rows of names that are no more come last.
         result["rows"].sort(key=lambda row: order.get(row["name"], len(order)))
         _write(path, result)
+    if options.served:
+        add_served(result, chosen, options, functools.partial(_write, path, result))
     (options.out / "table.md").write_text(table(result))
     plot(result, options.out / "pareto.png")
     Console().print(table(result), markup=False, soft_wrap=True)

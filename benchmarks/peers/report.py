@@ -32,10 +32,12 @@ def _ratio(ours: float, theirs: float) -> str:
 def table(result: dict[str, Any]) -> str:
     """Markdown: every row, and ours in the same bytes; then ours, and the best peer in the same."""
     dense, ours = result["dense_bytes"], _points(result, OURS)
+    served = any("served_loss" in row for row in result["rows"])
     lines = [
         f"| row | method | removed | bytes per token | in a long context | loss, nats "
+        f"{'| served by vLLM ' if served else ''}"
         f"| {OURS} in the same bytes | {OURS} / row | {OURS} in those of a long context |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- " * (10 if served else 9) + "|",
     ]
     for row in result["rows"]:
         loss, sizes = row["loss"], (row["bytes_per_token"], row["long_context_bytes_per_token"])
@@ -46,6 +48,8 @@ def table(result: dict[str, Any]) -> str:
             cells[:2] = f"{same:+.4f}", _ratio(same, loss)
         if long is not None:
             cells[2] = f"{long:+.4f}"
+        if served:
+            cells.insert(0, f"{row['served_loss']:+.4f}" if "served_loss" in row else "")
         family = row["family"] + (" (storage only)" if row["storage_only"] else "")
         lines.append(
             f"| {row['name']} | {family} | {1 - sizes[0] / dense:.1%} | {sizes[0]:,.0f} "

@@ -120,6 +120,29 @@ def test_a_checkpoint_is_made_for_its_row(peers) -> None:
     assert (peers.out / "palu-bf16-0.5" / "recalkv.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_checkpoints_are_scored_as_they_are_served(peers, make_model) -> None:
+    model = make_model("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+
+    def run(*options: str) -> dict:
+        # Samples enough for the metric of a layer.
+        return peers("--num-samples", "4", *options, model=model)
+
+    plain = run("--rows", "kfac-bands-0.75")
+    assert "served" not in (peers.out / "table.md").read_text()
+    result = run("--rows", "fp8", "kfac-bands-0.75", "--served")
+    fp8, ours = result["rows"]
+    assert "served_loss" not in fp8
+    assert ours["nll"] == plain["rows"][0]["nll"]
+    assert result["dense"]["served_nll"] == pytest.approx(result["dense"]["nll"], abs=1e-4)
+    assert ours["served_loss"] == pytest.approx(ours["loss"], abs=2e-3)
+    head, _, fp8_line, line, *_ = (peers.out / "table.md").read_text().splitlines()
+    assert head.split(" | ")[6] == "served by vLLM"
+    assert fp8_line.split(" | ")[6] == ""
+    assert line.split(" | ")[6] == f"{ours['served_loss']:+.4f}"
+    assert result == run("--rows", "kfac-bands-0.75", "--served")  # once
+
+
 def test_bad_input(fails, tmp_path) -> None:
     assert "--rows kivi-5: unknown; expected one of fp8, " in fails("--rows", "kivi-5")
     line = fails("--rows", "fp8", "--evaluate-len", "257")
