@@ -22,6 +22,9 @@ from recalkv_vllm.names import (
     WEIGHT_DTYPES,
 )
 
+#: Nats per token.
+LOSS_WORTH_TELLING = 0.005
+
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the sub-command's parser."""
@@ -153,4 +156,11 @@ def show(result: dict[str, Any]) -> None:
         print(f"loss on held-out text: {result['loss']:.4f} nats per token")
     if result["target"] is not None:
         print(f"groups and spans are made for serving on: {result['target']} (--target)")
+        loss, anywhere = result["expected_loss"], result["expected_loss_anywhere"]
+        if loss - anywhere >= LOSS_WORTH_TELLING:
+            print(
+                f"attention in decoding takes {result['relative_decode_time']:.2f} of the dense "
+                f"cache's time there, as predicted; without a limit of it (--target none), "
+                f"{anywhere:.4f} instead of {loss:.4f} nats per token are expected to be lost"
+            )
     print(f"serve it with: {result['serve']}")

@@ -33,10 +33,13 @@ from recalkv_vllm.compression.output.writer import write_checkpoint, write_facto
 from recalkv_vllm.compression.plan import ModelPlan
 from recalkv_vllm.version import __version__
 
+#: Settings of a checkpoint that ``compress`` tells of, besides the summary.
+TOLD = ("target", "relative_decode_time", "expected_loss", "expected_loss_anywhere")
+
 
 def compress(options: CompressOptions) -> dict[str, Any]:
-    """Compress a model; the summary of the checkpoint, with ``seconds``, and ``loss`` in nats per
-    token if there is a budget of it.
+    """Compress a model; the summary of the checkpoint, with the settings :data:`TOLD`, ``seconds``,
+    and ``loss`` in nats per token if there is a budget of it.
 
     Raises:
         InputError: bad input; nothing is left at ``options.out``.
@@ -53,7 +56,8 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     recalkv = describe(made, calibration)
     summary = summarize(recalkv, job.model.geometry, job.dtype.itemsize)
     write(job, recalkv, made.factors, summary)
-    told = {"target": recalkv.settings.get("target"), "seconds": time.monotonic() - began}
+    told = {name: recalkv.settings.get(name) for name in TOLD}
+    told["seconds"] = time.monotonic() - began
     return {**summary, **({} if made.loss is None else {"loss": made.loss}), **told}
 
 
@@ -163,7 +167,7 @@ def describe(made: Made, calibration: Calibration | None) -> RecalkvConfig:
         settings={
             "base_model": job.model.name,
             **job.method.settings(plan),
-            **({"target": str(job.target)} if job.method.knows_loss else {}),
+            **(_about_target(made) if job.method.knows_loss else {}),
             "output_refit": job.refits_output(plan),
             "rank_allocation": job.method.rank_allocation if job.compression else "full",
             "relative_error": made.errors,
@@ -178,6 +182,15 @@ def describe(made: Made, calibration: Calibration | None) -> RecalkvConfig:
             "transformers": transformers.__version__,
         },
     )
+
+
+def _about_target(made: Made) -> dict[str, Any]:
+    """What the plan is made for, and what it was expected to lose if decoding took any time."""
+    job = made.job
+    return {
+        "target": str(job.target),
+        "expected_loss_anywhere": job.method.loss_anywhere(made.measured, job.budget),
+    }
 
 
 def write(

@@ -122,6 +122,20 @@ def test_text_output_of_bands(tiny, tmp_path, capsys):
     assert f"{sum(width for width, each in bands if each == bits)}×{bits}" in shown
 
 
+@pytest.mark.parametrize(("target", "costs"), [("cpu:0.5", True), ("none", False)])
+def test_a_costly_limit_of_decode_time_is_told(tiny, tmp_path, capsys, target, costs):
+    out = tmp_path / "out"
+    line = ["compress", tiny, "-o", out, "--compression", 0.7, "--target", target, *FEW]
+    assert main([*map(str, line)]) == 0
+    settings = json.loads((out / "config.json").read_text())["recalkv"]["settings"]
+    shown = capsys.readouterr().out
+    assert f"made for serving on: {target} (--target)" in shown
+    assert ("without a limit" in shown) == costs
+    if costs:
+        assert f"takes {settings['relative_decode_time']:.2f} of the dense cache's" in shown
+        assert f" {settings['expected_loss_anywhere']:.4f} instead of " in shown
+
+
 def test_plot(tiny, tmp_path, run):
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "out", tmp_path / "plot.png"

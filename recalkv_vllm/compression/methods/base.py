@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -124,6 +125,12 @@ class Method(ABC, Generic[Measured]):
     def settings(self, plan: ModelPlan) -> dict[str, Any]:
         """What to record of a plan in the checkpoint's provenance."""
         return {"k_group_size": plan.k_group_size, "v_groups": plan.v_groups}
+
+    def loss_anywhere(self, measured: Measured, budget: Budget) -> float:
+        """Expected loss of a plan without limit of decode time (``--target none``)."""
+        method = copy(self)
+        method.target = ANYWHERE
+        return method.plan(measured, budget).expected_loss
 
     def decode_time(self, plan: ModelPlan) -> float | None:
         """Predicted for the target, as a fraction of the dense cache's; None without a device."""

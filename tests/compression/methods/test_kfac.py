@@ -74,6 +74,17 @@ def test_budget_of_decode_time(tiny, tmp_path, limit):
     assert recalkv.settings["k_group_size"] == min(losses, key=losses.get)
 
 
+@pytest.mark.parametrize("latent_dtype", ["bf16", "auto"])
+def test_what_the_limit_of_decode_time_costs(tiny, tmp_path, latent_dtype):
+    limited, free = tmp_path / "limited", tmp_path / "free"
+    told = compress(options(tiny, limited, 0.7, target="cpu:0.5", latent_dtype=latent_dtype))
+    compress(options(tiny, free, 0.7, latent_dtype=latent_dtype))
+    expected = read(free)[0].settings
+    assert told["expected_loss_anywhere"] == expected["expected_loss"] < told["expected_loss"]
+    assert read(limited)[0].settings["expected_loss_anywhere"] == expected["expected_loss"]
+    assert expected["expected_loss_anywhere"] == expected["expected_loss"]
+
+
 def test_expected_loss_rises_with_less_freedom(tiny, tmp_path):
     """Sharing a latent, and sharing it among more heads, never loses more."""
     losses = {}
