@@ -2,7 +2,7 @@
 # A checkpoint against its stock model, with the same KV-cache memory for both:
 # sh examples/benchmark.sh CHECKPOINT MODEL [OPTIONS of recalkv bench serve]
 set -eu
-checkpoint=$1 model=$2
+checkpoint=${1:?expected CHECKPOINT MODEL} model=${2:?expected MODEL}
 shift 2
 
 # How many tokens fit; no weights are loaded. Blocks are of 128 tokens on a CPU.
