@@ -92,10 +92,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
         InputError: matplotlib is not installed, or the file cannot be written.
     """
     figure = new_figure(figsize=(9.5, 5.5))
+    from matplotlib import color_sequences
+
+    pairs = color_sequences["tab20"]  # dark and light in turn
+    colors = iter(pairs[::2] + pairs[1::2])
     axes = figure.subplots()
     families = dict.fromkeys(row["family"] for row in result["rows"])
     markers = itertools.cycle(MARKERS)
-    for number, family in enumerate(families):
+    for family in families:
         stores = any(r["storage_only"] for r in result["rows"] if r["family"] == family)
         own = family in OWN
         axes.plot(
@@ -103,7 +107,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             marker=next(markers),
             linestyle=":" if stores else "-" if own else "--",
             linewidth=2 if own else 1,
-            color=str(0.3 * OWN.index(family)) if own else f"C{number % 10}",
+            color=str(0.3 * OWN.index(family)) if own else next(colors),
             label=family + (" (storage only)" if stores else ""),
         )
     axes.set_yscale("symlog", linthresh=0.01)  # what loses nothing may seem to gain a little
