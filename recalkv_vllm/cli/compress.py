@@ -157,7 +157,7 @@ def show(result: dict[str, Any]) -> None:
     if result["target"] is not None:
         print(f"groups and spans are made for serving on: {result['target']} (--target)")
         loss, anywhere = result["expected_loss"], result["expected_loss_anywhere"]
-        if loss - anywhere >= LOSS_WORTH_TELLING:
+        if anywhere is not None and loss - anywhere >= LOSS_WORTH_TELLING:
             print(
                 f"attention in decoding takes {result['relative_decode_time']:.2f} of the dense "
                 f"cache's time there, as predicted; without a limit of it (--target none), "

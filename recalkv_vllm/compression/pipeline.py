@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from recalkv_vllm.compression.output.card import model_card
 from recalkv_vllm.compression.output.summary import summarize
 from recalkv_vllm.compression.output.writer import write_checkpoint, write_factors_only
 from recalkv_vllm.compression.plan import ModelPlan
+from recalkv_vllm.compression.ranks.targets import ANYWHERE
 from recalkv_vllm.version import __version__
 
 #: Settings of a checkpoint that ``compress`` tells of, besides the summary.
@@ -185,12 +187,16 @@ def describe(made: Made, calibration: Calibration | None) -> RecalkvConfig:
 
 
 def _about_target(made: Made) -> dict[str, Any]:
-    """What the plan is made for, and what it was expected to lose if decoding took any time."""
-    job = made.job
-    return {
-        "target": str(job.target),
-        "expected_loss_anywhere": job.method.loss_anywhere(made.measured, job.budget),
-    }
+    """What the plan is made for, and what would be lost by expectation if decoding took any time;
+    None at full rank, where it is not known."""
+    job, loss = made.job, made.plan.expected_loss
+    if math.isnan(loss):
+        anywhere = None
+    elif job.target == ANYWHERE:
+        anywhere = loss
+    else:
+        anywhere = job.method.loss_anywhere(made.measured, job.budget)
+    return {"target": str(job.target), "expected_loss_anywhere": anywhere}
 
 
 def write(

@@ -103,6 +103,7 @@ def test_text_output(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["compress", str(tiny), "-o", str(out), "--compression", "0"]) == 0
     assert f"vllm serve {out} --attention-backend recalkv" in capsys.readouterr().out
+    assert "NaN" not in (out / "config.json").read_text()
     assert main(["inspect", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "512 bytes per token, 512 dense" in shown

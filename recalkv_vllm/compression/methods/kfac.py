@@ -82,10 +82,11 @@ class KfacMethod(Method[Measured]):
         return {"kronecker", "moments"} if compression > 0 else set()
 
     def settings(self, plan: ModelPlan) -> dict[str, Any]:
+        loss = plan.expected_loss
         return {
             **super().settings(plan),
             "spans": plan.spans,
-            "expected_loss": plan.expected_loss,
+            "expected_loss": None if math.isnan(loss) else loss,  # JSON has no NaN
             "relative_decode_time": self.decode_time(plan),
         }
 
