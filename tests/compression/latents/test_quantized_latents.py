@@ -177,9 +177,12 @@ def test_bands_lose_less_than_uniform_bits(tiny, tmp_path, capsys, compression) 
         size = made["kv_bytes_per_token"]
         assert size["compressed"] <= (1 - float(compression)) * size["dense"] + 1e-6
         config = json.loads((out / "config.json").read_text())["recalkv"]
-        losses[dtype] = config["settings"]["expected_loss"]
+        loss = config["settings"]["expected_loss"]
+        if loss is not None:  # few bits remove so much at full rank
+            losses[dtype] = loss
     assert config["format_version"] == 2
     assert made["latent_quantization"] == {"dtype": "bands", "group_size": 32}
+    assert {"bf16", "int8", "auto"} <= losses.keys()
     assert losses["auto"] == min(losses.values())
 
 
