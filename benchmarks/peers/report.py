@@ -33,12 +33,12 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: every row, and ours in the same bytes; then ours, and the best peer in the same."""
     dense, ours = result["dense_bytes"], _points(result, OURS)
     served = any("served_loss" in row for row in result["rows"])
-    lines = [
-        f"| row | method | removed | bytes per token | in a long context | loss, nats "
-        f"{'| served by vLLM ' if served else ''}"
-        f"| {OURS} in the same bytes | {OURS} / row | {OURS} in those of a long context |",
-        "| --- " * (10 if served else 9) + "|",
+    columns = [
+        *("row", "method", "removed", "bytes per token", "in a long context", "loss, nats"),
+        *(["served by vLLM"] if served else []),
+        *(f"{OURS} in the same bytes", f"{OURS} / row", f"{OURS} in those of a long context"),
     ]
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for row in result["rows"]:
         loss, sizes = row["loss"], (row["bytes_per_token"], row["long_context_bytes_per_token"])
         own = row["family"] in OWN
