@@ -121,7 +121,7 @@ void Attention<Format>::attend(int head, int begin, int64_t first) {
       exact_rows / Format::kPerUnit,
       [&]<int kR, int kV>(Vec(&acc)[kR][kV], int row, int column) __attribute__((always_inline)) {
     const float* from = scores + row * kTile + column;
-    if (!expanded) return from_zero(acc, row, column);
+    if (!expansion) return from_zero(acc, row, column);
     for_sums(acc, [&](Vec& sum, int i, int j) __attribute__((always_inline)) {
       sum = load(from + i * kTile + j * kLanes);
     });

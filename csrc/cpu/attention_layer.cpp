@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <limits>
 
@@ -37,14 +38,14 @@ const float* data_or_null(const std::optional<at::Tensor>& tensor) {
 AttentionLayer::AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> keys,
                                c10::intrusive_ptr<Spans> spans, c10::intrusive_ptr<Values> values,
                                std::optional<c10::intrusive_ptr<Rotation>> rotation,
-                               std::optional<c10::intrusive_ptr<Expansion>> expansion,
+                               std::vector<c10::intrusive_ptr<PairExpansion>> expansions,
                                c10::intrusive_ptr<Logits> logits, const std::string& latent_dtype,
                                int64_t group_size, const std::optional<at::Tensor>& bands)
     : keys_(std::move(keys)),
       spans_(std::move(spans)),
       values_(std::move(values)),
       rotation_(std::move(rotation)),
-      expansion_(std::move(expansion)),
+      expansions_(std::move(expansions)),
       logits_(std::move(logits)),
       kernels_(checked_isa(isa)),
       latent_format_(latent_dtype, group_size, bands) {
@@ -53,7 +54,9 @@ AttentionLayer::AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> 
   set_values(*values_);
   layer_.max_position = std::numeric_limits<int32_t>::max();
   if (rotation_) set_rotation(**rotation_);
-  if (expansion_) set_expansion(**expansion_);
+  TORCH_CHECK_VALUE(expansions_.size() <= kExpansions, "expansions: expected at most ", kExpansions,
+                    ", found ", expansions_.size());
+  for (const auto& expansion : expansions_) add_expansion(*expansion);
   set_logits(*logits_);
 }
 
@@ -81,6 +84,11 @@ void AttentionLayer::set_keys(const Keys& keys) {
   layer_.k_factors = static_cast<const Unit*>(keys.factors.const_data_ptr());
   layer_.k_bias = data_or_null(keys.bias);
   layer_.key_scales = static_cast<int>(keys.scales);
+  if (!keys.pair_factors) return;
+  const int64_t per_unit = elements_per_unit(kernels_);
+  check(*keys.pair_factors, "pair_factors", dtype_of(kernels_.factors),
+        {heads, head_dim / per_unit, width, per_unit});
+  layer_.pair_factors = static_cast<const Unit*>(keys.pair_factors->const_data_ptr());
 }
 
 void AttentionLayer::set_spans(const Spans& spans) {
@@ -96,6 +104,10 @@ void AttentionLayer::set_spans(const Spans& spans) {
   layer_.group_heads = layer_.num_kv_heads / layer_.k_groups;
   layer_.v_groups = static_cast<int>(spans.v_starts.size());
   layer_.v_width = static_cast<int>(spans.v_width);
+  for (const int64_t start : spans.k_starts)
+    layer_.rank = std::max<int64_t>(layer_.rank, start + layer_.k_width);
+  for (const int64_t start : spans.v_starts)
+    layer_.rank = std::max<int64_t>(layer_.rank, start + layer_.v_width);
   layer_.k_starts = spans.k_starts.data();
   layer_.v_starts = spans.v_starts.data();
 }
@@ -127,28 +139,34 @@ void AttentionLayer::set_rotation(const Rotation& rotation) {
   layer_.max_position = rotation.max_position;
 }
 
-void AttentionLayer::set_expansion(const Expansion& expansion) {
-  check_dims(expansion.pair_factors, "pair_factors", 4);
-  check_dims(expansion.coefficients, "coefficients", 4);
-  const int64_t per_unit = elements_per_unit(kernels_);
-  const int64_t pairs = expansion.pair_factors.size(1) * per_unit / 2;
-  const int64_t stretches = expansion.coefficients.size(0);
-  check(expansion.basis, "basis", at::kFloat, {kTerms, kStretch});
-  check(expansion.coefficients, "coefficients", at::kFloat,
-        {stretches, kTerms, 2, (pairs + 15) / 16 * 16});
-  check(expansion.pair_factors, "pair_factors", dtype_of(kernels_.factors),
-        {layer_.num_kv_heads, pairs * 2 / per_unit, layer_.k_width, per_unit});
-  TORCH_CHECK_VALUE(2 * pairs <= layer_.head_dim, "pair_factors: expected at most ",
-                    layer_.head_dim / 2, " pairs, found ", pairs);
-  TORCH_CHECK_VALUE(layer_.max_position <= stretches * kStretch,
-                    "coefficients: expected stretches "
-                    "for ",
-                    layer_.max_position, " positions, found ", stretches);
-  layer_.basis = expansion.basis.const_data_ptr<float>();
-  layer_.coefficients = expansion.coefficients.const_data_ptr<float>();
-  layer_.pair_factors = static_cast<const Unit*>(expansion.pair_factors.const_data_ptr());
-  layer_.expanded_pairs = static_cast<int>(pairs);
-  layer_.exact_pairs = layer_.head_dim / 2 - layer_.expanded_pairs;
+void AttentionLayer::add_expansion(const PairExpansion& expansion) {
+  const auto padded = [](int64_t pairs) { return (pairs + 15) / 16 * 16; };
+  const auto chunks = [&](int64_t length) { return (layer_.max_position + length - 1) / length; };
+  TORCH_CHECK_VALUE(layer_.pair_factors && layer_.rope,
+                    "expansions: expected pair_factors and a rotation beside them, found none");
+  const int64_t tile = expansion.tile_pairs, stretch = expansion.stretch_pairs;
+  TORCH_CHECK_VALUE(tile >= 0 && stretch >= 0 && 2 * (tile + stretch) <= layer_.head_dim,
+                    "expansions: expected up to ", layer_.head_dim / 2, " pairs, found ", tile,
+                    " and ", stretch);
+  check_dims(expansion.basis, "basis", 2);
+  const int64_t terms = expansion.basis.size(0);
+  TORCH_CHECK_VALUE(terms > 0 && terms % kTerms == 0, "basis: expected a multiple of ", kTerms,
+                    " functions, found ", terms);
+  check(expansion.basis, "basis", at::kFloat, {terms, kTile});
+  check(expansion.tile_coefficients, "tile_coefficients", at::kFloat,
+        {chunks(kTile), terms, 2, padded(tile)});
+  check(expansion.stretch_coefficients, "stretch_coefficients", at::kFloat,
+        {chunks(kStretch), kTerms, 2, padded(stretch)});
+  check(expansion.stretch_basis, "stretch_basis", at::kFloat, {kStretch / kTile, kTerms, terms});
+  Expansion& added = layer_.expansions[layer_.num_expansions++];
+  added.tile_pairs = static_cast<int>(tile);
+  added.stretch_pairs = static_cast<int>(stretch);
+  added.exact_pairs = layer_.head_dim / 2 - added.tile_pairs - added.stretch_pairs;
+  added.terms = static_cast<int>(terms);
+  added.basis = expansion.basis.const_data_ptr<float>();
+  added.tile_coefficients = expansion.tile_coefficients.const_data_ptr<float>();
+  added.stretch_coefficients = expansion.stretch_coefficients.const_data_ptr<float>();
+  added.stretch_basis = expansion.stretch_basis.const_data_ptr<float>();
 }
 
 void AttentionLayer::set_logits(const Logits& logits) {

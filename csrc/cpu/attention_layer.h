@@ -20,9 +20,16 @@ struct Keys : torch::CustomClassHolder {
   const at::Tensor factors;              // [num_kv_heads, head_dim, k_width]
   const std::optional<at::Tensor> bias;  // [num_kv_heads, head_dim] float32
   const int64_t scales;                  // see Layer::key_scales
+  // [num_kv_heads, units of both rows of pairs, k_width, elements of a unit], where there are
+  // expansions; in the type of `factors`
+  const std::optional<at::Tensor> pair_factors;
 
-  Keys(at::Tensor factors, std::optional<at::Tensor> bias, int64_t scales)
-      : factors(std::move(factors)), bias(std::move(bias)), scales(scales) {}
+  Keys(at::Tensor factors, std::optional<at::Tensor> bias, int64_t scales,
+       std::optional<at::Tensor> pair_factors)
+      : factors(std::move(factors)),
+        bias(std::move(bias)),
+        scales(scales),
+        pair_factors(std::move(pair_factors)) {}
 };
 
 // Where the spans of the K groups and of the V groups start in a latent.
@@ -55,17 +62,22 @@ struct Rotation : torch::CustomClassHolder {
 };
 
 // Low-frequency pairs, see expansion.h.
-struct Expansion : torch::CustomClassHolder {
-  const at::Tensor basis;         // [kTerms, kStretch] float32
-  const at::Tensor coefficients;  // [stretches, kTerms, 2 (cos, sin), pairs up to 16s] float32
-  // [num_kv_heads, units of both rows of pairs, k_width, elements of a unit] in the type of
-  // Keys::factors
-  const at::Tensor pair_factors;
+struct PairExpansion : torch::CustomClassHolder {
+  const int64_t tile_pairs, stretch_pairs;
+  const at::Tensor basis;                 // [terms, kTile] float32
+  const at::Tensor tile_coefficients;     // [tiles, terms, 2 (cos, sin), pairs up to 16s] float32
+  const at::Tensor stretch_coefficients;  // [stretches, kTerms, 2, pairs up to 16s] float32
+  const at::Tensor stretch_basis;         // [kStretch / kTile, kTerms, terms] float32
 
-  Expansion(at::Tensor basis, at::Tensor coefficients, at::Tensor pair_factors)
-      : basis(std::move(basis)),
-        coefficients(std::move(coefficients)),
-        pair_factors(std::move(pair_factors)) {}
+  PairExpansion(int64_t tile_pairs, int64_t stretch_pairs, at::Tensor basis,
+                at::Tensor tile_coefficients, at::Tensor stretch_coefficients,
+                at::Tensor stretch_basis)
+      : tile_pairs(tile_pairs),
+        stretch_pairs(stretch_pairs),
+        basis(std::move(basis)),
+        tile_coefficients(std::move(tile_coefficients)),
+        stretch_coefficients(std::move(stretch_coefficients)),
+        stretch_basis(std::move(stretch_basis)) {}
 };
 
 struct Logits : torch::CustomClassHolder {
@@ -84,7 +96,7 @@ class AttentionLayer : public torch::CustomClassHolder {
   AttentionLayer(const std::string& isa, c10::intrusive_ptr<Keys> keys,
                  c10::intrusive_ptr<Spans> spans, c10::intrusive_ptr<Values> values,
                  std::optional<c10::intrusive_ptr<Rotation>> rotation,
-                 std::optional<c10::intrusive_ptr<Expansion>> expansion,
+                 std::vector<c10::intrusive_ptr<PairExpansion>> expansions,
                  c10::intrusive_ptr<Logits> logits, const std::string& latent_dtype,
                  int64_t group_size, const std::optional<at::Tensor>& bands);
 
@@ -102,7 +114,7 @@ class AttentionLayer : public torch::CustomClassHolder {
   void set_spans(const Spans& spans);
   void set_values(const Values& values);
   void set_rotation(const Rotation& rotation);
-  void set_expansion(const Expansion& expansion);
+  void add_expansion(const PairExpansion& expansion);
   void set_logits(const Logits& logits);
 
   // What layer_ points into.
@@ -110,7 +122,7 @@ class AttentionLayer : public torch::CustomClassHolder {
   const c10::intrusive_ptr<Spans> spans_;
   const c10::intrusive_ptr<Values> values_;
   const std::optional<c10::intrusive_ptr<Rotation>> rotation_;
-  const std::optional<c10::intrusive_ptr<Expansion>> expansion_;
+  const std::vector<c10::intrusive_ptr<PairExpansion>> expansions_;
   const c10::intrusive_ptr<Logits> logits_;
   const Kernels& kernels_;
   const LatentFormat latent_format_;

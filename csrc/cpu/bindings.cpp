@@ -54,11 +54,12 @@ at::Tensor attend_heads(const c10::intrusive_ptr<AttentionLayer>& layer, const a
 
 TORCH_LIBRARY(recalkv_cpu, m) {
   using c10::intrusive_ptr, torch::arg;
-  using recalkv::AttentionLayer, recalkv::Expansion, recalkv::Keys, recalkv::Logits,
+  using recalkv::AttentionLayer, recalkv::Keys, recalkv::Logits, recalkv::PairExpansion,
       recalkv::Rotation, recalkv::Spans, recalkv::Values;
 
-  m.class_<Keys>("Keys").def(torch::init<at::Tensor, std::optional<at::Tensor>, int64_t>(), "",
-                             {arg("factors"), arg("bias"), arg("scales")});
+  m.class_<Keys>("Keys").def(
+      torch::init<at::Tensor, std::optional<at::Tensor>, int64_t, std::optional<at::Tensor>>(), "",
+      {arg("factors"), arg("bias"), arg("scales"), arg("pair_factors")});
   m.class_<Spans>("Spans").def(torch::init<std::vector<int64_t>, std::vector<int64_t>, int64_t>(),
                                "", {arg("k_starts"), arg("v_starts"), arg("v_width")});
   m.class_<Values>("Values").def(
@@ -67,19 +68,20 @@ TORCH_LIBRARY(recalkv_cpu, m) {
   m.class_<Rotation>("Rotation")
       .def(torch::init<at::Tensor, int64_t, bool>(), "",
            {arg("tiles"), arg("max_position"), arg("is_neox")});
-  m.class_<Expansion>("Expansion")
-      .def(torch::init<at::Tensor, at::Tensor, at::Tensor>(), "",
-           {arg("basis"), arg("coefficients"), arg("pair_factors")});
+  m.class_<PairExpansion>("PairExpansion")
+      .def(torch::init<int64_t, int64_t, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(), "",
+           {arg("tile_pairs"), arg("stretch_pairs"), arg("basis"), arg("tile_coefficients"),
+            arg("stretch_coefficients"), arg("stretch_basis")});
   m.class_<Logits>("Logits").def(torch::init<double, double, int64_t, std::optional<at::Tensor>>(),
                                  "", {arg("scale"), arg("soft_cap"), arg("window"), arg("sinks")});
   m.class_<AttentionLayer>("AttentionLayer")
       .def(torch::init<std::string, intrusive_ptr<Keys>, intrusive_ptr<Spans>,
                        intrusive_ptr<Values>, std::optional<intrusive_ptr<Rotation>>,
-                       std::optional<intrusive_ptr<Expansion>>, intrusive_ptr<Logits>, std::string,
-                       int64_t, std::optional<at::Tensor>>(),
+                       std::vector<intrusive_ptr<PairExpansion>>, intrusive_ptr<Logits>,
+                       std::string, int64_t, std::optional<at::Tensor>>(),
            "",
-           {arg("isa"), arg("keys"), arg("spans"), arg("values"), arg("rotation"), arg("expansion"),
-            arg("logits"), arg("latent_dtype"), arg("group_size"), arg("bands")})
+           {arg("isa"), arg("keys"), arg("spans"), arg("values"), arg("rotation"),
+            arg("expansions"), arg("logits"), arg("latent_dtype"), arg("group_size"), arg("bands")})
       .def("attend", &recalkv::attend)
       .def("attend_heads", &recalkv::attend_heads)
       .def("v_width", &AttentionLayer::v_width)

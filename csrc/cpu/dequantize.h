@@ -25,18 +25,9 @@ void Attention<Format>::plan_segments() {
       const Range read{begin >> shift, ((end - 1) >> shift) + 1};
       if (num_segments == 1 || read.begin < groups.begin) groups.begin = read.begin;
       if (num_segments == 1 || read.end > groups.end) groups.end = read.end;
-      add_codes(low, low + columns * planes.low / 8);
-      if (planes.high) add_codes(high, high + columns * planes.high / 8);
+      add_read(low, low + columns * planes.low / 8);
+      if (planes.high) add_read(high, high + columns * planes.high / 8);
     }
-  }
-}
-
-template <class Format>
-void Attention<Format>::add_codes(int64_t begin, int64_t end) {
-  if (num_code_ranges && code_ranges[num_code_ranges - 1].end == begin) {
-    code_ranges[num_code_ranges - 1].end = end;
-  } else {
-    code_ranges[num_code_ranges++] = {begin, end};
   }
 }
 
@@ -146,19 +137,6 @@ void Attention<Format>::dequantize(const Tile& tile, int valid) {
       dequantize<ScaleType::kBFloat16>(tile, begin, end);
     }
   }
-}
-
-RECALKV_INLINE void prefetch_bytes(const uint8_t* p, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
-// Starts fetching codes and scales of a token of the next tile.
-template <class Format>
-RECALKV_INLINE void Attention<Format>::prefetch_codes(int token) const {
-  const LatentLayout& layout = batch.latents;
-  for (int i = 0; i < num_code_ranges; ++i)
-    prefetch_bytes(next->codes[token], code_ranges[i].begin, code_ranges[i].end);
-  prefetch_bytes(next->scales[token], 0, layout.groups * scale_bytes(layout.scale_type));
 }
 
 }  // namespace recalkv::RECALKV_ISA

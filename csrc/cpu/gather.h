@@ -1,5 +1,4 @@
-// Where a tile's latents lie, fetching the next tile ahead of time, and this tile's latents as
-// dot-product operands.
+// Where a tile's latents lie, and these as dot-product operands.
 #pragma once
 
 #include "tile.h"
@@ -60,23 +59,6 @@ void Attention<Format>::add_part(int64_t begin, int64_t end) {
     i = 0;  // what it did not touch, it may touch now
   }
   parts[num_parts++] = {begin, end};
-}
-
-// Starts fetching the next few tokens of the next tile. Called between blocks of arithmetic: all
-// at once would fill the core's miss buffers and stall it.
-template <class Format>
-RECALKV_INLINE void Attention<Format>::prefetch_some() {
-  constexpr int kLine = 64 / sizeof(Raw);
-  const int until = prefetched + prefetch_step < kTile ? prefetched + prefetch_step : kTile;
-  for (; prefetched < until && next->latents[prefetched]; ++prefetched) {
-    if (quantized()) {
-      prefetch_codes(prefetched);
-      continue;
-    }
-    for (int part = 0; part < num_parts; ++part)
-      for (int64_t i = parts[part].begin; i < parts[part].end; i += kLine)
-        __builtin_prefetch(next->latents[prefetched] + i, 0, 2);
-  }
 }
 
 template <class Format>

@@ -8,6 +8,7 @@
 #include "expansion.h"
 #include "gather.h"
 #include "kernels.h"
+#include "prefetch.h"
 #include "reconstruct.h"
 #include "rows.h"
 #include "value_up_tile.h"

@@ -6,6 +6,18 @@
 
 namespace recalkv {
 
+// Rotation pairs in order of falling frequency: exact_pairs that are reconstructed, tile_pairs that
+// are folded into the queries once per tile, and stretch_pairs once per stretch; see expansion.h.
+// Sums over pairs are padded to a multiple of 16.
+struct Expansion {
+  int exact_pairs, tile_pairs, stretch_pairs;
+  int terms;                          // functions of a tile, a multiple of kTerms
+  const float* basis;                 // [terms][kTile]
+  const float* tile_coefficients;     // [tiles][terms][2 (cos, sin)][tile_pairs, padded]
+  const float* stretch_coefficients;  // [stretches][kTerms][2][stretch_pairs, padded]
+  const float* stretch_basis;         // [tiles of a stretch][kTerms][terms]
+};
+
 // Pointers belong to the tensors of an AttentionLayer.
 struct Layer {
   int num_kv_heads;
@@ -15,6 +27,7 @@ struct Layer {
   int k_width;
   int v_groups;
   int v_width;
+  int64_t rank;  // columns of a latent up to the last that is read
   const int64_t* k_starts;
   const int64_t* v_starts;
   // [num_kv_heads][head_dim][k_width] in the compute format; rows of a head in pair order (the two
@@ -26,11 +39,9 @@ struct Layer {
   int rot_pairs;
   bool is_neox;
   int64_t max_position;  // positions that rope has
-  // The expansion, or nulls: pairs from exact_pairs on are expanded, expanded_pairs of them.
-  int exact_pairs, expanded_pairs;
-  const float* basis;         // [kTerms][kStretch]
-  const float* coefficients;  // [stretches][kTerms][2 (cos, sin)][expanded_pairs up to 16s]
-  // [num_kv_heads][units of expanded_pairs][k_width] in the compute format.
+  Expansion expansions[kExpansions];
+  int num_expansions;
+  // [num_kv_heads][units of all pairs][k_width] in the compute format, or null.
   const Unit* pair_factors;
   // How values come from latents; null where only value latents are asked for.
   const void* v_up;     // [num_kv_heads][head_dim][v_width] in the queries' type

@@ -46,6 +46,7 @@ void Attention<Format>::start() {
   load_queries();
   plan_parts();
   if (quantized()) plan_segments();
+  plan_prefetch();
   const int widest = layer.k_width > layer.v_width ? layer.k_width : layer.v_width;
   for (int i = 0; i < widest; ++i) zeros[i] = 0;
   for (int head = 0; head < num_heads; ++head) {

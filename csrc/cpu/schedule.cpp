@@ -14,6 +14,12 @@ constexpr int kFewestBlockRows = 256;
 constexpr int kManyRows = 64;
 // Tasks per thread: enough to even out a core that is busy elsewhere.
 constexpr int kTasksPerThread = 4;
+// Columns of latents of a task with few rows: a tile of them and the next one stay in the L2 cache,
+// beside the factors.
+constexpr int64_t kTaskColumns = 1024;
+// Tiles of a task that reads fewer columns than there are: the tasks of the others follow while
+// the processor still knows the tokens' pages.
+constexpr int64_t kPartTiles = 16;
 // A task below this many tiles x groups is not worth its start.
 constexpr int64_t kSmallestTask = 4;
 
@@ -28,6 +34,13 @@ int64_t rows(const Batch& batch, const QueryBlock& block) {
 // Relative cost per tile: one share to reconstruct keys, and one per kManyRows rows to attend.
 int64_t cost(const Layer& layer, const Batch& batch, const QueryBlock& block) {
   return tiles(block) * layer.k_groups * (1 + rows(batch, block) / kManyRows);
+}
+
+// Into how many parts groups are cut at least, so that a task reads kTaskColumns or fewer. Parts
+// that share a V group would read it several times.
+int64_t least_group_parts(const Layer& layer) {
+  const int most = std::min(layer.k_groups, layer.v_groups);
+  return std::clamp<int64_t>(ceil_div(layer.rank, kTaskColumns), 1, most);
 }
 
 int block_rows(const Layer& layer, const Batch& batch, int threads) {
@@ -84,9 +97,13 @@ void make_schedule(const Layer& layer, const Batch& batch, int threads, bool to_
       block.group_parts = layer.k_groups;
       block.tiles_per_split = std::max<int64_t>(1, tiles(block));
     } else {
-      const int64_t splits = std::clamp<int64_t>(pieces, 1, std::max<int64_t>(1, tiles(block)));
+      const int64_t parts = least_group_parts(layer);
+      const int64_t least_splits = parts > 1 ? tiles(block) / kPartTiles : 1;
+      const int64_t splits = std::clamp<int64_t>(std::max(pieces / parts, least_splits), 1,
+                                                 std::max<int64_t>(1, tiles(block)));
       block.tiles_per_split = std::max<int64_t>(1, ceil_div(tiles(block), splits));
-      block.group_parts = static_cast<int>(std::clamp<int64_t>(pieces / splits, 1, layer.k_groups));
+      block.group_parts =
+          static_cast<int>(std::clamp<int64_t>(pieces / splits, parts, layer.k_groups));
     }
     block.splits =
         static_cast<int>(std::max<int64_t>(1, ceil_div(tiles(block), block.tiles_per_split)));

@@ -25,11 +25,26 @@ RECALKV_INLINE int clamp(int64_t x, int most) {
   return x < most ? static_cast<int>(x) : most;
 }
 
-// Whether expanding is cheaper than reconstructing whole keys, for `rows` queries per KV head.
-RECALKV_INLINE bool use_expansion(const Layer& layer, int rows) {
-  if (!layer.basis || rows > kRowBlock) return false;
-  const int absorb = rows * kTerms * 2 * layer.expanded_pairs / kStretch;
-  return 2 * layer.exact_pairs + rows * kTerms + absorb < layer.head_dim * 7 / 8;
+// Products of a latent per token and KV head, for `rows` queries: reconstruction, folded pairs, and
+// the folding's share.
+RECALKV_INLINE int cost(const Expansion& expansion, int rows) {
+  const int tile = rows * expansion.terms * (2 * expansion.tile_pairs + kTerms);
+  const int stretch = rows * kTerms * 2 * expansion.stretch_pairs;
+  return 2 * expansion.exact_pairs + rows * expansion.terms + tile / kTile + stretch / kStretch;
+}
+
+// The cheapest expansion for `rows` queries per KV head; null where whole keys are cheaper.
+RECALKV_INLINE const Expansion* cheapest_expansion(const Layer& layer, int rows) {
+  if (rows > kRowBlock) return nullptr;
+  const Expansion* best = nullptr;
+  int least = layer.head_dim * 7 / 8;
+  for (int i = 0; i < layer.num_expansions; ++i) {
+    const int its = cost(layer.expansions[i], rows);
+    if (its >= least) continue;
+    least = its;
+    best = &layer.expansions[i];
+  }
+  return best;
 }
 
 template <class Format>
@@ -41,37 +56,39 @@ struct Attention {
   const Layer& layer;
   const Batch& batch;
   const Task& task;
-  const int first_head, num_heads;  // KV heads of the task
-  const int rows;                   // query rows per KV head, query-major
-  const int depth;                  // units of a head
-  const int k_units;                // units of a K span
-  const bool expanded;              // low-frequency pairs are expanded
-  const int exact_rows;             // rows of a head's factors that are reconstructed
-  const bool dense;                 // values are reconstructed, and sums of them are results
-  const int v_units;                // units of a V span
-  const int width;                  // columns of a row of sums: of values, or of value latents
-  const int slice_tiles;            // tiles of a slice, 1 where there are no slices
+  const int first_head, num_heads;   // KV heads of the task
+  const int rows;                    // query rows per KV head, query-major
+  const int depth;                   // units of a head
+  const int k_units;                 // units of a K span
+  const Expansion* const expansion;  // of low-frequency pairs, or null
+  const int exact_rows;              // rows of a head's factors that are reconstructed
+  const bool dense;                  // values are reconstructed, and sums of them are results
+  const int v_units;                 // units of a V span
+  const int width;                   // columns of a row of sums: of values, or of value latents
+  const int slice_tiles;             // tiles of a slice, 1 where there are no slices
 
   Products products;
-  Unit* queries;       // [num_heads][rows][depth], pair order
-  Unit* z_columns;     // [k_units][kTile]
-  Unit* keys;          // [depth][kTile], of the panel in use
-  Unit* values;        // [kTokenUnits][width], likewise
-  float* scores;       // [kRowBlock][kTile]
-  Unit* weights;       // [kRowBlock][kTokenUnits]
-  float* running_max;  // [num_heads][rows], of logits in base 2
-  float* running_sum;  // [num_heads][rows]
-  float* key_scale;    // [kTile], factor on each key from the cache, likewise
-  float* new_max;      // [kRowBlock]
-  float* rescale;      // [kRowBlock]
-  Raw* zeros;          // a latent for tokens past the end
-  Unit* widened;       // [kLanes][widest row], where the source is not made of units
-  Unit* z_rows;        // [kTile][v_units], where values are reconstructed
-  float* sums;         // [num_heads][rows][width], of weighted values or value latents
-  Unit* turned;        // [rows][kTerms][expanded_pairs][kPairUnits], see absorb()
-  Unit* absorbed;      // [num_heads][rows][kTerms][k_units]
-  float* offsets;      // [num_heads][rows][kTerms], the key bias' share
-  Raw* dequantized;    // [kTile][dequantized_stride], where the cache is quantized
+  Unit* queries;            // [num_heads][rows][depth], pair order
+  Unit* z_columns;          // [k_units][kTile]
+  Unit* keys;               // [depth][kTile], of the panel in use
+  Unit* values;             // [kTokenUnits][width], likewise
+  float* scores;            // [kRowBlock][kTile]
+  Unit* weights;            // [kRowBlock][kTokenUnits]
+  float* running_max;       // [num_heads][rows], of logits in base 2
+  float* running_sum;       // [num_heads][rows]
+  float* key_scale;         // [kTile], factor on each key from the cache, likewise
+  float* new_max;           // [kRowBlock]
+  float* rescale;           // [kRowBlock]
+  Raw* zeros;               // a latent for tokens past the end
+  Unit* widened;            // [kLanes][widest row], where the source is not made of units
+  Unit* z_rows;             // [kTile][v_units], where values are reconstructed
+  float* sums;              // [num_heads][rows][width], of weighted values or value latents
+  Unit* turned;             // [rows][terms][pairs][kPairUnits], see turn()
+  Unit* absorbed;           // [num_heads][rows][terms][k_units]
+  float* offsets;           // [num_heads][rows][terms], the key bias' share
+  float* stretch_absorbed;  // [num_heads][rows][kTerms][k_width]
+  float* stretch_offsets;   // [num_heads][rows][kTerms]
+  Raw* dequantized;         // [kTile][dequantized_stride], where the cache is quantized
   int64_t dequantized_stride;
   struct Range {
     int64_t begin, end;
@@ -89,8 +106,8 @@ struct Attention {
   Range groups;   // whose scales they have
   float* scales;  // [kTokenBlock][scales_stride], of these
   int64_t scales_stride;
-  Range* code_ranges;  // [num_code_ranges], bytes of a token's codes that they take
-  int num_code_ranges = 0;
+  Range* reads;  // [num_reads], bytes of a token's latents, or of its codes, that the task reads
+  int num_reads = 0;
   // Where a tile's tokens lie; latents are null past the end.
   struct Tile {
     const Raw* latents[kTile];  // in the cache, or in `dequantized` once dequantize() ran
@@ -101,8 +118,10 @@ struct Attention {
   Tile tiles[2];
   Tile* tile = &tiles[0];
   Tile* next = &tiles[1];  // the tile to prefetch
-  int prefetched = 0;      // of its tokens
-  int prefetch_step;
+  // Where in it prefetch_some() goes on, and how many lines it takes.
+  int fetch_token = 0, fetch_read = 0;
+  int64_t fetch_byte = 0;
+  int prefetch_lines;
   // Panels of a slice's tiles, and in each of all heads; a single one without slices.
   Unit* key_panels;
   Unit* value_panels;
@@ -117,8 +136,8 @@ struct Attention {
         rows(t.num_queries * b.queries_per_kv),
         depth(l.head_dim / Format::kPerUnit),
         k_units(l.k_width / Format::kPerUnit),
-        expanded(use_expansion(l, rows)),
-        exact_rows(expanded ? 2 * l.exact_pairs : l.head_dim),
+        expansion(cheapest_expansion(l, rows)),
+        exact_rows(expansion ? 2 * expansion->exact_pairs : l.head_dim),
         dense(t.heads != nullptr),
         v_units(l.v_width / Format::kPerUnit),
         width(dense ? l.head_dim : l.v_width),
@@ -142,22 +161,29 @@ struct Attention {
     zeros = scratch.take<Raw>(widest);
     const int most_parts = layer.k_groups + layer.v_groups;
     parts = scratch.take<Range>(most_parts);
+    int most_reads = most_parts;
     if (quantized()) {
       // Every band but the first, and every part but the first, starts one more segment at most.
       const int most_segments = most_parts + batch.latents.num_bands;
+      most_reads = 2 * most_segments;
       segments = scratch.take<Segment>(most_segments);
-      code_ranges = scratch.take<Range>(2 * most_segments);
       // A line more than a row, or the rows of large ranks would share few sets of the cache.
       dequantized_stride = batch.latents.rank + 64 / static_cast<int64_t>(sizeof(Raw));
       dequantized = scratch.take<Raw>(kTile * dequantized_stride);
       scales_stride = round_up(batch.latents.groups);
       scales = scratch.take<float>(kTokenBlock * scales_stride);
     }
-    prefetch_step = kTile / (num_heads * (exact_rows / Products::kBlockRows + 1)) + 1;
-    if (expanded) {
-      turned = scratch.take<Unit>(rows * kTerms * round_up(layer.expanded_pairs) * kPairUnits);
-      absorbed = scratch.take<Unit>(int64_t{num_heads} * rows * kTerms * k_units);
-      offsets = scratch.take<float>(int64_t{num_heads} * rows * kTerms);
+    reads = scratch.take<Range>(most_reads);
+    if (expansion) {
+      const int terms = expansion->terms;
+      const int of_tile = terms * round_up(expansion->tile_pairs);
+      const int of_stretch = kTerms * round_up(expansion->stretch_pairs);
+      turned =
+          scratch.take<Unit>(rows * (of_tile > of_stretch ? of_tile : of_stretch) * kPairUnits);
+      absorbed = scratch.take<Unit>(int64_t{num_heads} * rows * terms * k_units);
+      offsets = scratch.take<float>(int64_t{num_heads} * rows * terms);
+      stretch_absorbed = scratch.take<float>(int64_t{num_heads} * rows * kTerms * layer.k_width);
+      stretch_offsets = scratch.take<float>(int64_t{num_heads} * rows * kTerms);
     }
     widened = scratch.take<Unit>(kLanes * (widest > layer.head_dim ? widest : layer.head_dim));
     sums = scratch.take<float>(int64_t{num_heads} * rows * width);
@@ -189,7 +215,6 @@ struct Attention {
   void locate(int64_t first, int valid, Tile& tile) const;
   void plan_parts();
   void add_part(int64_t begin, int64_t end);
-  RECALKV_INLINE void prefetch_some();
   void gather_columns(const Raw* const* latents, int64_t start);
   void gather_values(const Raw* const* latents, int64_t start);
   void gather_rows(const Raw* const* latents, int64_t start);
@@ -197,7 +222,6 @@ struct Attention {
 
   // dequantize.h
   void plan_segments();
-  void add_codes(int64_t begin, int64_t end);
   void dequantize(const Tile& tile, int valid);
   template <ScaleType kType>
   void dequantize(const Tile& tile, int begin, int end);
@@ -208,15 +232,24 @@ struct Attention {
   template <Codec kCodec>
   RECALKV_INLINE void dequantize_blocks(const Segment& segment, const Tile& tile, int begin,
                                         int end);
-  RECALKV_INLINE void prefetch_codes(int token) const;
+
+  // prefetch.h
+  void add_read(int64_t begin, int64_t end);
+  void plan_prefetch();
+  RECALKV_INLINE void restart_prefetch();
+  RECALKV_INLINE void prefetch_some();
 
   // reconstruct.h
   void reconstruct(int head, int64_t tile);
   void reconstruct_values(int head);
 
   // expansion.h
+  void turn(int head, int first_pair, int pairs, int terms, const float* coefficients,
+            float* shift);
+  Matrix pair_factors(int head, int pair) const;
+  void absorb_stretch(int head, int64_t first);
   void absorb(int head, int64_t first);
-  void score_expanded(int head, int64_t first);
+  void score_expanded(int head);
 
   // attend.h
   void softmax(int head, int begin, int count, int columns, int64_t first);

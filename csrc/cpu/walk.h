@@ -13,7 +13,7 @@ void Attention<Format>::enter(int64_t first) {
   tile = next;
   next = done;
   locate(first + kTile, tile_tokens(first + kTile), *next);
-  prefetched = 0;
+  restart_prefetch();
   if (quantized()) dequantize(*tile, tile_tokens(first));
 }
 
@@ -42,9 +42,10 @@ void Attention<Format>::run_tile(int64_t first) {
     const int global = first_head + head;
     gather(head, true);
     if (dense) reconstruct_values(global);
-    if (expanded) {
-      if (first % kStretch == 0 || first == task.kv_begin) absorb(head, first);
-      score_expanded(head, first);
+    if (expansion) {
+      if (first % kStretch == 0 || first == task.kv_begin) absorb_stretch(head, first);
+      absorb(head, first);
+      score_expanded(head);
     }
     reconstruct(global, first / kTile);
     for (int begin = 0; begin < rows; begin += kRowBlock) attend(head, begin, first);

@@ -22,6 +22,8 @@ def make(**changes: object) -> torch.ScriptObject:
         "factors": torch.zeros(HEADS, HEAD_DIM, K_WIDTH),
         "bias": None,
         "scales": 0,
+        "pair_factors": torch.zeros(HEADS, HEAD_DIM, K_WIDTH, 1),
+        "expansions": [],
         "k_starts": [0, 32],
         "v_up": torch.zeros(HEADS, HEAD_DIM, 48),
         "v_bias": None,
@@ -41,18 +43,33 @@ def make(**changes: object) -> torch.ScriptObject:
             factors=given["factors"],
             bias=given["bias"],
             scales=given["scales"],
+            pair_factors=given["pair_factors"],
         ),
         spans=classes.Spans(k_starts=given["k_starts"], v_starts=[64], v_width=48),
         values=classes.Values(factors=given["v_up"], bias=given["v_bias"], panel=given["panel"]),
         rotation=classes.Rotation(
             tiles=given["tiles"], max_position=given["max_position"], is_neox=True
         ),
-        expansion=None,
+        expansions=given["expansions"],
         logits=classes.Logits(scale=1.0, soft_cap=0.0, window=0, sinks=None),
         latent_dtype=given["latent_dtype"],
         group_size=given["group_size"],
         bands=given["bands"],
     )
+
+
+def expanded(**changes: object) -> dict[str, object]:
+    """Arguments of a layer whose last 12 pairs are expanded, but for ``changes`` of how."""
+    given: dict[str, object] = {
+        "tile_pairs": 5,
+        "stretch_pairs": 7,
+        "basis": torch.zeros(8, 64),
+        "tile_coefficients": torch.zeros(2, 8, 2, 16),
+        "stretch_coefficients": torch.zeros(1, 4, 2, 16),
+        "stretch_basis": torch.zeros(8, 4, 8),
+    }
+    assert changes.keys() <= given.keys()
+    return {"expansions": [torch.classes.recalkv_cpu.PairExpansion(**given | changes)]}
 
 
 def bands(rows: list[list[float]]) -> dict[str, object]:
@@ -62,6 +79,7 @@ def bands(rows: list[list[float]]) -> dict[str, object]:
 
 def test_parts_that_fit() -> None:
     assert make().v_width() == 48
+    assert make(**expanded()).v_width() == 48
 
 
 @pytest.mark.parametrize(
@@ -81,6 +99,18 @@ def test_parts_that_fit() -> None:
         ({"tiles": torch.zeros(2, 2, 48, 64)}, "tiles: expected at most 32 pairs, found 48"),
         ({"tiles": torch.zeros(2, 2, 32, 32)}, "tiles: expected contiguous Float"),
         ({"max_position": 129}, "max_position: expected at most 128"),
+        ({"pair_factors": torch.zeros(2, 64, 32)}, r"pair_factors: .* \[2, 64, 32, 1\]"),
+        (expanded() | {"pair_factors": None}, "expansions: expected pair_factors and a rotation"),
+        (expanded(tile_pairs=26), "expansions: expected up to 32 pairs, found 26 and 7"),
+        (expanded(basis=torch.zeros(64)), "basis: expected 2 dimensions"),
+        (expanded(basis=torch.zeros(6, 64)), "basis: expected a multiple of 4 functions, found 6"),
+        (expanded(basis=torch.zeros(4, 64)), r"tile_coefficients: .* \[2, 4, 2, 16\]"),
+        (
+            expanded(stretch_coefficients=torch.zeros(2, 4, 2, 16)),
+            r"stretch_coefficients: .* \[1, 4, 2, 16\]",
+        ),
+        (expanded(stretch_basis=torch.zeros(4, 8)), r"stretch_basis: .* \[8, 4, 8\]"),
+        ({"expansions": 3 * expanded()["expansions"]}, "expansions: expected at most 2, found 3"),
         ({"latent_dtype": "int5"}, "latent_dtype: expected int8"),
         ({"latent_dtype": "bands"}, "bands: expected some with latent_dtype bands"),
         ({"bands": torch.tensor([[32, 4]])}, "bands: expected none"),

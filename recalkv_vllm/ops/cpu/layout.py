@@ -77,13 +77,17 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
     k_factors = layer.k_up.reshape(-1, layer.head_dim, layer.k_width)[:, order]
     k_factors = k_factors.to(dtype).contiguous()
     rope, bias = layer.cos_sin_cache, layer.k_bias
-    rotation = expansion = None
+    rotation, expansions = None, []
     if rope is not None:
         rotation = classes.Rotation(
             tiles=tables.rope_tiles(rope), max_position=rope.shape[0], is_neox=layer.is_neox
         )
         if layer.k_up.dtype == torch.bfloat16:
-            expansion = _expansion(k_factors, rope)
+            expansions = tables.expansions(rope, layer.head_dim)
+    pair_factors = None
+    if expansions:
+        members = k_factors.unflatten(1, (-1, per_unit(dtype)))
+        pair_factors = members.transpose(2, 3).contiguous()
     panel = None
     if layer.v_width > layer.head_dim:
         pairs = layer.v_up.unflatten(2, (-1, per_unit(dtype)))
@@ -94,6 +98,7 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
             factors=k_factors,
             bias=None if bias is None else bias[:, order].float().contiguous(),
             scales=key_scales,
+            pair_factors=pair_factors,
         ),
         spans=classes.Spans(
             k_starts=[span.start for span in layer.k_spans],
@@ -106,7 +111,7 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
             panel=panel,
         ),
         rotation=rotation,
-        expansion=expansion,
+        expansions=[_packed(expansion) for expansion in expansions],
         logits=classes.Logits(
             scale=layer.scale,
             soft_cap=layer.soft_cap or 0.0,
@@ -117,14 +122,12 @@ def pack_layer(layer: LatentLayer, isa: str) -> AttentionLayer:
     )
 
 
-def _expansion(k_factors: torch.Tensor, rope: torch.Tensor) -> torch.ScriptObject | None:
-    """Low-frequency pairs of ``k_factors: [h_kv, d, k_width]``, packed; None if there are none."""
-    found = tables.expansion(rope, k_factors.shape[1])
-    if found is None:
-        return None
-    slow = k_factors[:, 2 * found.exact_pairs :].unflatten(1, (-1, per_unit(k_factors.dtype)))
-    return torch.classes.recalkv_cpu.Expansion(
-        basis=found.basis,
-        coefficients=found.coefficients,
-        pair_factors=slow.transpose(2, 3).contiguous(),
+def _packed(expansion: tables.Expansion) -> torch.ScriptObject:
+    return torch.classes.recalkv_cpu.PairExpansion(
+        tile_pairs=expansion.tile_pairs,
+        stretch_pairs=expansion.stretch_pairs,
+        basis=expansion.basis,
+        tile_coefficients=expansion.tile_coefficients,
+        stretch_coefficients=expansion.stretch_coefficients,
+        stretch_basis=expansion.stretch_basis,
     )
