@@ -8,7 +8,7 @@ namespace recalkv {
 
 // Rotation pairs in order of falling frequency: exact_pairs that are reconstructed, tile_pairs that
 // are folded into the queries once per tile, and stretch_pairs once per stretch; see expansion.h.
-// Sums over pairs are padded to a multiple of 16.
+// Coefficients are those of cosines, then of sines, of pairs padded to a multiple of 16.
 struct Expansion {
   int exact_pairs, tile_pairs, stretch_pairs;
   int terms;                          // functions of a tile, a multiple of kTerms
