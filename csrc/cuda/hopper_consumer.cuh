@@ -242,8 +242,10 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
   const auto codes = static_cast<int>(shuffle(token_stage + token * shared.row_bytes, lane));
   const auto scales =
       static_cast<int>(shuffle(token_stage + shared.scales + token * p.token_scales, lane));
+  auto* full = reinterpret_cast<uint64_t*>(shuffle(reinterpret_cast<int64_t>(barriers.full), lane));
   uint64_t* empty = barriers.empty + lane % S::kTurn;
   const int step = teams * S::kTurn;
+  const NarrowOperand first_slot = uniform(narrow_operand(memory + slots));
   barrier_wait(barriers.factor, 0);
   RingPlace place = {0, 0};
   place.advance(group * S::kTurn, p.kernel.stages);
@@ -263,7 +265,7 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
     }
 #pragma unroll
     for (int t = 0; t < S::kTurn; ++t) {
-      barrier_wait(barriers.full + place.stage + t, place.parity);
+      barrier_wait(full + place.stage + t, place.parity);
     }
     CodedTile coded = {};
     if (S::kBands) {
@@ -280,8 +282,8 @@ RECALKV_DEVICE void consume(const DecodeParams& p, const HopperLayout<S>& shared
     for (int t = 0; t < S::kTurn; ++t) {
       const unsigned char* stage = memory + turn + t * shared.stage_bytes;
       if (S::kBands) {
-        start_keys<S>(keys, narrow_operand(memory + slots + t * tile_slots),
-                      narrow_operand(memory + shared.factor), k_blocks);
+        start_keys<S>(keys, first_slot.at(t * tile_slots), narrow_operand(memory + shared.factor),
+                      k_blocks);
         if (t == 0) {
           open_blocks(memory, coded, memory + slots + k_blocks * kSlotBytes, blocks + k_blocks + 1);
         }

@@ -19,8 +19,8 @@ RECALKV_DEVICE void prepare_block(const DecodeParams& p, const HopperLayout<S>& 
   const int thread = thread_index();
   if (thread == 0) {
     for (int i = 0; i < p.kernel.stages; ++i) {
-      // The lanes that copy, and one of those with the queries.
-      barrier_init(barriers.full + i, 32 + 1);
+      // The lanes that copy, and one of each warp with queries.
+      barrier_init(barriers.full + i, 32 + S::kColumnTiles);
       barrier_init(barriers.empty + i, 4);  // the warps of the warpgroup that consumes it
     }
     barrier_init(barriers.factor, 1);
@@ -153,8 +153,9 @@ RECALKV_KERNEL void RECALKV_LAUNCH_BOUNDS(kHopperThreads)
       // With bands, the order of a factor's columns depends on the block's part of the V span.
       const int factor = S::kBands ? kv_head * v_blocks + v_block : kv_head;
       produce_latents<S>(p, shared, memory, barriers, rows, range, columns, factor, lane);
-    } else if (warp == kConsumerWarps + 1) {
-      produce_queries<S>(p, shared, memory, barriers, rows, range, kv_head, lane);
+    } else if (warp <= kConsumerWarps + S::kColumnTiles) {
+      produce_queries<S>(p, shared, memory, barriers, rows, range, warp - kConsumerWarps - 1,
+                         kv_head, lane);
     }
   } else {
     grow_registers<S::kConsumerRegisters>();

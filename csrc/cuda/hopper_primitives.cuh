@@ -123,6 +123,10 @@ RECALKV_DEVICE NarrowOperand narrow_operand(const void* rows) {
   return {(shared_address(rows) & 0x3ffff) >> 4 | 1u << 16};
 }
 
+RECALKV_DEVICE NarrowOperand uniform(NarrowOperand operand) {
+  return {static_cast<uint32_t>(uniform(static_cast<int>(operand.low)))};
+}
+
 // Its upper half: from 8 rows to the next 8 there are 512 bytes; 64-byte swizzle.
 #define RECALKV_NARROW_HIGH "0x80000020"
 

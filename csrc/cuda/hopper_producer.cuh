@@ -1,5 +1,5 @@
-// The producer warps of the decode kernel for Hopper: one copies latents into the ring, one turns
-// the queries back by each tile's position.
+// The producer warps of the decode kernel for Hopper: one copies latents into the ring, one for
+// every four query rows turns these back by each tile's position.
 #pragma once
 
 #include "hopper_primitives.cuh"
@@ -109,8 +109,7 @@ RECALKV_DEVICE void copy_edge_scales(unsigned char* to, const unsigned char* fro
   }
 }
 
-// The lane's share of the query rows, as float: of row lane/8 of every four, the pairs 16m +
-// 2 (lane%8) + h.
+// The lane's share of four query rows, as float: of row lane/8, the pairs 16m + 2 (lane%8) + h.
 //
 // Slow pairs turn back to the middle of the tile, and their score is the first two terms in the
 // offset from it. `slow_rotation` has, of each pair, the first term's factor, the second's relative
@@ -119,7 +118,7 @@ RECALKV_DEVICE void copy_edge_scales(unsigned char* to, const unsigned char* fro
 template <typename S>
 struct QueryShare {
   static constexpr int kSteps = S::kHeadDim / 32;
-  float2 query[S::kColumnTiles][kSteps][2];
+  float2 query[kSteps][2];
   float second[kSteps][2];
   float4 base[kSteps];  // of the next tile
 
@@ -134,10 +133,16 @@ struct QueryShare {
     }
   }
 
-  RECALKV_DEVICE void load(const DecodeParams& p, const Rows& rows, int kv_head, int lane) {
+  // `first_row` is the first of the four.
+  RECALKV_DEVICE void load(const DecodeParams& p, const Rows& rows, int first_row, int kv_head,
+                           int lane) {
     const int per_kv = p.num_heads / p.num_kv_heads;
     const float unit = S::kBands ? 1 << kKeyScale : 1;
     const float scale = unit * (p.soft_cap > 0.0f ? p.scale : p.scale * kLog2E);
+    const int row = first_row + lane / 8;
+    const int head = kv_head * per_kv + row % per_kv;
+    const uint16_t* from =
+        p.q + (rows.first_token + row / per_kv) * p.q_token_stride + head * S::kHeadDim;
 #pragma unroll
     for (int m = 0; m < kSteps; ++m) {
 #pragma unroll
@@ -145,22 +150,14 @@ struct QueryShare {
         const int pair = pair_of(lane, m, half);
         const float4 slow = reinterpret_cast<const float4*>(p.slow_rotation)[pair];
         second[m][half] = slow.y;
-#pragma unroll
-        for (int c = 0; c < S::kColumnTiles; ++c) {
-          const int row = rows.begin + c * 4 + lane / 8;
-          float2 q = {0.0f, 0.0f};
-          if (row < rows.end) {
-            const int head = kv_head * per_kv + row % per_kv;
-            const uint16_t* from =
-                p.q + (rows.first_token + row / per_kv) * p.q_token_stride + head * S::kHeadDim;
-            int first, second;
-            pair_columns(p, pair, first, second);
-            q = unpack<typename S::Element>(from[first] | static_cast<uint32_t>(from[second])
-                                                              << 16);
-          }
-          const float first_term = slow.x * scale;
-          query[c][m][half] = rotate({q.x * first_term, q.y * first_term}, {slow.z, -slow.w});
+        float2 q = {0.0f, 0.0f};
+        if (row < rows.end) {
+          int first, second;
+          pair_columns(p, pair, first, second);
+          q = unpack<typename S::Element>(from[first] | static_cast<uint32_t>(from[second]) << 16);
         }
+        const float first_term = slow.x * scale;
+        query[m][half] = rotate({q.x * first_term, q.y * first_term}, {slow.z, -slow.w});
       }
     }
   }
@@ -169,21 +166,18 @@ struct QueryShare {
   // terms.
   RECALKV_DEVICE void store(unsigned char* to, int lane) const {
 #pragma unroll
-    for (int c = 0; c < S::kColumnTiles; ++c) {
-#pragma unroll
-      for (int m = 0; m < kSteps; ++m) {
-        const float2 first = rotate(query[c][m][0], {base[m].x, -base[m].y});
-        const float2 other = rotate(query[c][m][1], {base[m].z, -base[m].w});
-        const float* term = second[m];
-        const uint2 value = {pack_finite(first.x, other.x), pack_finite(first.y, other.y)};
-        const uint2 derivative = {pack_finite(first.y * term[0], other.y * term[1]),
-                                  pack_finite(-(first.x * term[0]), -(other.x * term[1]))};
-        uint2* place = reinterpret_cast<uint2*>(to + c * S::kQueryBytes) +
-                       (m * 32 + lane / 8 * 8 + lane % 4) * 2 + lane / 4 % 2;
-        place[0] = value;
-        // Those of fast pairs are the zeros that the ring began with.
-        if (16 * m + 16 > 8 * S::kFastSteps) place[8] = derivative;
-      }
+    for (int m = 0; m < kSteps; ++m) {
+      const float2 first = rotate(query[m][0], {base[m].x, -base[m].y});
+      const float2 other = rotate(query[m][1], {base[m].z, -base[m].w});
+      const float* term = second[m];
+      const uint2 value = {pack_finite(first.x, other.x), pack_finite(first.y, other.y)};
+      const uint2 derivative = {pack_finite(first.y * term[0], other.y * term[1]),
+                                pack_finite(-(first.x * term[0]), -(other.x * term[1]))};
+      uint2* place =
+          reinterpret_cast<uint2*>(to) + (m * 32 + lane / 8 * 8 + lane % 4) * 2 + lane / 4 % 2;
+      place[0] = value;
+      // Those of fast pairs are the zeros that the ring began with.
+      if (16 * m + 16 > 8 * S::kFastSteps) place[8] = derivative;
     }
   }
 };
@@ -256,13 +250,15 @@ RECALKV_DEVICE void produce_latents(const DecodeParams& p, const HopperLayout<S>
   copy_wait<0>();
 }
 
+// Of four of the block's rows, the `column_tile`-th.
 template <typename S>
 RECALKV_DEVICE void produce_queries(const DecodeParams& p, const HopperLayout<S>& shared,
                                     unsigned char* memory, const HopperBarriers& barriers,
-                                    const Rows& rows, const TokenRange& range, int kv_head,
-                                    int lane) {
+                                    const Rows& rows, const TokenRange& range, int column_tile,
+                                    int kv_head, int lane) {
   QueryShare<S> queries;
-  queries.load(p, rows, kv_head, lane);
+  queries.load(p, rows, rows.begin + 4 * column_tile, kv_head, lane);
+  const int query = shared.query + column_tile * S::kQueryBytes;
   const float* base = p.base_rotation + range.tile_from * 4 * p.base_rotation_stride;
   queries.fetch_base(base, lane);
   RingPlace place = {0, 1};
@@ -270,7 +266,7 @@ RECALKV_DEVICE void produce_queries(const DecodeParams& p, const HopperLayout<S>
   for (int tile = range.tile_from; tile < range.tile_to; ++tile) {
     unsigned char* stage = memory + shared.ring + place.stage * shared.stage_bytes;
     barrier_wait(barriers.empty + place.stage, place.parity);
-    queries.store(stage + shared.query, lane);
+    queries.store(stage + query, lane);
     warp_sync();
     if (lane == 0) barrier_arrive(barriers.full + place.stage);
     base += 4 * p.base_rotation_stride;

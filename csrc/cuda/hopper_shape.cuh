@@ -8,10 +8,12 @@
 namespace recalkv {
 
 // Two warpgroups that consume tiles in turns, and one with a warp that copies latents and a warp
-// that turns queries.
+// or two that turn queries.
 constexpr int kConsumerWarps = 8;
 constexpr int kConsumerThreads = 32 * kConsumerWarps;
 constexpr int kHopperThreads = kConsumerThreads + 128;
+// Of a thread when a block starts: a multiprocessor has 65536, and counts in eights.
+constexpr int kThreadRegisters = 65536 / kHopperThreads / 8 * 8;
 // A block of 32 columns of a tile's elements, where latents are in bands.
 constexpr int kSlotBytes = 64 * 64;
 // Elements of latents in bands are what codes stand for by 2^-9, and keys made of them what they
@@ -41,11 +43,13 @@ struct HopperShape {
   static constexpr int kVTiles = kVTiles_;
   // Steps of 16 key columns, 8 pairs, that are rotated: the rest are of slow pairs.
   static constexpr int kFastSteps = kLean ? kHeadDim / 32 : kHeadDim / 16;
-  // Of a thread; a multiprocessor has 512 for each of 128 threads. With 216, which leave 80 to
-  // producers, ptxas spills in some of the first, with 200 in others, which issue more with it.
-  static constexpr int kConsumerRegisters =
-      kBands && (kHeadDim == 64 || (kColumnTiles == 2 && kVTiles == 8)) ? 200 : 216;
-  static constexpr int kProducerRegisters = 512 - 2 * kConsumerRegisters;
+  // Of a thread. Warpgroups trade what their block was started with: for one more register they
+  // would wait without end. With 216, which leave 72 to producers, ptxas spills in some with bands,
+  // with 200 in others, which issue more with them.
+  static constexpr bool kCrowded =
+      kBands && kLean && kColumnTiles == 2 && (kHeadDim == 64 ? kVTiles == 16 : kVTiles == 8);
+  static constexpr int kConsumerRegisters = kCrowded ? 200 : 216;
+  static constexpr int kProducerRegisters = 3 * kThreadRegisters - 2 * kConsumerRegisters;
   static constexpr int kQueryBytes = kHeadDim / 32 * 512;  // of 4 rows
   static constexpr int kOutStride = 16 * kVTiles + 4;
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128 && kColumnTiles <= 2);

@@ -223,9 +223,13 @@ inline bool warp_any(bool value) {
 }
 
 template <int kCount>
-inline void shrink_registers() {}
+inline void shrink_registers() {
+  emulation::Machine::get().own_registers(kCount);
+}
 template <int kCount>
-inline void grow_registers() {}
+inline void grow_registers() {
+  emulation::Machine::get().own_registers(kCount);
+}
 
 inline void barrier_init(uint64_t* barrier, int arrivals) {
   auto& machine = emulation::Machine::get();
@@ -289,6 +293,8 @@ inline NarrowOperand narrow_operand(const void* rows) {
   if (start % 512) emulation::Machine::get().fail("a misaligned operand");
   return {2ull << 62 | (512ull >> 4) << 32 | 1ull << 16 | (start & 0x3ffff) >> 4};
 }
+
+inline NarrowOperand uniform(NarrowOperand operand) { return operand; }
 
 // Until a warp's next wait for a barrier, after which it writes operands anew.
 inline void shared_fence() {

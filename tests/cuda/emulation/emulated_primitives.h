@@ -88,6 +88,7 @@ struct Warp {
   bool fenced = false;
   bool known = false;  // to products: what the warp has written to shared memory
   int times_known = 0;
+  int registers = 0;  // of a thread
 };
 
 // What another engine than the threads does: at once, or when nothing else can go on.
@@ -110,6 +111,7 @@ struct Machine {
   static constexpr size_t kStack = 256 * 1024;
   static constexpr size_t kCanary = 4096;
   static constexpr int kBarriers = 16;
+  static constexpr int kRegisters = 65536;  // of a multiprocessor
   // How the next launches run.
   bool early_copies = false;
   uint32_t seed = 0;
@@ -121,6 +123,8 @@ struct Machine {
   std::vector<uint4> shared;
   std::map<const void*, SharedBarrier> shared_barriers;
   std::vector<Delivery> deliveries;
+  int free_registers = 0;  // of a thread of each warp, that warps gave back
+  Barrier freed;           // `generation`: times that one did
   int current = 0;
   int block_x = 0;
   int block_y = 0;
@@ -202,9 +206,11 @@ struct Machine {
     }
     lanes = std::vector<Lane>(threads);
     warps = std::vector<Warp>(threads / 32);
+    for (Warp& warp : warps) warp.registers = std::min(255, kRegisters / threads / 8 * 8);
     std::fill(std::begin(barriers), std::end(barriers), Barrier{});
     shared_barriers.clear();
     deliveries.clear();
+    free_registers = 0;
     shared.resize((shared_bytes + kCanary) / sizeof(uint4));
     std::memset(shared.data(), 0xff, shared.size() * sizeof(uint4));
     for (int i = 0; i < threads; ++i) {
@@ -262,6 +268,22 @@ struct Machine {
     lane.blocked_generation = barrier.generation;
     yield();
     lane.blocked = nullptr;
+  }
+
+  // Have the lane's warp own `count` registers a thread, of those that the block was started with.
+  void own_registers(int count) {
+    Warp& warp = warps[current / 32];
+    while (count - warp.registers > free_registers) {
+      Lane& lane = lanes[current];
+      lane.blocked = &freed;
+      lane.blocked_generation = freed.generation;
+      yield();
+      lane.blocked = nullptr;
+    }
+    if (warp.registers == count) return;  // another lane was first
+    free_registers += warp.registers - count;
+    warp.registers = count;
+    ++freed.generation;
   }
 
   // Hand in this lane's registers; the last lane of the warp runs `complete`, which fills `out`.

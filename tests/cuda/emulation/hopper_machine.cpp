@@ -24,6 +24,7 @@ void product_kernel(const Call call) {
     if (!call.makes("no barrier")) barrier_init(barrier, 1);
     barrier_init_done();
   }
+  if (call.makes("registers that are nobody's")) grow_registers<256>();
   block_sync();
   if (thread == 0) {
     barrier_expect(barrier, call.makes("bytes that never come") ? 8192 + 16 : 8192);
