@@ -6,8 +6,10 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -46,16 +48,52 @@ def build(directory: Path) -> Path:
     sources = (*sorted(SOURCES.glob("*.cu")), SOURCES / "binding.cpp", HERE / "control.cpp")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
-    link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl"]
     linked = directory / "linked.so"
     subprocess.run([compiler, "-shared", *objects, *link, "-o", linked], check=True)
     return linked.rename(library)
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launch that was observed; ``parameters`` are the bytes of the kernel's only one."""
+
+    symbol: str
+    grid: tuple[int, int]
+    threads: int
+    shared_bytes: int
+    parameters: bytes
+
+
+#: The library once it is loaded.
+loaded: ctypes.CDLL | None = None
+
+
 def load(library: Path) -> Callable[[int, int], None]:
     """Load the emulation's torch ops; returns ``configure(seed, early_copies)``."""
+    global loaded
     extension.load_library(str(library))
-    configure = ctypes.CDLL(str(library)).recalkv_emulate
+    loaded = ctypes.CDLL(str(library))
+    configure = loaded.recalkv_emulate
     configure.argtypes = [ctypes.c_uint32, ctypes.c_int]
     configure.restype = None
     return configure
+
+
+@contextmanager
+def observed() -> Iterator[list[Launch]]:
+    """Launches do not run, but are in the list."""
+    launches: list[Launch] = []
+    numbers, pointer = [ctypes.c_int] * 4, ctypes.c_void_p
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_char_p, *numbers, pointer, ctypes.c_int)
+    def observe(symbol, x, y, threads, shared_bytes, parameters, size) -> None:
+        content = ctypes.string_at(parameters, size)
+        launches.append(Launch(symbol.decode(), (x, y), threads, shared_bytes, content))
+
+    assert loaded is not None
+    loaded.recalkv_observe(observe)
+    try:
+        yield launches
+    finally:
+        loaded.recalkv_observe(None)

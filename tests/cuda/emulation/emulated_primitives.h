@@ -8,6 +8,7 @@
 // as far as it can before another one gets its turn.
 #pragma once
 
+#include <dlfcn.h>
 #include <ucontext.h>
 #include <algorithm>
 #include <cmath>
@@ -112,6 +113,10 @@ struct Machine {
   static constexpr size_t kCanary = 4096;
   static constexpr int kBarriers = 16;
   static constexpr int kRegisters = 65536;  // of a multiprocessor
+  // Told of launches in place of running them: the kernel's symbol, grid, threads, bytes of shared
+  // memory, and the parameters.
+  using Observer = void (*)(const char*, int, int, int, int, const void*, int);
+  Observer observer = nullptr;
   // How the next launches run.
   bool early_copies = false;
   uint32_t seed = 0;
@@ -569,6 +574,13 @@ template <typename Params>
 const char* launch(void (*kernel)(Params), int grid_x, int grid_y, int threads, int shared_bytes,
                    void*, const Params& params) {
   auto& machine = emulation::Machine::get();
+  if (machine.observer) {
+    Dl_info symbol;
+    if (!dladdr(reinterpret_cast<void*>(kernel), &symbol)) return "a kernel without a symbol";
+    machine.observer(symbol.dli_sname, grid_x, grid_y, threads, shared_bytes, &params,
+                     sizeof(params));
+    return nullptr;
+  }
   static void (*running)(Params);
   running = kernel;
   machine.body = [](const void* p) { running(*static_cast<const Params*>(p)); };

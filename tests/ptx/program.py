@@ -1,0 +1,99 @@
+"""PTX text to instructions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One line.
+
+    Args:
+        guard: predicate that lanes must have, or None; ``negated``: must not have.
+        parts: opcode, cut at its dots.
+        scope: the braces that it stands in, for labels of inline assembly.
+    """
+
+    guard: str | None
+    negated: bool
+    parts: tuple[str, ...]
+    operands: tuple[str, ...]
+    scope: int
+    text: str
+
+
+@dataclass(slots=True)
+class Program:
+    """A kernel: its instructions, labels by scope and name, and parameters in order."""
+
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[tuple[int, str], int] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
+
+    def target(self, label: str, scope: int) -> int:
+        """Where a branch in ``scope`` goes; the compiler's own labels are known everywhere."""
+        return self.labels[0 if label.startswith("$") else scope, label]
+
+
+def split_operands(text: str) -> tuple[str, ...]:
+    """Cut at commas, but not inside of braces or brackets."""
+    found, depth, start = [], 0, 0
+    for at, letter in enumerate(text):
+        depth += (letter in "{[(") - (letter in "}])")
+        if letter == "," and depth == 0:
+            found.append(text[start:at].strip())
+            start = at + 1
+    last = text[start:].strip()
+    return (*found, last) if last else tuple(found)
+
+
+def entries(text: str) -> dict[str, str]:
+    """Kernels of a file of PTX, by name: from ``.entry`` to the end of the body."""
+    starts = list(re.finditer(r"\.entry (\w+)\(", text))
+    ends = [match.start() for match in starts[1:]] + [len(text)]
+    return {
+        match[1]: text[match.start() : text.rindex("\n}", match.start(), end) + 2]
+        for match, end in zip(starts, ends, strict=True)
+    }
+
+
+def parse(entry: str) -> Program:
+    """The program of one kernel, as :func:`entries` gives it."""
+    head, body = entry.split("\n{", 1)
+    program = Program(parameters=re.findall(r"\b(\w+_param_\d+)\b", head))
+    body = re.sub(r"//[^\n]*|^\s*\.(?:loc|file)\b[^\n]*", "", body, flags=re.MULTILINE)
+    scopes, opened = [0], 0
+    # Braces of scopes stand alone or before a statement; those of vectors are inside of one.
+    for piece in re.findall(r"\{(?=[^{},;]*[;:])|[^{};]*(?:\{[^{};]*\}[^{};]*)*;|\}", body):
+        statement = piece.strip()
+        if statement == "{":
+            opened += 1
+            scopes.append(opened)
+            continue
+        if statement == "}":
+            scopes.pop()
+            if not scopes:
+                break
+            continue
+        while label := re.match(r"([$\w]+):\s*", statement):
+            scope = 0 if label[1].startswith("$") else scopes[-1]
+            program.labels[scope, label[1]] = len(program.instructions)
+            statement = statement[label.end() :]
+        statement = statement.rstrip(";").strip()
+        if not statement or statement.startswith("."):
+            continue
+        match = re.match(r"(?:@(!?)(%?\w+)\s+)?([\w.:]+)\s*(.*)$", statement, re.DOTALL)
+        assert match is not None, statement
+        program.instructions.append(
+            Instruction(
+                match[2],
+                match[1] == "!",
+                tuple(match[3].split(".")),
+                split_operands(match[4]),
+                scopes[-1],
+                " ".join(statement.split()),
+            )
+        )
+    return program
