@@ -2,6 +2,8 @@
 
 ``python -m recalkv_vllm.benchmarks.smoke`` prints a line per kernel and latent format, and exits
 with 1 if one fails. What it shows is that kernels compile, launch and agree; tests show the rest.
+Where one does not agree, it says for which sequences, and whether value latents and log-sum-exps,
+which come before heads, do.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from importlib import import_module
 import torch
 
 from recalkv_vllm.ops import Batch, reference
+from recalkv_vllm.ops.contract import BoundLayer
 from recalkv_vllm.ops.dispatch import MODULES
 
 from .geometries import GEOMETRIES, Geometry, latent_of
@@ -55,9 +58,9 @@ def smoke(
         q = torch.randn(shape, device=device).to(dtype)
         slow = reference.bind(layer)
         cache = latent_cache(table.numel(), BLOCK_SIZE, latent.rank, q, layer, slow)
-        expected = slow.attend_heads(q, cache, batch).float()
+        expected = slow.attend_heads(q, cache, batch)
         for kernel in KERNELS:
-            if kernel == "cuda" and latent_dtype != "auto":
+            if kernel == "cuda" and latent_dtype not in ("auto", "bands"):
                 continue  # Triton's
             module = import_module(MODULES[kernel])
             what = f"{kernel}, {latent_dtype}"
@@ -66,13 +69,40 @@ def smoke(
                 continue
             try:
                 bound = module.bind(layer)
-                got = bound.attend_heads(q, cache, batch).float()
-                error = ((got - expected).abs().max() / expected.abs().max()).item()
+                got = bound.attend_heads(q, cache, batch)
+                fault = difference(got, expected, TOLERANCE[dtype])
+                if fault is not None:
+                    fault = (
+                        f"{fault}; {parts(bound.attend(q, cache, batch), slow, q, cache, batch)}"
+                    )
             except Exception as caught:  # whatever a compiler or a launch raises
-                yield what, " ".join(f"{type(caught).__name__}: {caught}".split())[:500]
-                continue
-            small = error <= TOLERANCE[dtype]  # false for NaN
-            yield what, None if small else f"relative error {error:.2g}"
+                fault = " ".join(f"{type(caught).__name__}: {caught}".split())[:500]
+            yield what, fault
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest error, relative to the largest finite value expected; NaN is one."""
+    largest = expected[expected.isfinite()].abs().max()
+    return ((got.float() - expected.float()).abs().max() / largest).item()
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str | None:
+    """How heads ``[tokens, h_q, d]`` differ, as a whole and by sequences of :data:`BATCH`."""
+    error = relative_error(got, expected)
+    if error <= tolerance:  # false for NaN
+        return None
+    lengths = [queries for queries, _ in BATCH]
+    split = zip(got.split(lengths), expected.split(lengths), strict=True)
+    by_sequence = ", ".join(f"{relative_error(*pair):.2g}" for pair in split)
+    return f"relative error {error:.2g} (of the sequences: {by_sequence})"
+
+
+def parts(
+    got: tuple[torch.Tensor, torch.Tensor], slow: BoundLayer, *call: torch.Tensor | Batch
+) -> str:
+    """How far off value latents and log-sum-exps are, from which heads are made."""
+    errors = map(relative_error, got, slow.attend(*call))
+    return "{:.2g} of value latents, {:.2g} of log-sum-exps".format(*errors)
 
 
 def main() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -38,3 +40,7 @@ def test_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = "RuntimeError: out of resources: shared memory" if fault == "raises" else "relative"
     assert message is not None
     assert message.startswith(wanted)
+    if fault == "wrong":
+        # The first sequence's values are the largest, relative to which errors of all are small.
+        assert message.count("of the sequences") == 1
+        assert re.search(r"e-0[5-9] of value latents, \d\S*e-0[5-9] of log-sum-exps$", message)
