@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -59,41 +60,50 @@ def entries(text: str) -> dict[str, str]:
     }
 
 
+def statements(body: str) -> Iterator[str]:
+    """Labels with their colon, statements with their semicolon, and braces of scopes.
+
+    Braces inside of a statement are those of a vector.
+    """
+    start, vector = 0, False
+    for at, letter in enumerate(body):
+        begun = body[start:at].strip()
+        if letter in "{}" and (begun or vector):
+            vector = letter == "{"
+        elif (
+            letter in "{}"
+            or (letter == ";" and not vector)
+            or (letter == ":" and re.fullmatch(r"[$\w]+", begun))
+        ):
+            yield body[start : at + 1].strip()
+            start = at + 1
+
+
 def parse(entry: str) -> Program:
     """The program of one kernel, as :func:`entries` gives it."""
     head, body = entry.split("\n{", 1)
     program = Program(parameters=re.findall(r"\b(\w+_param_\d+)\b", head))
     body = re.sub(r"//[^\n]*|^\s*\.(?:loc|file)\b[^\n]*", "", body, flags=re.MULTILINE)
     scopes, opened = [0], 0
-    # Braces of scopes stand alone or before a statement; those of vectors are inside of one.
-    for piece in re.findall(r"\{(?=[^{},;]*[;:])|[^{};]*(?:\{[^{};]*\}[^{};]*)*;|\}", body):
-        statement = piece.strip()
+    for statement in statements(body):
         if statement == "{":
             opened += 1
             scopes.append(opened)
-            continue
-        if statement == "}":
+        elif statement == "}":
             scopes.pop()
-            if not scopes:
-                break
-            continue
-        while label := re.match(r"([$\w]+):\s*", statement):
-            scope = 0 if label[1].startswith("$") else scopes[-1]
-            program.labels[scope, label[1]] = len(program.instructions)
-            statement = statement[label.end() :]
-        statement = statement.rstrip(";").strip()
-        if not statement or statement.startswith("."):
-            continue
-        match = re.match(r"(?:@(!?)(%?\w+)\s+)?([\w.:]+)\s*(.*)$", statement, re.DOTALL)
-        assert match is not None, statement
-        program.instructions.append(
-            Instruction(
-                match[2],
-                match[1] == "!",
-                tuple(match[3].split(".")),
-                split_operands(match[4]),
-                scopes[-1],
-                " ".join(statement.split()),
-            )
-        )
+        elif statement.endswith(":"):
+            scope = 0 if statement.startswith("$") else scopes[-1]
+            program.labels[scope, statement[:-1]] = len(program.instructions)
+        elif not statement.startswith("."):
+            program.instructions.append(instruction(statement[:-1], scopes[-1]))
     return program
+
+
+def instruction(statement: str, scope: int) -> Instruction:
+    """Read one."""
+    text = " ".join(statement.split())
+    match = re.match(r"(?:@(!?)(%?\w+) )?([\w.:]+) ?(.*)$", text)
+    assert match is not None, text
+    negated, guard, name, operands = match.groups()
+    parts = tuple(name.split("."))
+    return Instruction(guard, negated == "!", parts, split_operands(operands), scope, text)

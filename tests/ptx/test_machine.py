@@ -166,10 +166,13 @@ def test_copies_are_late_or_early() -> None:
 
 
 def test_scopes_of_inline_assembly() -> None:
-    """Labels and registers of braces are their own, also twice."""
-    once = "{\n.reg .pred ended;\nagain:\nsetp.eq.u32 ended, %r1, %r1;\n@!ended bra again;\n}\n"
-    entry = KERNEL.format(body=once + once)
+    """Labels of braces are their own, also twice; others may stand before a brace."""
+    once = (
+        "{ .reg .pred ended, more;\nagain:\nsetp.eq.u32 ended, %r1, %r1;\n@!ended bra again;\n}\n"
+    )
+    once = f"bra.uni $L_before;\n$L_before:\n{once}"
+    entry = KERNEL.format(body=once + once.replace("before", "other"))
     program = parse(entries(entry)["kernel"])
     assert len([key for key in program.labels if key[1] == "again"]) == 2
     assert not re.search("reg", " ".join(line.text for line in program.instructions))
-    run(once + once, torch.zeros(32, dtype=torch.int32))
+    run(once, torch.zeros(32, dtype=torch.int32))
