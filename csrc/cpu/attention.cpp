@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -269,17 +270,18 @@ std::tuple<at::Tensor, at::Tensor> paged_latent_attention(
   return {out, lse};
 }
 
-at::Tensor paged_latent_attention_heads(const c10::intrusive_ptr<AttentionLayer>& attention_layer,
-                                        const at::Tensor& q, const at::Tensor& kv_cache,
-                                        const at::Tensor& block_table, const at::Tensor& seq_lens,
-                                        const at::Tensor& query_start_loc) {
+void paged_latent_attention_heads(const c10::intrusive_ptr<AttentionLayer>& attention_layer,
+                                  const at::Tensor& q, const at::Tensor& kv_cache,
+                                  const at::Tensor& block_table, const at::Tensor& seq_lens,
+                                  const at::Tensor& query_start_loc, at::Tensor& heads) {
   TORCH_CHECK_TYPE(attention_layer->values_dtype() == q.scalar_type(), "q: expected v_up's dtype, ",
                    attention_layer->values_dtype(), ", found ", q.scalar_type());
   TORCH_CHECK_VALUE(attention_layer->serves(q.size(1)),
                     "q: expected as many heads as sinks, found ", q.size(1));
+  TORCH_CHECK_VALUE(heads.is_contiguous(), "out: expected contiguous, found strides ",
+                    heads.strides());
   const Call call(*attention_layer, q, kv_cache, block_table, seq_lens, query_start_loc, true);
 
-  at::Tensor heads = at::empty(q.sizes(), q.options());
   const std::vector<QueryBlock>& blocks = call.schedule.blocks;
   const bool all_dense = std::all_of(blocks.begin(), blocks.end(),
                                      [](const QueryBlock& block) { return block.dense; });
@@ -289,9 +291,13 @@ at::Tensor paged_latent_attention_heads(const c10::intrusive_ptr<AttentionLayer>
   at::Tensor lse = at::empty({rows, q.size(1)}, o_lat.options());
   const Results whole{o_lat.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), nullptr};
   char* out = static_cast<char*>(heads.mutable_data_ptr());
-  call.run({whole, out, call.layer.head_dim * q.element_size()});
+  const int64_t head_bytes = call.layer.head_dim * q.element_size();
+  call.run({whole, out, head_bytes});
   call.up_project(element_type_of(q.scalar_type(), "q"), whole.out, whole.lse, out);
-  return heads;
+  // Rows of no sequence, which a padded batch has behind the others.
+  const int64_t token_bytes = q.size(1) * head_bytes;
+  const int64_t used = call.batch.query_start_loc[call.batch.num_seqs];
+  std::memset(out + used * token_bytes, 0, (q.size(0) - used) * token_bytes);
 }
 
 }  // namespace recalkv

@@ -40,13 +40,13 @@ std::tuple<at::Tensor, at::Tensor> attend(const c10::intrusive_ptr<AttentionLaye
   return op.call(layer, q, kv_cache, block_table, seq_lens, query_start_loc);
 }
 
-at::Tensor attend_heads(const c10::intrusive_ptr<AttentionLayer>& layer, const at::Tensor& q,
-                        const at::Tensor& kv_cache, const at::Tensor& block_table,
-                        const at::Tensor& seq_lens, const at::Tensor& query_start_loc) {
+void attend_heads(const c10::intrusive_ptr<AttentionLayer>& layer, const at::Tensor& q,
+                  const at::Tensor& kv_cache, const at::Tensor& block_table,
+                  const at::Tensor& seq_lens, const at::Tensor& query_start_loc, at::Tensor heads) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("recalkv_cpu::paged_latent_attention_heads", "")
                              .typed<decltype(paged_latent_attention_heads)>();
-  return op.call(layer, q, kv_cache, block_table, seq_lens, query_start_loc);
+  op.call(layer, q, kv_cache, block_table, seq_lens, query_start_loc, heads);
 }
 
 }  // namespace
@@ -108,8 +108,8 @@ TORCH_LIBRARY(recalkv_cpu, m) {
       "-> (Tensor, Tensor)");
   m.def(
       "paged_latent_attention_heads(__torch__.torch.classes.recalkv_cpu.AttentionLayer layer, "
-      "Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc) "
-      "-> Tensor");
+      "Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, "
+      "Tensor(a!) heads) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(recalkv_cpu, CPU, m) {

@@ -23,11 +23,12 @@ at::Tensor latent_value_up(const at::Tensor& o_lat, const at::Tensor& v_up,
 // All KV heads of `job`, whose `head` is not used, on torch's own threads.
 void run_value_up(const ElementKernels& kernels, ElementType to, const ValueUp& job);
 
-// latent_value_up of what paged_latent_attention gives, in the queries' type.
-at::Tensor paged_latent_attention_heads(const c10::intrusive_ptr<AttentionLayer>& attention_layer,
-                                        const at::Tensor& q, const at::Tensor& kv_cache,
-                                        const at::Tensor& block_table, const at::Tensor& seq_lens,
-                                        const at::Tensor& query_start_loc);
+// latent_value_up of what paged_latent_attention gives, into `heads`, of the queries' type and
+// shape; rows of no sequence are zero.
+void paged_latent_attention_heads(const c10::intrusive_ptr<AttentionLayer>& attention_layer,
+                                  const at::Tensor& q, const at::Tensor& kv_cache,
+                                  const at::Tensor& block_table, const at::Tensor& seq_lens,
+                                  const at::Tensor& query_start_loc, at::Tensor& heads);
 
 std::tuple<at::Tensor, at::Tensor> paged_latent_attention(
     const c10::intrusive_ptr<AttentionLayer>& attention_layer, const at::Tensor& q,

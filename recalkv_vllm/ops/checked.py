@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from recalkv_vllm.ops import validation
@@ -21,6 +23,9 @@ class CheckedLayer(BoundLayer):
         ValueError: anything else about the layer; the message names expected and found.
         KernelUnavailableError: no implementation can serve it.
     """
+
+    #: The batch that was checked last, and for which device: layers of a step share one.
+    _known: ClassVar[tuple[Batch, torch.device] | None] = None
 
     def __init__(self, layer: LatentLayer):
         self._signature = validation.check_layer(layer)
@@ -58,7 +63,7 @@ class CheckedLayer(BoundLayer):
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        validation.check_attend(self._signature, q, kv_cache, batch)
+        self._check(q, kv_cache, batch)
         return self._bound.attend(q, kv_cache, batch)
 
     def attend_heads(
@@ -68,10 +73,17 @@ class CheckedLayer(BoundLayer):
         batch: Batch,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        validation.check_attend(self._signature, q, kv_cache, batch)
+        self._check(q, kv_cache, batch)
         if out is not None:
             validation.check_heads(q, out)
         return self._bound.attend_heads(q, kv_cache, batch, out)
+
+    def _check(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> None:
+        known, device = CheckedLayer._known, self._signature.device
+        if known is None or known[0] is not batch or known[1] != device:
+            validation.check_batch(batch, device)
+            CheckedLayer._known = batch, device
+        validation.check_attend(self._signature, q, kv_cache, batch)
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         validation.check_value_up(self._signature, o_lat, out_dtype)

@@ -56,11 +56,12 @@ class CpuLayer(BoundLayer):
         batch: Batch,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        heads = out
+        if heads is None or not heads.is_contiguous():
+            heads = q.new_empty(q.shape)
         starts = batch.query_start_loc
-        heads = self._attend_heads(q, kv_cache, batch.block_table, batch.seq_lens, starts)
-        if (used := int(starts[-1])) < len(heads):
-            heads[used:] = 0
-        return heads if out is None else out.copy_(heads)
+        self._attend_heads(q, kv_cache, batch.block_table, batch.seq_lens, starts, heads)
+        return heads if out is None or out is heads else out.copy_(heads)
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.ops.recalkv_cpu.latent_value_up.default(

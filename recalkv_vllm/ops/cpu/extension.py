@@ -49,8 +49,9 @@ load_error = _load()
 if load_error is None:
 
     @torch.library.register_fake("recalkv_cpu::latent_cache_update")
+    @torch.library.register_fake("recalkv_cpu::paged_latent_attention_heads")
     def _(*_: object) -> None:
-        """It writes into the cache that it is given and returns nothing."""
+        """They write into a tensor that they are given and return nothing."""
 
     @torch.library.register_fake("recalkv_cpu::latent_value_up")
     def _(
@@ -61,10 +62,6 @@ if load_error is None:
         isa: str,
     ) -> torch.Tensor:
         return v_up.new_empty((*o_lat.shape[:2], v_up.shape[1]), dtype=out_dtype)
-
-    @torch.library.register_fake("recalkv_cpu::paged_latent_attention_heads")
-    def _(_: Any, q: torch.Tensor, *__: torch.Tensor) -> torch.Tensor:
-        return q.new_empty(q.shape)
 
     @torch.library.register_fake("recalkv_cpu::paged_latent_attention")
     def _(layer: Any, q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

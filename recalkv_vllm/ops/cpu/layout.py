@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -13,23 +13,21 @@ from recalkv_vllm.ops.cpu import tables
 from recalkv_vllm.ops.key_norm import without_norm
 from recalkv_vllm.ops.rotary import pair_order
 
-Result = TypeVar("Result")
-#: An op bound to its layer: of queries, cache, block table, sequence lengths and query starts.
-Attend: TypeAlias = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Result
-]
+Tensor: TypeAlias = torch.Tensor
 
 
 class AttentionLayer(Protocol):
     """A layer packed for one instruction set (``csrc/cpu/attention_layer.h``), and its ops.
 
+    They take queries, cache, block table, sequence lengths and query starts.
+
     Args:
         attend: ``recalkv_cpu::paged_latent_attention``.
-        attend_heads: ``recalkv_cpu::paged_latent_attention_heads``.
+        attend_heads: ``recalkv_cpu::paged_latent_attention_heads``, whose last argument it writes.
     """
 
-    attend: Attend[tuple[torch.Tensor, torch.Tensor]]
-    attend_heads: Attend[torch.Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    attend_heads: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 class PackedFormat(NamedTuple):

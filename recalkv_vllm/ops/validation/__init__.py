@@ -6,6 +6,7 @@ Constants are checked once, when a layer is bound; a call checks only what may c
 
 from recalkv_vllm.ops.validation.calls import (
     check_attend,
+    check_batch,
     check_heads,
     check_reconstruct,
     check_update,
@@ -16,6 +17,7 @@ from recalkv_vllm.ops.validation.layer import LayerSignature, check_layer
 __all__ = [
     "LayerSignature",
     "check_attend",
+    "check_batch",
     "check_heads",
     "check_layer",
     "check_reconstruct",

@@ -51,7 +51,7 @@ def check_update(
 def check_attend(
     layer: LayerSignature, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
 ) -> None:
-    """Check the arguments of ``attend``; raises as :func:`check_layer` does."""
+    """Check the arguments of ``attend`` but for :func:`check_batch`; raises as it does."""
     require_shape(q, "q", "tokens", "h_q", layer.head_dim)
     if q.dtype != layer.dtype:
         require_dtype(q, "q", layer.dtype)
@@ -62,11 +62,24 @@ def check_attend(
     if q.shape[0] and (q.stride(2) != 1 or q.stride(1) != layer.head_dim):
         require(False, "q", "the heads of a token contiguous", f"strides {q.stride()}")
     _check_layers_cache(layer, kv_cache)
-    _check_batch(batch, layer.device)
     if q.device != layer.device:
         require_device(q, "q", layer.device)
     if layer.check_values:
         _check_values(batch, q.shape[0], kv_cache, layer.max_position)
+
+
+def check_batch(batch: Batch, device: torch.device) -> None:
+    """Check a batch for layers on a device; raises as :func:`check_layer` does."""
+    require_shape(batch.block_table, "block_table", "num_seqs", "max_blocks")
+    num_seqs = batch.block_table.shape[0]
+    require_shape(batch.seq_lens, "seq_lens", num_seqs)
+    require_shape(batch.query_start_loc, "query_start_loc", num_seqs + 1)
+    for name, tensor in (
+        ("block_table", batch.block_table),
+        ("seq_lens", batch.seq_lens),
+        ("query_start_loc", batch.query_start_loc),
+    ):
+        _check_indices(tensor, name, device)
 
 
 def check_heads(q: torch.Tensor, out: torch.Tensor) -> None:
@@ -164,19 +177,6 @@ def _check_cache(kv_cache: torch.Tensor, latent_format: CacheFormat | None, key_
         return latent_format.rank_of(width)
     except ValueError as error:
         raise ValueError(f"kv_cache: {error}") from None
-
-
-def _check_batch(batch: Batch, device: torch.device) -> None:
-    require_shape(batch.block_table, "block_table", "num_seqs", "max_blocks")
-    num_seqs = batch.block_table.shape[0]
-    require_shape(batch.seq_lens, "seq_lens", num_seqs)
-    require_shape(batch.query_start_loc, "query_start_loc", num_seqs + 1)
-    for name, tensor in (
-        ("block_table", batch.block_table),
-        ("seq_lens", batch.seq_lens),
-        ("query_start_loc", batch.query_start_loc),
-    ):
-        _check_indices(tensor, name, device)
 
 
 def _check_indices(tensor: torch.Tensor, name: str, device: torch.device) -> None:

@@ -13,6 +13,11 @@ from recalkv_vllm.serving.attention.metadata import LatentMetadata
 from recalkv_vllm.serving.attention.page_width import own_slots
 
 
+def first_rows(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Batches are seldom padded, and a slice takes longer than the question."""
+    return x if x.shape[0] == count else x[:count]
+
+
 class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
     """What vLLM's opaque attention ops call for one layer.
 
@@ -76,8 +81,8 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write latents ``key: [tokens, rank]`` into the cache; ``value`` is the same tensor."""
-        latents, paged = key[: slot_mapping.shape[0]], own_slots(kv_cache, self._slot_width)
-        self._ops.update_cache(latents, paged, slot_mapping)
+        latents = first_rows(key, slot_mapping.shape[0])
+        self._ops.update_cache(latents, own_slots(kv_cache, self._slot_width), slot_mapping)
 
     def forward(
         self,
@@ -102,22 +107,23 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
                 self._dense.profile(query)
             return output
         tokens = attn_metadata.num_actual_tokens
-        self._attend(query[:tokens], own_slots(kv_cache, self._slot_width), attn_metadata, output)
+        q, out = first_rows(query, tokens), first_rows(output, tokens)
+        self._attend(q, own_slots(kv_cache, self._slot_width), attn_metadata, out)
         return output
 
     def _attend(
         self, q: torch.Tensor, paged: torch.Tensor, metadata: LatentMetadata, out: torch.Tensor
     ) -> None:
-        """Head outputs of ``q`` into the first rows of ``out``."""
+        """Head outputs of ``q`` into ``out``."""
         batch, prefills = metadata.batch, metadata.prefills
         slices = None
         if self._dense is not None and prefills is not None:
             slices = self._dense.slices(prefills)
         if self._dense is None or prefills is None or slices is None:
-            self._ops.attend_heads(q, paged, batch, out=out[: len(q)])
+            self._ops.attend_heads(q, paged, batch, out=out)
             return
         decoded = batch.num_decode_tokens
         if decoded:
             decodes = batch.first(batch.num_decodes)
             self._ops.attend_heads(q[:decoded], paged, decodes, out=out[:decoded])
-        self._dense.attend(q[decoded:], paged, prefills, slices, out[decoded : len(q)])
+        self._dense.attend(q[decoded:], paged, prefills, slices, out[decoded:])
