@@ -131,7 +131,7 @@ def execute(registers: Registers, parts: Parts, operands: Parts, lanes: np.ndarr
         MachineError: it is not known here.
     """
     name = parts[0]
-    if name in ("mul", "mad") and "wide" in parts:
+    if name in ("mul", "mad") and {"wide", "hi"} & set(parts):
         registers.widening(parts, operands, lanes)
     elif name == "mad":
         registers.binary(parts, operands, lanes, registers.fused)

@@ -129,11 +129,16 @@ class Registers:
         self.put(target, result, lanes)
 
     def widening(self, parts: tuple, operands: tuple, lanes: np.ndarray) -> None:
-        """``mul.wide`` and ``mad.wide``: a product of twice the width."""
-        wide = f"{parts[-1][0]}{2 * int(parts[-1][1:])}"
+        """``mul.wide`` and ``mad.wide``, a product of twice the width, and ``mul.hi``, its half."""
+        width = int(parts[-1][1:])
+        wide = f"{parts[-1][0]}{2 * width}"
         left, right = (self.get(x, parts[-1]).astype(TYPES[wide]) for x in operands[1:3])
-        more = self.get(operands[3], wide) if len(operands) > 3 else 0
-        self.put(operands[0], left * right + more, lanes)
+        product = left * right
+        if "hi" in parts:
+            product = (product >> width).astype(TYPES[parts[-1]])
+        elif len(operands) > 3:
+            product = product + self.get(operands[3], wide)
+        self.put(operands[0], product, lanes)
 
     def fused(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         wide = np.float64 if x.dtype.kind == "f" else x.dtype

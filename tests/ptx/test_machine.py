@@ -57,6 +57,7 @@ LANES = np.arange(32)
         ("sub.s32 %r3, %r1, 9;\ndiv.s32 %r2, %r3, 4;", np.trunc((LANES - 9) / 4)),
         ("sub.s32 %r3, %r1, 9;\nrem.s32 %r2, %r3, 4;", np.fmod(LANES - 9, 4)),
         ("sub.s32 %r3, %r1, 9;\nshr.s32 %r2, %r3, 1;", (LANES - 9) >> 1),
+        ("sub.s32 %r3, %r1, 9;\nmul.hi.s32 %r2, %r3, 715827883;", (LANES - 9) * 715827883 >> 32),
         ("shl.b32 %r2, %r1, %r1;", (LANES.astype(np.int64) << LANES).astype(np.int32)),
         ("bfe.s32 %r2, %r1, 1, 2;", np.array([0, 1, -2, -1])[LANES >> 1 & 3]),
         ("prmt.b32 %r2, %r1, 0x44332211, 0x6540;", LANES + 0x33221100),
