@@ -297,7 +297,7 @@ void paged_latent_attention_heads(const c10::intrusive_ptr<AttentionLayer>& atte
   // Rows of no sequence, which a padded batch has behind the others.
   const int64_t token_bytes = q.size(1) * head_bytes;
   const int64_t used = call.batch.query_start_loc[call.batch.num_seqs];
-  std::memset(out + used * token_bytes, 0, (q.size(0) - used) * token_bytes);
+  if (used < q.size(0)) std::memset(out + used * token_bytes, 0, (q.size(0) - used) * token_bytes);
 }
 
 }  // namespace recalkv
