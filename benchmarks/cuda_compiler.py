@@ -43,6 +43,26 @@ def serializes_products(messages: str) -> bool:
     return re.search(r"wgmma.*serialized", messages) is not None
 
 
+def run_nvcc(header: str, instantiations: str, arch: str, output: Path, *options: str) -> str:
+    """Compile explicit instantiations of what a header of ``csrc/cuda`` has; nvcc's messages.
+
+    Args:
+        output: written, and beside it the source.
+
+    Raises:
+        FileNotFoundError: no nvcc.
+        RuntimeError: it fails; with its output.
+    """
+    source = output.with_suffix(".cu")
+    source.write_text(f'#include "{header}"\nnamespace recalkv {{\n{instantiations}}}\n')
+    command = [find_tool("nvcc"), "-std=c++17", "-O3", f"-I{SOURCES}", f"-arch={arch}"]
+    command += [*options, "-o", str(output), str(source)]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    if compiled.returncode:
+        raise RuntimeError(f"nvcc: {compiled.stderr}")
+    return compiled.stderr
+
+
 def compile_source(header: str, instantiations: str, arch: str) -> Compiled:
     """Compile explicit instantiations of what a header of ``csrc/cuda`` has, in one run of nvcc.
 
@@ -54,16 +74,13 @@ def compile_source(header: str, instantiations: str, arch: str) -> Compiled:
         RuntimeError: nvcc fails, or ptxas had to serialize asynchronous products; with its output.
     """
     with tempfile.TemporaryDirectory() as directory:
-        source, cubin = Path(directory, "kernels.cu"), Path(directory, "kernels.cubin")
-        source.write_text(f'#include "{header}"\nnamespace recalkv {{\n{instantiations}}}\n')
-        command = [find_tool("nvcc"), "-std=c++17", "-O3", f"-I{SOURCES}", f"-arch={arch}"]
-        command += ["-cubin", "-Xptxas", "-v", "-o", str(cubin), str(source)]
-        compiled = subprocess.run(command, capture_output=True, text=True)
-        if compiled.returncode or serializes_products(compiled.stderr):
-            raise RuntimeError(f"nvcc: {compiled.stderr}")
+        cubin = Path(directory, "kernels.cubin")
+        messages = run_nvcc(header, instantiations, arch, cubin, "-cubin", "-Xptxas", "-v")
+        if serializes_products(messages):
+            raise RuntimeError(f"nvcc: {messages}")
         command = [find_tool("cuobjdump"), "-sass", str(cubin)]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.findall(
         r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", listing, flags=re.DOTALL
     )
-    return Compiled(compiled.stderr, dict(functions))
+    return Compiled(messages, dict(functions))

@@ -72,9 +72,8 @@ def smoke(
                 got = bound.attend_heads(q, cache, batch)
                 fault = difference(got, expected, TOLERANCE[dtype])
                 if fault is not None:
-                    fault = (
-                        f"{fault}; {parts(bound.attend(q, cache, batch), slow, q, cache, batch)}"
-                    )
+                    earlier = bound.attend(q, cache, batch)
+                    fault = f"{fault}; {parts(earlier, slow, q, cache, batch)}"
             except Exception as caught:  # whatever a compiler or a launch raises
                 fault = " ".join(f"{type(caught).__name__}: {caught}".split())[:500]
             yield what, fault

@@ -6,7 +6,8 @@ have is ptxas, and timing. Semantics follow the PTX ISA, sections named in the m
 
 * ``program.py``: text to instructions;
 * ``memory.py``: tensors as global memory, shared memory;
-* ``registers.py``: a warp's registers, and the instructions between them;
+* ``registers.py``, ``arithmetic.py``: a warp's registers, and the instructions between them;
+* ``groups.py``: asynchronous work;
 * ``transfers.py``: loads, stores and asynchronous copies;
 * ``products.py``: matrix instructions;
 * ``warp.py``: control flow and barriers of one warp; ``block.py``: all warps, in any order;

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.ptx.memory import MachineError
-from tests.ptx.registers import LANES, Registers, shifted, truncated
+from tests.ptx.program import Parts
+from tests.ptx.registers import LANES, Registers, fused, shifted, truncated
 
-Parts = tuple[str, ...]
-BINARY: dict[str, Callable] = {
+ELEMENTWISE: dict[str, Callable] = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
@@ -31,6 +31,8 @@ BINARY: dict[str, Callable] = {
 
 def compare(self: Registers, parts: Parts, operands: Parts, lanes: np.ndarray) -> None:
     """``setp``; a name that ends in u holds for NaN too."""
+    if len(operands) != 3:
+        raise MachineError("not known here")
     name, x, y = parts[1], self.get(operands[1], parts[-1]), self.get(operands[2], parts[-1])
     result = self.COMPARE[name.removesuffix("u")](x, y)
     if parts[-1].startswith("f"):
@@ -102,7 +104,8 @@ def reduce_warp(self: Registers, parts: Parts, operands: Parts, lanes: np.ndarra
 
 
 def vote(self: Registers, parts: Parts, operands: Parts, lanes: np.ndarray) -> None:
-    self.put(operands[0], np.full(32, self.predicate(operands[1]).any()), lanes)
+    agreed = {"any": np.any}[parts[2]](self.predicate(operands[1]))
+    self.put(operands[0], np.full(32, agreed), lanes)
 
 
 SPECIAL: dict[str, Callable] = {
@@ -120,7 +123,7 @@ SPECIAL: dict[str, Callable] = {
     "cvt": Registers.convert,
     # Addresses of one space are those of all: shared memory's are below 2^32.
     "cvta": lambda self, parts, *rest: Registers.move(self, ("mov", "u64"), *rest),
-    "fma": lambda self, *rest: self.binary(*rest, self.fused),
+    "fma": lambda self, *rest: self.elementwise(*rest, fused),
 }
 
 
@@ -134,10 +137,10 @@ def execute(registers: Registers, parts: Parts, operands: Parts, lanes: np.ndarr
     if name in ("mul", "mad") and {"wide", "hi"} & set(parts):
         registers.widening(parts, operands, lanes)
     elif name == "mad":
-        registers.binary(parts, operands, lanes, registers.fused)
+        registers.elementwise(parts, operands, lanes, fused)
     elif name in SPECIAL:
         SPECIAL[name](registers, parts, operands, lanes)
-    elif name in BINARY:
-        registers.binary(parts, operands, lanes, BINARY[name])
+    elif name in ELEMENTWISE:
+        registers.elementwise(parts, operands, lanes, ELEMENTWISE[name])
     else:
         raise MachineError("not known here")

@@ -28,8 +28,8 @@ class Phases:
     bytes: int = 0
     phase: int = 0
 
-    def arrive(self, count: int = 1, expected: int = 0) -> None:
-        self.pending -= count
+    def arrive(self, expected: int = 0) -> None:
+        self.pending -= 1
         self.bytes += expected
         if self.pending < 0:
             raise MachineError("more arrivals than a phase takes")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from recalkv_vllm.benchmarks.cuda_compile_report import Instantiation
-from recalkv_vllm.benchmarks.cuda_compiler import SOURCES, find_tool
+from recalkv_vllm.benchmarks.cuda_compiler import run_nvcc
 from recalkv_vllm.benchmarks.hopper_report import HopperInstantiation
 from tests.cuda.emulation import Launch
 from tests.ptx.block import Grid, Order, run_grid
@@ -27,10 +26,8 @@ def program_of(symbol: str) -> Program:
     found = kernel.of_symbol(symbol)
     assert found is not None
     with TemporaryDirectory() as directory:
-        source, ptx = Path(directory, "kernel.cu"), Path(directory, "kernel.ptx")
-        source.write_text(f'#include "{header}"\nnamespace recalkv {{\n{found.source()}}}\n')
-        command = [find_tool("nvcc"), "-std=c++17", "-O3", f"-I{SOURCES}", "-arch=compute_90a"]
-        subprocess.run([*command, "-ptx", "-o", ptx, source], check=True)
+        ptx = Path(directory, "kernel.ptx")
+        run_nvcc(header, found.source(), "compute_90a", ptx, "-ptx")
         return parse(entries(ptx.read_text())[symbol])
 
 

@@ -4,13 +4,14 @@ Instructions"): fragments, operands in shared memory, and products that end when
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import numpy as np
 
+from tests.ptx.groups import Groups
 from tests.ptx.memory import MachineError, Shared
+from tests.ptx.program import Parts
 from tests.ptx.registers import EVERY_LANE, LANES, Registers, from_bfloat16
-from tests.ptx.transfers import Parts, Transfers
+from tests.ptx.transfers import Transfers
 
 ROWS, PAIRS = LANES // 4, 2 * (LANES % 4)
 
@@ -64,9 +65,8 @@ class Products:
     """Of one warp, the ``index``-th of its block."""
 
     def __init__(self, registers: Registers, transfers: Transfers, index: int, early: bool):
-        self.registers, self.transfers, self.index, self.early = registers, transfers, index, early
-        self.products: list[Callable[[], None]] = []  # since the last commit
-        self.groups: list[list[Callable[[], None]]] = []
+        self.registers, self.transfers, self.index = registers, transfers, index
+        self.products = Groups(early)
 
     def move_matrices(self, parts: Parts, operands: Parts) -> None:
         """``ldmatrix`` and ``stmatrix``: 8x8 matrices, of whose rows eight lanes have addresses."""
@@ -92,6 +92,8 @@ class Products:
 
     def multiply(self, parts: Parts, operands: Parts) -> None:
         """``mma`` m16n8k16."""
+        if "m16n8k16" not in parts:
+            raise MachineError("not known here")
         names = [Registers.names(operand) for operand in operands]
         a, b = ([self.registers.get(name, "b32") for name in each] for each in names[1:3])
         right = np.zeros((8, 16), np.uint16)
@@ -129,19 +131,13 @@ class Products:
                 total = np.where(add, self.registers.get(name, "f32") + found, found)
                 self.registers.put(name, total.astype(np.float32), EVERY_LANE)
 
-        if self.early:
-            perform()
-        else:
-            self.products.append(perform)
+        self.products.start(perform)
 
     def asynchronous(self, parts: Parts, operands: Parts) -> None:
         """``wgmma``: products, groups of these, and waiting for all but the latest."""
         if parts[1] == "mma_async":
             self.start(parts, operands)
         elif parts[1] == "commit_group":
-            self.groups.append(self.products)
-            self.products = []
+            self.products.commit()
         elif parts[1] == "wait_group":
-            while len(self.groups) > int(operands[0], 0):
-                for perform in self.groups.pop(0):
-                    perform()
+            self.products.wait(int(operands[0], 0))

@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+#: Of an opcode, or operands.
+Parts = tuple[str, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
@@ -19,8 +22,8 @@ class Instruction:
 
     guard: str | None
     negated: bool
-    parts: tuple[str, ...]
-    operands: tuple[str, ...]
+    parts: Parts
+    operands: Parts
     scope: int
     text: str
 
@@ -38,7 +41,7 @@ class Program:
         return self.labels[0 if label.startswith("$") else scope, label]
 
 
-def split_operands(text: str) -> tuple[str, ...]:
+def split_operands(text: str) -> Parts:
     """Cut at commas, but not inside of braces or brackets."""
     found, depth, start = [], 0, 0
     for at, letter in enumerate(text):

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from tests.ptx.memory import MachineError
+from tests.ptx.program import Parts
 
 LANES = np.arange(32)
 EVERY_LANE = np.ones(32, bool)
@@ -46,6 +47,11 @@ def truncated(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Quotients of integers, as hardware rounds them; of zero, anything."""
     x, y = x.astype(np.int64), np.where(y == 0, 1, y).astype(np.int64)
     return np.abs(x) // np.abs(y) * np.sign(x) * np.sign(y)
+
+
+def fused(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """``x y + z``, of floats rounded once."""
+    return x.astype(np.float64 if x.dtype.kind == "f" else x.dtype) * y + z
 
 
 def shifted(x: np.ndarray, by: np.ndarray, shift: Callable) -> np.ndarray:
@@ -113,7 +119,10 @@ class Registers:
         """Registers of a vector, or the one."""
         return [name.strip() for name in operand.strip("{} ").split(",")]
 
-    def binary(self, parts: tuple, operands: tuple, lanes: np.ndarray, function: Callable) -> None:
+    def elementwise(
+        self, parts: Parts, operands: Parts, lanes: np.ndarray, function: Callable
+    ) -> None:
+        """A function of one, two or three operands of one type."""
         target, *sources = operands
         if parts[-1] == "pred":
             result = function(*map(self.predicate, sources))
@@ -128,23 +137,20 @@ class Registers:
             result = np.asarray(function(*values)).astype(values[0].dtype)
         self.put(target, result, lanes)
 
-    def widening(self, parts: tuple, operands: tuple, lanes: np.ndarray) -> None:
-        """``mul.wide`` and ``mad.wide``, a product of twice the width, and ``mul.hi``, its half."""
+    def widening(self, parts: Parts, operands: Parts, lanes: np.ndarray) -> None:
+        """``mul`` and ``mad``, "wide" of the product in twice the width, or "hi" of its half."""
         width = int(parts[-1][1:])
-        wide = f"{parts[-1][0]}{2 * width}"
-        left, right = (self.get(x, parts[-1]).astype(TYPES[wide]) for x in operands[1:3])
+        kind = f"{parts[-1][0]}{2 * width}"
+        left, right = (self.get(x, parts[-1]).astype(TYPES[kind]) for x in operands[1:3])
         product = left * right
         if "hi" in parts:
-            product = (product >> width).astype(TYPES[parts[-1]])
-        elif len(operands) > 3:
-            product = product + self.get(operands[3], wide)
+            kind = parts[-1]
+            product = (product >> width).astype(TYPES[kind])
+        if len(operands) > 3:
+            product = product + self.get(operands[3], kind)
         self.put(operands[0], product, lanes)
 
-    def fused(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        wide = np.float64 if x.dtype.kind == "f" else x.dtype
-        return x.astype(wide) * y + z
-
-    def move(self, parts: tuple, operands: tuple, lanes: np.ndarray) -> None:
+    def move(self, parts: Parts, operands: Parts, lanes: np.ndarray) -> None:
         """``mov``, also of a register from or to its parts."""
         to, source = map(self.names, operands)
         if parts[-1] == "pred":
@@ -163,7 +169,7 @@ class Registers:
             self.put(to[0], self.get(source[0], parts[-1]), lanes)
         return None
 
-    def convert(self, parts: tuple, operands: tuple, lanes: np.ndarray) -> None:
+    def convert(self, parts: Parts, operands: Parts, lanes: np.ndarray) -> None:
         """``cvt`` between the types that kernels use."""
         to, source = parts[-2:]
         if to in ("bf16x2", "f16x2"):

@@ -58,6 +58,7 @@ LANES = np.arange(32)
         ("sub.s32 %r3, %r1, 9;\nrem.s32 %r2, %r3, 4;", np.fmod(LANES - 9, 4)),
         ("sub.s32 %r3, %r1, 9;\nshr.s32 %r2, %r3, 1;", (LANES - 9) >> 1),
         ("sub.s32 %r3, %r1, 9;\nmul.hi.s32 %r2, %r3, 715827883;", (LANES - 9) * 715827883 >> 32),
+        ("mov.u32 %r3, -2;\nmad.hi.u32 %r2, %r1, %r3, 5;", np.maximum(LANES - 1, 0) + 5),
         ("shl.b32 %r2, %r1, %r1;", (LANES.astype(np.int64) << LANES).astype(np.int32)),
         ("bfe.s32 %r2, %r1, 1, 2;", np.array([0, 1, -2, -1])[LANES >> 1 & 3]),
         ("prmt.b32 %r2, %r1, 0x44332211, 0x6540;", LANES + 0x33221100),
@@ -113,6 +114,10 @@ FAULTS = {
     "mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r9], 0;": "deadlock",
     "cp.async.cg.shared.global [%r1], [%rd1], 16, 16;": "16 bytes of shared memory",
     "mov.u32 %r9, 0;\ncp.async.cg.shared.global [%r9], [%rd1], 16, 16;": "nobody waited for",
+    "mov.u32 %r9, 0;\ncp.async.cg.shared.global [%r9], [%rd1], 16, 16;\n"
+    "cp.async.commit_group;": "nobody waited for",
+    "setp.lt.and.u32 %p1, %r1, 3, %p2;": "not known here",
+    "vote.sync.all.pred %p1, %p1, -1;": "all",
     "setmaxnreg.inc.sync.aligned.u32 256;": "deadlock",
     "frobnicate.b32 %r2, %r1;": "not known here",
     "mov.u32 %r2, %clock;": "not known here",

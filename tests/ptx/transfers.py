@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tests.ptx.groups import Groups, Work
 from tests.ptx.memory import Global, MachineError, Shared
+from tests.ptx.program import Parts
 from tests.ptx.registers import BITS, TYPES, Registers
 
 #: Addresses of parameters; those of shared memory are its offsets.
 PARAMETERS = 1 << 60
 SHARED_END = np.uint64(1 << 32)
-
-Parts = tuple[str, ...]
 
 
 class Transfers:
@@ -32,13 +32,12 @@ class Transfers:
         shared: Shared,
         memory: Global,
         parameters: dict[str, bytes],
-        deliver: Callable[[Callable[[], None]], None],
+        deliver: Callable[[Work], None],
         early: bool,
     ):
         self.registers, self.shared, self.memory = registers, shared, memory
-        self.parameters, self.deliver, self.early = parameters, deliver, early
-        self.copies: list[Callable[[], None]] = []  # since the last commit
-        self.groups: list[list[Callable[[], None]]] = []
+        self.parameters, self.deliver = parameters, deliver
+        self.copies = Groups(early)
 
     def address(self, operand: str) -> tuple[str, np.ndarray]:
         """The parameter, or an empty name, and addresses of ``[register + offset]``."""
@@ -83,20 +82,14 @@ class Transfers:
     def copy(self, parts: Parts, operands: Parts, lanes: np.ndarray) -> None:
         """``cp.async`` of each lane, the groups of these, and waiting for all but the latest."""
         if parts[2] == "commit_group":
-            self.groups.append(self.copies)
-            self.copies = []
+            self.copies.commit()
         elif parts[2] == "wait_group":
-            while len(self.groups) > int(operands[0], 0):
-                for copy in self.groups.pop(0):
-                    copy()
+            self.copies.wait(int(operands[0], 0))
         else:
-            copy = self.chunks(operands, lanes)
-            if self.early:
-                copy()
-            self.copies.append(copy)
+            self.copies.start(self.chunks(operands, lanes))
 
-    def chunks(self, operands: Parts, lanes: np.ndarray) -> Callable[[], None]:
-        """Copies of a few bytes by each lane, made once; bytes past the given count are 0."""
+    def chunks(self, operands: Parts, lanes: np.ndarray) -> Work:
+        """Copies of a few bytes by each lane; bytes past the given count are 0."""
         to, source = (self.address(operand)[1] for operand in operands[:2])
         size = int(operands[2], 0)
         count = self.registers.get(operands[3] if len(operands) > 3 else operands[2], "u32")
@@ -104,16 +97,13 @@ class Transfers:
         data = self.memory.load(source, size, lanes & (count > 0))
         data[np.arange(size) >= count[:, None]] = 0
         self.shared.places(to[lanes], size)  # faults are at the instruction
-        done: list[bool] = []
 
         def copy() -> None:
-            if not done:
-                done.append(True)
-                self.shared.store(to, data, lanes)
+            self.shared.store(to, data, lanes)
 
         return copy
 
-    def copy_bulk(self, operands: Parts, lane: int) -> tuple[int, Callable[[], None]]:
+    def copy_bulk(self, operands: Parts, lane: int) -> tuple[int, Work]:
         """How many bytes ``cp.async.bulk`` copies, and their copy."""
         to, source = (int(self.address(operand)[1][lane]) for operand in operands[:2])
         size = int(self.registers.get(operands[2], "u32")[lane])

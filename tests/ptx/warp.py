@@ -10,9 +10,9 @@ from tests.ptx.arithmetic import execute
 from tests.ptx.barriers import Barriers, Meeting, Phases
 from tests.ptx.memory import MachineError
 from tests.ptx.products import Products
-from tests.ptx.program import Instruction, Program
+from tests.ptx.program import Instruction, Parts, Program
 from tests.ptx.registers import EVERY_LANE, Registers
-from tests.ptx.transfers import Parts, Transfers
+from tests.ptx.transfers import Transfers
 
 #: Whether what a warp waits for has come.
 Condition = Callable[[], bool]
@@ -75,7 +75,7 @@ class Warp:
                     yield condition
             except (MachineError, KeyError, ValueError) as error:
                 raise MachineError(f"warp {self.index}: {error} at {line.text}") from error
-        if any(self.transfers.copies) or any(self.products.products):
+        if self.transfers.copies.under_way or self.products.products.under_way:
             raise MachineError(f"warp {self.index} ended with work that nobody waited for")
 
     def step(self, line: Instruction, lanes: np.ndarray, active: np.ndarray) -> Condition | None:
@@ -158,7 +158,7 @@ class Warp:
                 self.transfers.deliver(end)
         elif parts[2] == "mbarrier":
             addresses = self.transfers.address(operands[0])[1][lanes]
-            copies, self.transfers.copies = self.transfers.copies, []
+            copies = self.transfers.copies.take()
 
             def arrive() -> None:
                 for perform in copies:
