@@ -24,8 +24,12 @@ class CheckedLayer(BoundLayer):
         KernelUnavailableError: no implementation can serve it.
     """
 
-    #: The batch that was checked last, and for which device: layers of a step share one.
-    _known: ClassVar[tuple[Batch, torch.device] | None] = None
+    #: The batch and the slots that were checked last, and for which device: layers of a step share
+    #: them.
+    _batch: ClassVar[tuple[Batch, torch.device] | None] = None
+    _slots: ClassVar[tuple[torch.Tensor, torch.device] | None] = None
+    #: The layer's cache that was checked last, and its rank.
+    _cache: tuple[torch.Tensor, int] | None = None
 
     def __init__(self, layer: LatentLayer):
         self._signature = validation.check_layer(layer)
@@ -53,11 +57,17 @@ class CheckedLayer(BoundLayer):
                 bound.reserve(self._limits)
             self._bound = bound
         self._signature = signature
+        self._cache = None
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        validation.check_update(self._signature, z, kv_cache, slot_mapping)
+        rank = self._rank_of(kv_cache)
+        known, device = CheckedLayer._slots, self._signature.device
+        if known is None or known[0] is not slot_mapping or known[1] != device:
+            validation.check_slots(slot_mapping, device)
+            CheckedLayer._slots = slot_mapping, device
+        validation.check_update(self._signature, z, kv_cache, rank, slot_mapping)
         self._bound.update_cache(z, kv_cache, slot_mapping)
 
     def attend(
@@ -79,11 +89,17 @@ class CheckedLayer(BoundLayer):
         return self._bound.attend_heads(q, kv_cache, batch, out)
 
     def _check(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> None:
-        known, device = CheckedLayer._known, self._signature.device
+        self._rank_of(kv_cache)
+        known, device = CheckedLayer._batch, self._signature.device
         if known is None or known[0] is not batch or known[1] != device:
             validation.check_batch(batch, device)
-            CheckedLayer._known = batch, device
+            CheckedLayer._batch = batch, device
         validation.check_attend(self._signature, q, kv_cache, batch)
+
+    def _rank_of(self, kv_cache: torch.Tensor) -> int:
+        if self._cache is None or self._cache[0] is not kv_cache:
+            self._cache = kv_cache, validation.check_cache(self._signature, kv_cache)
+        return self._cache[1]
 
     def value_up(self, o_lat: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         validation.check_value_up(self._signature, o_lat, out_dtype)
@@ -95,6 +111,7 @@ class CheckedLayer(BoundLayer):
     def reconstruct(
         self, kv_cache: torch.Tensor, pieces: Pieces, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
+        self._rank_of(kv_cache)
         validation.check_reconstruct(self._signature, kv_cache, pieces, keys, values)
         self._bound.reconstruct(kv_cache, pieces, keys, values)
 

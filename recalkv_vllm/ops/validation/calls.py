@@ -22,10 +22,14 @@ from recalkv_vllm.ops.validation.require import (
 
 
 def check_update(
-    layer: LayerSignature, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    layer: LayerSignature,
+    z: torch.Tensor,
+    kv_cache: torch.Tensor,
+    rank: int,
+    slot_mapping: torch.Tensor,
 ) -> None:
-    """Check the arguments of ``update_cache``; raises as :func:`check_layer` does."""
-    rank = _check_cache(kv_cache, layer.latent_format, layer.key_scales)
+    """Check the arguments of ``update_cache`` but for :func:`check_cache`, which found ``rank``, and
+    :func:`check_slots`; raises as :func:`check_layer` does."""
     require_shape(z, "z", "tokens", rank)
     if layer.latent_format is not None:
         require_dtype(z, "z", *DTYPES)
@@ -33,25 +37,30 @@ def check_update(
         require_dtype(z, "z", kv_cache.dtype)
     if z.stride(1) != 1:
         require(False, "z", "a contiguous last dimension", f"strides {z.stride()}")
-    require_shape(slot_mapping, "slot_mapping", "tokens")
-    require_dtype(slot_mapping, "slot_mapping", torch.int64, torch.int32)
     if slot_mapping.shape[0] > z.shape[0]:
         require(False, "slot_mapping", f"at most {z.shape[0]} slots, as z", slot_mapping.shape[0])
-    if slot_mapping.stride(0) != 1 and slot_mapping.shape[0] > 1:
-        require(False, "slot_mapping", "contiguous", f"strides {slot_mapping.stride()}")
-    for name, tensor in (("z", z), ("kv_cache", kv_cache), ("slot_mapping", slot_mapping)):
-        if tensor.device != layer.device:
-            require_device(tensor, name, layer.device)
+    if z.device != layer.device:
+        require_device(z, "z", layer.device)
     if layer.check_values and slot_mapping.numel():
         slots = kv_cache.shape[0] * kv_cache.shape[1]
         highest = int(slot_mapping.max())
         require(highest < slots, "slot_mapping", f"slots below {slots}", highest)
 
 
+def check_slots(slot_mapping: torch.Tensor, device: torch.device) -> None:
+    """Check slots of latents for layers on a device; raises as :func:`check_layer` does."""
+    require_shape(slot_mapping, "slot_mapping", "tokens")
+    require_dtype(slot_mapping, "slot_mapping", torch.int64, torch.int32)
+    if slot_mapping.stride(0) != 1 and slot_mapping.shape[0] > 1:
+        require(False, "slot_mapping", "contiguous", f"strides {slot_mapping.stride()}")
+    require_device(slot_mapping, "slot_mapping", device)
+
+
 def check_attend(
     layer: LayerSignature, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
 ) -> None:
-    """Check the arguments of ``attend`` but for :func:`check_batch`; raises as it does."""
+    """Check the arguments of ``attend`` but for :func:`check_cache` and :func:`check_batch`; raises
+    as they do."""
     require_shape(q, "q", "tokens", "h_q", layer.head_dim)
     if q.dtype != layer.dtype:
         require_dtype(q, "q", layer.dtype)
@@ -61,7 +70,8 @@ def check_attend(
         require(False, "q", f"{layer.num_heads} heads, as sinks", q.shape[1])
     if q.shape[0] and (q.stride(2) != 1 or q.stride(1) != layer.head_dim):
         require(False, "q", "the heads of a token contiguous", f"strides {q.stride()}")
-    _check_layers_cache(layer, kv_cache)
+    if layer.latent_format is None and kv_cache.dtype != layer.dtype:
+        require_dtype(kv_cache, "kv_cache", layer.dtype)
     if q.device != layer.device:
         require_device(q, "q", layer.device)
     if layer.check_values:
@@ -94,6 +104,18 @@ def check_heads(q: torch.Tensor, out: torch.Tensor) -> None:
         require(False, "out", "a contiguous last dimension", f"strides {out.stride()}")
 
 
+def check_cache(layer: LayerSignature, kv_cache: torch.Tensor) -> int:
+    """Check that a paged cache is one of the layer's latents; returns their rank.
+
+    Raises as :func:`check_layer` does.
+    """
+    rank = _rank_of(kv_cache, layer.latent_format, layer.key_scales)
+    if rank < layer.rank:
+        require(False, "kv_cache", f"a rank of {layer.rank} or more, for spans", rank)
+    require_device(kv_cache, "kv_cache", layer.device)
+    return rank
+
+
 def check_value_up(
     layer: LayerSignature, o_lat: torch.Tensor, out_dtype: torch.dtype | None
 ) -> None:
@@ -115,8 +137,9 @@ def check_reconstruct(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """Check the arguments of ``reconstruct``; raises as :func:`check_layer` does."""
-    _check_layers_cache(layer, kv_cache)
+    """Check the arguments of ``reconstruct`` but for :func:`check_cache`; raises as it does."""
+    if layer.latent_format is None:
+        require_dtype(kv_cache, "kv_cache", layer.dtype)
     require_shape(pieces.block_table, "block_table", "num_seqs", "max_blocks")
     num_seqs = pieces.block_table.shape[0]
     require_shape(pieces.positions, "positions", num_seqs)
@@ -137,18 +160,7 @@ def check_reconstruct(
             require(False, name, f"{pieces.num_tokens} rows, as pieces", tensor.shape[0])
 
 
-def _check_layers_cache(layer: LayerSignature, kv_cache: torch.Tensor) -> None:
-    """Check that a cache is one of the layer's latents."""
-    rank = _check_cache(kv_cache, layer.latent_format, layer.key_scales)
-    if layer.latent_format is None and kv_cache.dtype != layer.dtype:
-        require_dtype(kv_cache, "kv_cache", layer.dtype)
-    if rank < layer.rank:
-        require(False, "kv_cache", f"a rank of {layer.rank} or more, for spans", rank)
-    if kv_cache.device != layer.device:
-        require_device(kv_cache, "kv_cache", layer.device)
-
-
-def _check_cache(kv_cache: torch.Tensor, latent_format: CacheFormat | None, key_scales: int) -> int:
+def _rank_of(kv_cache: torch.Tensor, latent_format: CacheFormat | None, key_scales: int) -> int:
     """Check shape, dtype and strides of a paged cache of latents; returns their rank."""
     last = "rank" if latent_format is None else "slot_bytes"
     require_shape(kv_cache, "kv_cache", "num_blocks", "block_size", last)

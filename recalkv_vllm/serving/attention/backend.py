@@ -9,7 +9,10 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
-from recalkv_vllm.serving.attention.implementation import LatentAttentionImpl
+from recalkv_vllm.serving.attention.implementation import (
+    FORWARD_UPDATES_CACHE,
+    LatentAttentionImpl,
+)
 from recalkv_vllm.serving.attention.metadata import LatentMetadataBuilder
 from recalkv_vllm.serving.names import BACKEND_NAME
 
@@ -20,7 +23,7 @@ SUPPORTED_KV_CACHE_DTYPES = ["auto", "float32", "bfloat16", "float16", "fp8", "f
 class RecalkvBackend(AttentionBackend):
     """Attention over a paged cache of latents."""
 
-    forward_includes_kv_cache_update = False
+    forward_includes_kv_cache_update = FORWARD_UPDATES_CACHE
     supported_dtypes: ClassVar[list[torch.dtype]] = SUPPORTED_DTYPES
     supported_kv_cache_dtypes: ClassVar[list[Any]] = SUPPORTED_KV_CACHE_DTYPES
 

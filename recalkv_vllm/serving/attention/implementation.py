@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer
 
 from recalkv_vllm.ops import BatchLimits, CheckedLayer, LatentLayer, bind
@@ -11,6 +13,11 @@ from recalkv_vllm.serving.attention.dense_prefill import DensePrefill
 from recalkv_vllm.serving.attention.flash_attention import flash_attention
 from recalkv_vllm.serving.attention.metadata import LatentMetadata
 from recalkv_vllm.serving.attention.page_width import own_slots
+
+#: Whether :meth:`LatentAttentionImpl.forward` writes latents into the cache too, which saves an
+#: opaque op per layer. On a GPU the update is an op of its own, for graphs to hold it where they
+#: leave attention out.
+FORWARD_UPDATES_CACHE = current_platform.is_cpu()
 
 
 def first_rows(x: torch.Tensor, count: int) -> torch.Tensor:
@@ -40,6 +47,7 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         self.bound = False
         self._dense: DensePrefill | None = None
         self._limits, self._slot_width = limits, slot_width
+        self._paged: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def bind(self, layer: LatentLayer, *, captured: bool = False) -> None:
         """Give the kernels this rank's constants, whenever weights were loaded.
@@ -70,7 +78,7 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
 
     def warm_up(self, kv_cache: torch.Tensor) -> int:
         """Compile and load all kernels of the layer for its cache; returns how many were run."""
-        return self._ops.warm_up(own_slots(kv_cache, self._slot_width), self._limits)
+        return self._ops.warm_up(self._slots(kv_cache), self._limits)
 
     def do_kv_cache_update(
         self,
@@ -82,7 +90,7 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
     ) -> None:
         """Write latents ``key: [tokens, rank]`` into the cache; ``value`` is the same tensor."""
         latents = first_rows(key, slot_mapping.shape[0])
-        self._ops.update_cache(latents, own_slots(kv_cache, self._slot_width), slot_mapping)
+        self._ops.update_cache(latents, self._slots(kv_cache), slot_mapping)
 
     def forward(
         self,
@@ -96,7 +104,10 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend rotated queries ``[tokens, h_q, d]`` to the cache; writes ``output`` alike."""
+        """Attend rotated queries ``[tokens, h_q, d]`` to the cache; writes ``output`` alike.
+
+        With :data:`FORWARD_UPDATES_CACHE`, caches latents ``key`` first.
+        """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("recalkv: fused output quantization is not supported")
         if attn_metadata is None:
@@ -106,10 +117,20 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
             if self._dense is not None:
                 self._dense.profile(query)
             return output
+        if FORWARD_UPDATES_CACHE:
+            slots = get_forward_context().slot_mapping.get(layer.layer_name)
+            if slots is not None:
+                self.do_kv_cache_update(layer, key, value, kv_cache, slots)
         tokens = attn_metadata.num_actual_tokens
         q, out = first_rows(query, tokens), first_rows(output, tokens)
-        self._attend(q, own_slots(kv_cache, self._slot_width), attn_metadata, out)
+        self._attend(q, self._slots(kv_cache), attn_metadata, out)
         return output
+
+    def _slots(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """:func:`own_slots` of vLLM's tensor, which is the same in every step."""
+        if self._paged is None or self._paged[0] is not kv_cache:
+            self._paged = kv_cache, own_slots(kv_cache, self._slot_width)
+        return self._paged[1]
 
     def _attend(
         self, q: torch.Tensor, paged: torch.Tensor, metadata: LatentMetadata, out: torch.Tensor

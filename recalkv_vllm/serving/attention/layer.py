@@ -79,7 +79,9 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         output = torch.empty_like(query)
         heads = (-1, self.num_heads, self.head_dim)
         name = _encode_layer_name(self.layer_name)
-        written = torch.ops.vllm.unified_kv_cache_update(latent, latent, name)
+        written = None
+        if not self.attn_backend.forward_includes_kv_cache_update:
+            written = torch.ops.vllm.unified_kv_cache_update(latent, latent, name)
         torch.ops.vllm.unified_attention_with_output(
             query.view(heads),
             latent,
