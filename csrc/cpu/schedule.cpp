@@ -20,8 +20,10 @@ constexpr int64_t kTaskColumns = 1024;
 // Tiles of a task that reads fewer columns than there are: the tasks of the others follow while
 // the processor still knows the tokens' pages.
 constexpr int64_t kPartTiles = 16;
-// A task below this many tiles x groups is not worth its start.
+// A task below this many tiles x groups is not worth its start,
 constexpr int64_t kSmallestTask = 4;
+// nor is one below this many that is not needed to give each thread one.
+constexpr int64_t kSmallestSpare = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -88,8 +90,9 @@ void make_schedule(const Layer& layer, const Batch& batch, int threads, bool to_
     }
   }
 
+  const int64_t share = total / std::max(threads, 1);
   const int64_t target =
-      std::max(kSmallestTask, total / (int64_t{kTasksPerThread} * std::max(threads, 1)));
+      std::max(kSmallestTask, std::min(share, std::max(kSmallestSpare, share / kTasksPerThread)));
   for (QueryBlock& block : schedule.blocks) {
     const int64_t pieces =
         threads > 1 ? std::max<int64_t>(1, cost(layer, batch, block) / target) : 1;

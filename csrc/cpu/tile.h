@@ -17,7 +17,7 @@ RECALKV_INLINE int round_up(int count) { return (count + 15) / 16 * 16; }
 constexpr int64_t kSliceBytes = 256 << 10;
 
 // Tokens whose codes are still in the nearest cache when a next segment of them is read.
-constexpr int kTokenBlock = 8;
+constexpr int kTokenBlock = 16;
 
 // x, but no less than 0 and no more than `most`.
 RECALKV_INLINE int clamp(int64_t x, int most) {
