@@ -107,7 +107,7 @@ def count(case: Case, arch: int) -> Count:
     """
     target = TARGETS[arch]
     launch = next(iter(launches(case, target, "decode")))
-    shape = launch_shape(layer_cost(case))
+    shape = launch_shape(layer_cost(case), arch)
     config = heuristics.attention_config(shape, target, 1)
     names = {"heads": "HEADS", "tile": "TILE", "v_block": "V_BLOCK", "rows": "ROWS"}
     for field, name in names.items():

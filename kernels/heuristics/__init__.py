@@ -7,7 +7,11 @@ compiler reports by ``python -m recalkv_vllm.benchmarks.compile_report``.
 from recalkv_vllm.kernels.heuristics.choice import attention_config, query_lengths
 from recalkv_vllm.kernels.heuristics.pieces import piece_bounds
 from recalkv_vllm.kernels.heuristics.preference import prefers_cuda
-from recalkv_vllm.kernels.heuristics.reconstruction import prefers_dense, reconstruction_config
+from recalkv_vllm.kernels.heuristics.reconstruction import (
+    key_scales_config,
+    prefers_dense,
+    reconstruction_config,
+)
 from recalkv_vllm.kernels.heuristics.shapes import AttentionConfig, AttentionShape, shared_memory
 from recalkv_vllm.kernels.heuristics.targets import WIDE_MMA, Target, target_of
 from recalkv_vllm.kernels.heuristics.value_up import (
@@ -15,6 +19,7 @@ from recalkv_vllm.kernels.heuristics.value_up import (
     value_up_config,
     value_up_tokens,
 )
+from recalkv_vllm.kernels.heuristics.whole_spans import prefers_whole_spans
 
 __all__ = [
     "WIDE_MMA",
@@ -23,9 +28,11 @@ __all__ = [
     "Target",
     "ValueUpConfig",
     "attention_config",
+    "key_scales_config",
     "piece_bounds",
     "prefers_cuda",
     "prefers_dense",
+    "prefers_whole_spans",
     "query_lengths",
     "reconstruction_config",
     "shared_memory",

@@ -17,7 +17,7 @@ from recalkv_vllm.kernels.heuristics.shapes import (
     tile_columns,
     value_block,
 )
-from recalkv_vllm.kernels.heuristics.targets import HOPPER, INTERPRETER, Target
+from recalkv_vllm.kernels.heuristics.targets import HOPPER, INTERPRETER, NARROW_MMA, Target
 
 #: Query rows of one program in prefill: each reconstructed key serves them all.
 PREFILL_ROWS = 64
@@ -47,7 +47,7 @@ def attention_config(shape: AttentionShape, target: Target, queries: int) -> Att
     candidates = sorted(_candidates(shape, target, queries), key=lambda each: work(shape, each[0]))
     for config, rule in candidates:
         fits = shared_memory(shape, config, target) <= target.shared_bytes
-        if fits and spill_free(shape, config, rule):
+        if fits and spill_free(shape, config, rule, target):
             return _prefetching(shape, config, target)
     raise ValueError(f"no launch parameters for sm_{target.arch} fit {shape}")
 
@@ -106,21 +106,26 @@ def _prefetching(shape: AttentionShape, config: AttentionConfig, target: Target)
     # Up to 144 bytes of the addresses of several bands spilled on sm_90.
     if shape.bands and (config.stream or (shape.code_bits == 8 and columns > 128)):
         return replace(config, stages=1)
+    full = (config.stream and shape.key_norm) or (config.rows == PREFILL_ROWS and shape.key_bias)
+    if full and target.family in HOPPER:
+        return replace(config, stages=2)  # 8 bytes spilled on sm_90 with three
     deeper = replace(config, stages=5)
     roomy = 2 * shared_memory(shape, deeper, target) <= target.shared_bytes
-    # With more rows, heads or chunks the addresses of several tiles would spill.
+    # With more rows, heads or chunks the addresses of several tiles would spill, and with several
+    # queries those beside the norm's scales and the tile-local rotation's table.
+    scaled = shape.key_norm and config.local_rope and config.query_block > 1
     light = (
         config.rows == 16
         and config.heads == 1
         and columns <= 256
         and shape.code_bits is None
         and (config.warps == 8 or not ragged(config.v_block))
+        and not (scaled and target.family in HOPPER)
     )
-    # With three stages, ptxas of Triton 3.7 makes room for one more program and spills 8 bytes.
-    crowded = (
-        target.family in HOPPER
-        and (config.tile, config.warps, config.rows) == (32, 4, 32)
-        and config.v_block <= 48
-        and (shape.key_norm or shape.dim <= 64)
+    # With three stages, ptxas makes room for one more program and spills 8 bytes.
+    narrow = config.v_block <= 48 and (config.tile, config.rows) == (32, 32)
+    crowded = narrow and (
+        (target.family in HOPPER and config.warps == 4 and (shape.key_norm or shape.dim <= 64))
+        or (target.family in NARROW_MMA and shape.dim <= 64 and shape.code_bits is None)
     )
     return deeper if roomy and (light or crowded) else config

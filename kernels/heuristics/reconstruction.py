@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from recalkv_vllm.kernels.heuristics.choice import attention_config
@@ -19,7 +19,7 @@ MANY_QUERIES = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructionConfig:
-    """Parameters of ``reconstruction.py``.
+    """Parameters of ``reconstruction.py`` and ``key_scales.py``.
 
     Args:
         tile: tokens of a program.
@@ -33,13 +33,24 @@ class ReconstructionConfig:
 
 
 @cache
-def reconstruction_config(dim: int, itemsize: int) -> ReconstructionConfig:
+def reconstruction_config(dim: int, itemsize: int, k_width: int) -> ReconstructionConfig:
     """For heads padded to ``dim``: of an accumulator of ``tile · dim``, a thread has up to 32."""
     if itemsize == 4:  # without tensor cores operands are registers
         return ReconstructionConfig(tile=32, stream=16, stages=1)
     return ReconstructionConfig(
-        tile=64 if dim <= 128 else 32, stream=64, warps=4 if dim <= 64 else 8
+        tile=64 if dim <= 128 else 32,
+        # 8 bytes spilled on sm_80 with all of such keys at once.
+        stream=16 if k_width <= 32 else 64,
+        warps=4 if dim <= 64 else 8,
     )
+
+
+@cache
+def key_scales_config(dim: int, itemsize: int, k_width: int) -> ReconstructionConfig:
+    """Of a kernel that reconstructs keys for their scales alone."""
+    config = reconstruction_config(dim, itemsize, k_width)
+    # 8 bytes spilled on sm_80 with three stages.
+    return replace(config, stages=min(2, config.stages))
 
 
 def prefers_dense(shape: AttentionShape, target: Target, queries: float) -> bool:

@@ -15,6 +15,7 @@ from recalkv_vllm.kernels.heuristics.targets import (
     HOPPER,
     NARROW_MMA,
     WIDE_MMA,
+    Target,
 )
 
 
@@ -106,7 +107,9 @@ def ragged(width: int) -> bool:
     return width % 64 != 0 and width & (width - 1) != 0
 
 
-def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:
+def spill_free(
+    shape: AttentionShape, config: AttentionConfig, rule: Rule, target: Target
+) -> bool:
     """Whether a configuration is within what its rule was found to compile well for."""
     return (
         _within_limits(shape, config, rule)
@@ -114,6 +117,7 @@ def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bo
         and _fits_ragged_widths(shape, config, rule)
         and _fits_quantized_latents(shape, config, rule)
         and (rule.families != HOPPER or _fits_hopper(shape, config, rule))
+        and (target.family not in NARROW_MMA or _fits_narrow(shape, config))
     )
 
 
@@ -163,7 +167,14 @@ def _fits_hopper(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> 
     nested = 0 < shape.shared_columns == shape.k_width < config.v_block
     if nested and ragged(shape.k_width) and shape.code_bits is None:
         return False
-    return not shape.key_norm or tile_columns(shape, config) <= 256
+    uneven = ragged(shape.k_width) and ragged(config.v_block)
+    return not shape.key_norm or (tile_columns(shape, config) <= 256 and not uneven)
+
+
+def _fits_narrow(shape: AttentionShape, config: AttentionConfig) -> bool:
+    """Keys within so wide values cost 8 to 24 bytes on sm_80."""
+    inside = 0 < shape.shared_columns == shape.k_width < config.v_block
+    return shape.code_bits is not None or not inside or config.v_block <= 256
 
 
 def _fits_quantized_latents(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:

@@ -52,7 +52,7 @@ ITEM = 2
 
 def triton_spends(layer: LayerCost, arch: int) -> Spent | None:
     """None where no launch rule fits, or no kernel was counted on the architecture."""
-    return _spent(launch_shape(layer), arch, layer.queries)
+    return _spent(launch_shape(layer, arch), arch, layer.queries)
 
 
 @cache
@@ -75,18 +75,23 @@ def _spent(shape: heuristics.AttentionShape, arch: int, queries: int) -> Spent |
     )
 
 
-def launch_shape(layer: LayerCost) -> heuristics.AttentionShape:
+def launch_shape(layer: LayerCost, arch: int) -> heuristics.AttentionShape:
     """What launch rules are asked for: tables of cosines as models have them, no bias, no norm."""
+    k_width, shared = layer.k_width, layer.shared
+    nested = shared == k_width and layer.k_group_size == layer.v_group_size and not layer.coded
+    target = heuristics.Target(arch, num_sms=1)
+    if nested and heuristics.prefers_whole_spans(k_width, layer.v_width, target):
+        k_width = shared = layer.v_width
     return heuristics.AttentionShape(
         queries_per_kv=layer.num_heads // layer.num_kv_heads,
         num_kv_heads=layer.num_kv_heads,
         k_group_size=layer.k_group_size,
         heads_per_v=layer.v_group_size,
         dim=next_power_of_2(layer.head_dim),
-        k_width=layer.k_width,
+        k_width=k_width,
         v_width=layer.v_width,
         itemsize=ITEM,
-        shared_columns=layer.shared,
+        shared_columns=shared,
         local_rope=True,
         rope=True,
         key_bias=False,

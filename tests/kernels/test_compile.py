@@ -19,7 +19,7 @@ CASE = Case("llama-3.1-8b", 0.5, 1, "split")
 @pytest.mark.parametrize(
     ("geometry", "spans", "latent_dtype"),
     [
-        (CASE.geometry, ("split", "joint"), "bf16"),
+        (CASE.geometry, ("split", "joint", "nested"), "bf16"),
         (CASE.geometry, ("split", "joint"), "int4"),
         (CASE.geometry, ("split", "joint"), "bands"),
         ("qwen3-8b", ("split",), "bf16"),

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from recalkv_vllm.kernels import columns as cut
 from recalkv_vllm.kernels import heuristics
+from recalkv_vllm.latent_format import LatentFormat
+from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.reference import apply_rope
 from recalkv_vllm.ops.rotary import pair_order
 from recalkv_vllm.ops.triton import layout
@@ -55,6 +57,41 @@ def test_columns_cover_both_spans_and_share_only_what_coincides(
     overlap = min(k_low + k_width, v_low + v_width) - max(k_low, v_low)
     if alike and overlap > 0:
         assert sum(size for _, size, *_, shared in columns.k if shared >= 0) == overlap
+
+
+@pytest.mark.parametrize(
+    ("arch", "k_span", "v_span", "latent_format", "whole"),
+    [
+        (90, (0, 96), (0, 128), None, True),
+        (90, (0, 192), (0, 256), None, False),  # even already
+        (80, (0, 192), (0, 256), None, True),
+        (80, (0, 192), (0, 512), None, False),  # too many columns more
+        (90, (32, 128), (0, 128), None, False),  # not the first columns
+        (90, (0, 128), (0, 128), None, False),
+        (90, (0, 96), (0, 128), LatentFormat("int8"), False),
+    ],
+)
+def test_keys_read_whole_spans(
+    arch: int,
+    k_span: tuple[int, int],
+    v_span: tuple[int, int],
+    latent_format: LatentFormat | None,
+    whole: bool,
+) -> None:
+    k_up = torch.randn(1, 2 * 64, k_span[1] - k_span[0])
+    v_up = torch.randn(2, 64, v_span[1])
+    spans = {"k_spans": (Span(*k_span),), "v_spans": (Span(*v_span),)}
+    layer = LatentLayer(
+        k_up=k_up, v_up=v_up, **spans, head_dim=64, scale=1.0, latent_format=latent_format
+    )
+    attended = layout.with_whole_spans(layer, heuristics.Target(arch, 100))
+    if not whole:
+        assert attended is layer
+        return
+    assert attended.k_spans == layer.v_spans
+    latents = torch.randn(5, v_span[1])
+    keys = latents[:, : k_up.shape[2]] @ k_up[0].T
+    torch.testing.assert_close(latents @ attended.k_up[0].T, keys)
 
 
 @pytest.mark.parametrize("is_neox", [True, False])

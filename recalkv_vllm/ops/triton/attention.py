@@ -10,7 +10,12 @@ from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.attention import latent_attention
 from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
 from recalkv_vllm.ops.triton.launch import Launch
-from recalkv_vllm.ops.triton.layout import cache_arguments, kernel_constants, local_rotation
+from recalkv_vllm.ops.triton.layout import (
+    cache_arguments,
+    kernel_constants,
+    local_rotation,
+    with_whole_spans,
+)
 from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import AttentionPlanner, LaunchPlan, Part
 from recalkv_vllm.ops.triton.value_up import Values, merged_value_up_launch, value_up_launch
@@ -31,15 +36,17 @@ class TritonAttention:
         self.device, self.dtype = layer.k_up.device, layer.k_up.dtype
         self.latent_format = layer.latent_format
         self.group_size = layer.k_group_size
+        target = target or heuristics.target_of(self.device)
+        attended = with_whole_spans(layer, target)
+        #: Of the layer as it is, for other kernels.
         self.constants = kernel_constants(layer)
+        self._constants = self.constants if attended is layer else kernel_constants(attended)
         rope = layer.cos_sin_cache
         self.local_rotation = (
             None if rope is None else local_rotation(rope, self.constants["DIM"], layer.k_up.dtype)
         )
         self.planner = AttentionPlanner(
-            layer,
-            target or heuristics.target_of(self.device),
-            local_rope=self.local_rotation is not None,
+            attended, target, local_rope=self.local_rotation is not None
         )
 
     def attend(
@@ -181,8 +188,8 @@ class TritonAttention:
         planner, config, num_heads = self.planner, plan.config, q.shape[1]
         head_blocks = planner.num_kv_heads // config.heads
         arguments = {
-            **self.constants,
-            **cache_arguments(kv_cache, self.latent_format, self.constants["KEY_SCALES"]),
+            **self._constants,
+            **cache_arguments(kv_cache, self.latent_format, self._constants["KEY_SCALES"]),
             "q": q,
             "block_table": batch.block_table[part.first :],
             "seq_lens": batch.seq_lens[part.first :],

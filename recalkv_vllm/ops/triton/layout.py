@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from recalkv_vllm.band_format import BLOCK_COLUMNS, CODE_ALIGNMENT, BandFormat, CacheFormat
+from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.columns import next_power_of_2
 from recalkv_vllm.key_scales import split_pages
 from recalkv_vllm.latent_format import LatentFormat
@@ -53,6 +55,23 @@ def kernel_constants(layer: LatentLayer) -> dict[str, Any]:
         "KEY_SCALES": key_scales,
         "WINDOW": layer.sliding_window or 0,
     }
+
+
+def with_whole_spans(layer: LatentLayer, target: heuristics.Target) -> LatentLayer:
+    """The same layer, with keys that read all of their values' spans where that is better.
+
+    Only without quantization, of which bands would be cut anew.
+    """
+    k_width, v_width = layer.k_width, layer.v_width
+    nested = [k.start for k in layer.k_spans] == [v.start for v in layer.v_spans]
+    if (
+        layer.latent_format is not None
+        or not nested
+        or not heuristics.prefers_whole_spans(k_width, v_width, target)
+    ):
+        return layer
+    k_up = torch.nn.functional.pad(layer.k_up, (0, v_width - k_width))
+    return replace(layer, k_up=k_up, k_spans=layer.v_spans)
 
 
 def format_constants(layer: LatentLayer) -> dict[str, Any]:

@@ -34,7 +34,9 @@ class Reconstruction:
         self.latent_format = layer.latent_format
         self.num_kv_heads = layer.num_kv_heads
         bands = layer.latent_format if isinstance(layer.latent_format, BandFormat) else None
-        self.config = heuristics.reconstruction_config(dim, layer.k_up.element_size())
+        self.config = heuristics.reconstruction_config(
+            dim, layer.k_up.element_size(), layer.k_width
+        )
         self.constants = {name: constants[name] for name in CONSTANTS} | {
             "v_up": pack_heads(layer.v_up, columns, dim),
             "v_bias": None if layer.v_bias is None else pack_heads(layer.v_bias, columns, dim),
