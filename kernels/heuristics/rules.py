@@ -163,9 +163,8 @@ def _fits_hopper(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> 
         return False
     if joint and shape.code_bits is not None and shape.k_width > 64:
         return False
-    # Nested spans whose keys end within wgmma's 64 columns, the chunks of which are not V's.
-    nested = 0 < shape.shared_columns == shape.k_width < config.v_block
-    if nested and ragged(shape.k_width) and shape.code_bits is None:
+    # Keys that end within wgmma's 64 columns, the chunks of which are not V's.
+    if _nested(shape, config) and ragged(shape.k_width) and shape.code_bits is None:
         return False
     uneven = ragged(shape.k_width) and ragged(config.v_block)
     return not shape.key_norm or (tile_columns(shape, config) <= 256 and not uneven)
@@ -173,8 +172,12 @@ def _fits_hopper(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> 
 
 def _fits_narrow(shape: AttentionShape, config: AttentionConfig) -> bool:
     """Keys within so wide values cost 8 to 24 bytes on sm_80."""
-    inside = 0 < shape.shared_columns == shape.k_width < config.v_block
-    return shape.code_bits is not None or not inside or config.v_block <= 256
+    return shape.code_bits is not None or not _nested(shape, config) or config.v_block <= 256
+
+
+def _nested(shape: AttentionShape, config: AttentionConfig) -> bool:
+    """Whether keys read the first of a program's value columns, and not all of them."""
+    return 0 < shape.shared_columns == shape.k_width < config.v_block
 
 
 def _fits_quantized_latents(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:
