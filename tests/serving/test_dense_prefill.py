@@ -88,7 +88,8 @@ def test_prompts(
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_decodes_beside_prompts(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What vLLM calls: decodes attend to latents, prompts to what the layer prefers."""
+    """What vLLM calls on a GPU: decodes attend to latents, prompts to what the layer prefers."""
+    monkeypatch.setattr(implementation, "FORWARD_UPDATES_CACHE", False)
     calls: list[int] = []
     monkeypatch.setattr(
         CheckedLayer, "prefers_dense", lambda *given: calls.append(given[2]) or dense
