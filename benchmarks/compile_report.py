@@ -153,8 +153,10 @@ def cases(geometries: list[str]) -> Iterator[Case]:
 def quantized_cases(geometries: list[str]) -> Iterator[Case]:
     dtypes = LATENT_DTYPES[1:]
     for name, *layout in itertools.product(QUANTIZED, QUANTIZED_COMPRESSIONS, (1,), SPANS, dtypes):
-        if name in geometries:
-            yield Case(name, *layout)
+        case = Case(name, *layout)
+        whole_blocks = all(region.width % BLOCK_COLUMNS == 0 for region in case.latent.regions)
+        if name in geometries and (whole_blocks or case.latent_dtype != "bands"):
+            yield case
 
 
 def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launch]:

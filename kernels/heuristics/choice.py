@@ -17,7 +17,13 @@ from recalkv_vllm.kernels.heuristics.shapes import (
     tile_columns,
     value_block,
 )
-from recalkv_vllm.kernels.heuristics.targets import HOPPER, INTERPRETER, NARROW_MMA, Target
+from recalkv_vllm.kernels.heuristics.targets import (
+    HOPPER,
+    INTERPRETER,
+    NARROW_MMA,
+    WIDE_MMA,
+    Target,
+)
 
 #: Query rows of one program in prefill: each reconstructed key serves them all.
 PREFILL_ROWS = 64
@@ -106,9 +112,11 @@ def _prefetching(shape: AttentionShape, config: AttentionConfig, target: Target)
     # Up to 144 bytes of the addresses of several bands spilled on sm_90.
     if shape.bands and (config.stream or (shape.code_bits == 8 and columns > 128)):
         return replace(config, stages=1)
-    full = (config.stream and shape.key_norm) or (config.rows == PREFILL_ROWS and shape.key_bias)
-    if full and target.family in HOPPER:
-        return replace(config, stages=2)  # 8 bytes spilled on sm_90 with three
+    # 8 bytes spilled on sm_90 with three, and up to 32 on sm_100.
+    if config.stream and shape.key_norm and target.family in WIDE_MMA:
+        return replace(config, stages=2)
+    if config.rows == PREFILL_ROWS and shape.key_bias and target.family in HOPPER:
+        return replace(config, stages=2)
     deeper = replace(config, stages=5)
     roomy = 2 * shared_memory(shape, deeper, target) <= target.shared_bytes
     # With more rows, heads or chunks the addresses of several tiles would spill, and with several

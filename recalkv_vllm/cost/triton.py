@@ -78,7 +78,7 @@ def _spent(shape: heuristics.AttentionShape, arch: int, queries: int) -> Spent |
 def launch_shape(layer: LayerCost, arch: int) -> heuristics.AttentionShape:
     """What launch rules are asked for: tables of cosines as models have them, no bias, no norm."""
     k_width, shared = layer.k_width, layer.shared
-    nested = shared == k_width and layer.k_group_size == layer.v_group_size and not layer.coded
+    nested = shared == k_width and layer.k_group_size == layer.v_group_size and not layer.bands
     target = heuristics.Target(arch, num_sms=1)
     if nested and heuristics.prefers_whole_spans(k_width, layer.v_width, target):
         k_width = shared = layer.v_width

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recalkv_vllm.band_format import Band, BandFormat, CacheFormat
 from recalkv_vllm.kernels import columns as cut
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.latent_format import LatentFormat
@@ -68,14 +69,15 @@ def test_columns_cover_both_spans_and_share_only_what_coincides(
         (80, (0, 192), (0, 512), None, False),  # too many columns more
         (90, (32, 128), (0, 128), None, False),  # not the first columns
         (90, (0, 128), (0, 128), None, False),
-        (90, (0, 96), (0, 128), LatentFormat("int8"), False),
+        (90, (0, 96), (0, 128), LatentFormat("int8"), True),
+        (90, (0, 96), (0, 128), BandFormat((Band(128, 4),)), False),
     ],
 )
 def test_keys_read_whole_spans(
     arch: int,
     k_span: tuple[int, int],
     v_span: tuple[int, int],
-    latent_format: LatentFormat | None,
+    latent_format: CacheFormat | None,
     whole: bool,
 ) -> None:
     k_up = torch.randn(1, 2 * 64, k_span[1] - k_span[0])

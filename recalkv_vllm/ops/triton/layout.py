@@ -60,12 +60,12 @@ def kernel_constants(layer: LatentLayer) -> dict[str, Any]:
 def with_whole_spans(layer: LatentLayer, target: heuristics.Target) -> LatentLayer:
     """The same layer, with keys that read all of their values' spans where that is better.
 
-    Only without quantization, of which bands would be cut anew.
+    Not in bands, which keys and values have cut alike already.
     """
     k_width, v_width = layer.k_width, layer.v_width
     nested = [k.start for k in layer.k_spans] == [v.start for v in layer.v_spans]
     if (
-        layer.latent_format is not None
+        isinstance(layer.latent_format, BandFormat)
         or not nested
         or not heuristics.prefers_whole_spans(k_width, v_width, target)
     ):
