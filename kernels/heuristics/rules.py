@@ -117,7 +117,7 @@ def spill_free(
         and _fits_ragged_widths(shape, config, rule)
         and _fits_quantized_latents(shape, config, rule)
         and (rule.families != HOPPER or _fits_hopper(shape, config, rule))
-        and (target.family not in NARROW_MMA or _fits_narrow(shape, config))
+        and _fits_wide_values(shape, config, target)
     )
 
 
@@ -170,9 +170,11 @@ def _fits_hopper(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> 
     return not shape.key_norm or (tile_columns(shape, config) <= 256 and not uneven)
 
 
-def _fits_narrow(shape: AttentionShape, config: AttentionConfig) -> bool:
-    """Keys within so wide values cost 8 to 24 bytes on sm_80."""
-    return shape.code_bits is not None or not _nested(shape, config) or config.v_block <= 256
+def _fits_wide_values(shape: AttentionShape, config: AttentionConfig, target: Target) -> bool:
+    """Keys within so wide values cost 8 to 24 bytes on sm_80, and beside a bias 16 on sm_100."""
+    tight = target.family in NARROW_MMA or (target.family in BLACKWELL and shape.key_bias)
+    within = tight and _nested(shape, config) and shape.code_bits is None
+    return not within or config.v_block <= 256
 
 
 def _nested(shape: AttentionShape, config: AttentionConfig) -> bool:
