@@ -35,8 +35,12 @@ def value_up_tokens(queries_per_kv: int) -> list[int]:
 def value_up_config(rows: int, head_dim: int, v_width: int) -> ValueUpConfig:
     """Blocks for ``rows`` query rows per KV head; few rows want many programs over columns."""
     many = rows > MANY_ROWS
+    block = MANY_ROWS if many else max(16, next_power_of_2(rows))
+    depth = min(64, v_width & -v_width)  # the largest power of two that divides the width
     return ValueUpConfig(
-        rows=MANY_ROWS if many else max(16, next_power_of_2(rows)),
+        rows=block,
         columns=min(64 if many else 32, next_power_of_2(head_dim)),
-        depth=min(64, v_width & -v_width),  # the largest power of two that divides the width
+        depth=depth,
+        # 16 bytes spilled on sm_100 with three.
+        stages=2 if (block, depth) == (32, 32) else 3,
     )
