@@ -107,9 +107,7 @@ def ragged(width: int) -> bool:
     return width % 64 != 0 and width & (width - 1) != 0
 
 
-def spill_free(
-    shape: AttentionShape, config: AttentionConfig, rule: Rule, target: Target
-) -> bool:
+def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule, target: Target) -> bool:
     """Whether a configuration is within what its rule was found to compile well for."""
     return (
         _within_limits(shape, config, rule)

@@ -37,9 +37,7 @@ class KeyScales:
         bias = layer.k_bias
         factors = layer.k_up.reshape(layer.num_kv_heads, layer.head_dim, layer.k_width)
         self.latent_format, self.count = layer.latent_format, layer.key_scales
-        self.config = heuristics.key_scales_config(
-            dim, layer.k_up.element_size(), layer.k_width
-        )
+        self.config = heuristics.key_scales_config(dim, layer.k_up.element_size(), layer.k_width)
         self.constants = {name: constants[name] for name in CONSTANTS} | {
             "k_up": pack_heads(factors, columns, dim),
             "k_bias": None if bias is None else pack_heads(bias, columns, dim),

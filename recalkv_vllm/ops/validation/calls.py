@@ -28,8 +28,8 @@ def check_update(
     rank: int,
     slot_mapping: torch.Tensor,
 ) -> None:
-    """Check the arguments of ``update_cache`` but for :func:`check_cache`, which found ``rank``, and
-    :func:`check_slots`; raises as :func:`check_layer` does."""
+    """Check the arguments of ``update_cache`` but for :func:`check_cache`, which found ``rank``,
+    and :func:`check_slots`; raises as they do."""
     require_shape(z, "z", "tokens", rank)
     if layer.latent_format is not None:
         require_dtype(z, "z", *DTYPES)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionImpl, AttentionLayer
+from vllm.v1.attention.backend import AttentionImpl
 
 from recalkv_vllm.ops import BatchLimits, CheckedLayer, LatentLayer, bind
 from recalkv_vllm.serving.attention.dense_prefill import DensePrefill
@@ -94,7 +96,7 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
 
     def forward(
         self,
-        layer: AttentionLayer,
+        layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -118,7 +120,9 @@ class LatentAttentionImpl(AttentionImpl[LatentMetadata]):
                 self._dense.profile(query)
             return output
         if FORWARD_UPDATES_CACHE:
-            slots = get_forward_context().slot_mapping.get(layer.layer_name)
+            by_layer = get_forward_context().slot_mapping
+            assert isinstance(by_layer, dict)  # a list is of micro-batches, which a CPU has not
+            slots = by_layer.get(layer.layer_name)
             if slots is not None:
                 self.do_kv_cache_update(layer, key, value, kv_cache, slots)
         tokens = attn_metadata.num_actual_tokens
