@@ -39,8 +39,8 @@ def reconstruction_config(dim: int, itemsize: int, k_width: int) -> Reconstructi
         return ReconstructionConfig(tile=32, stream=16, stages=1)
     return ReconstructionConfig(
         tile=64 if dim <= 128 else 32,
-        # 8 bytes spilled on sm_80 with all of such keys at once.
-        stream=16 if k_width <= 32 else 64,
+        # 8 bytes spilled on sm_80 with all of such keys of larger heads at once.
+        stream=16 if k_width <= 32 and dim > 64 else 64,
         warps=4 if dim <= 64 else 8,
     )
 
