@@ -79,6 +79,12 @@ class Case:
         return latent_of(geometry, self.compression, self.group_size, self.spans)
 
     @property
+    def exists(self) -> bool:
+        """Whether its spans can be stored so: bands are whole blocks of columns."""
+        widths = [region.width for region in self.latent.regions]
+        return self.latent_dtype != "bands" or all(n % BLOCK_COLUMNS == 0 for n in widths)
+
+    @property
     def latent_format(self) -> CacheFormat | None:
         if self.latent_dtype == "bands":
             return falling_bands(self.latent)
@@ -154,8 +160,7 @@ def quantized_cases(geometries: list[str]) -> Iterator[Case]:
     dtypes = LATENT_DTYPES[1:]
     for name, *layout in itertools.product(QUANTIZED, QUANTIZED_COMPRESSIONS, (1,), SPANS, dtypes):
         case = Case(name, *layout)
-        whole_blocks = all(region.width % BLOCK_COLUMNS == 0 for region in case.latent.regions)
-        if name in geometries and (whole_blocks or case.latent_dtype != "bands"):
+        if name in geometries and case.exists:
             yield case
 
 

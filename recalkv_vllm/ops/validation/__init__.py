@@ -1,8 +1,8 @@
 """Argument checks of the ops: one clear line before any kernel starts.
 
 Constants are checked once, when a layer is bound; a call checks only what may change, and tensors
-that calls share but once. With
-``RECALKV_DEBUG=1`` calls also check the values of index tensors, which on a GPU waits for it.
+that calls share but once. With ``RECALKV_DEBUG=1`` calls also check the values of index tensors,
+which on a GPU waits for it.
 """
 
 from recalkv_vllm.ops.validation.calls import (
