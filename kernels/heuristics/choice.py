@@ -112,6 +112,10 @@ def _prefetching(shape: AttentionShape, config: AttentionConfig, target: Target)
     # Up to 144 bytes of the addresses of several bands spilled on sm_90.
     if shape.bands and (config.stream or (shape.code_bits == 8 and columns > 128)):
         return replace(config, stages=1)
+    # 8 bytes spilled on sm_80 by one of the blocks of 256 value columns beside keys of 96.
+    several = config.query_block > 1 and target.family in NARROW_MMA
+    if shape.bands and several and columns > 320:
+        return replace(config, stages=1)
     # 8 bytes spilled on sm_90 with three, and up to 32 on sm_100.
     if config.stream and shape.key_norm and target.family in WIDE_MMA:
         return replace(config, stages=2)

@@ -7,7 +7,7 @@ from functools import cache
 
 from recalkv_vllm.kernels.heuristics.choice import attention_config
 from recalkv_vllm.kernels.heuristics.shapes import AttentionShape
-from recalkv_vllm.kernels.heuristics.targets import Target
+from recalkv_vllm.kernels.heuristics.targets import NARROW_MMA, Target
 
 #: Query blocks of a sequence from which on a dense copy is made first. Attention on latents rotates
 #: and reconstructs, and dequantizes, every key once per block; the copy costs that once, the
@@ -33,22 +33,28 @@ class ReconstructionConfig:
 
 
 @cache
-def reconstruction_config(dim: int, itemsize: int, k_width: int) -> ReconstructionConfig:
+def reconstruction_config(
+    dim: int, itemsize: int, k_width: int, bands: bool, target: Target
+) -> ReconstructionConfig:
     """For heads padded to ``dim``: of an accumulator of ``tile · dim``, a thread has up to 32."""
     if itemsize == 4:  # without tensor cores operands are registers
         return ReconstructionConfig(tile=32, stream=16, stages=1)
+    # 64 bytes of addresses spilled on sm_80 with 64 columns of a joint span of 192 in bands.
+    widest = 32 if bands and target.family in NARROW_MMA else 64
     return ReconstructionConfig(
         tile=64 if dim <= 128 else 32,
         # 8 bytes spilled on sm_80 with all of such keys of larger heads at once.
-        stream=16 if k_width <= 32 and dim > 64 else 64,
+        stream=16 if k_width <= 32 and dim > 64 else widest,
         warps=4 if dim <= 64 else 8,
     )
 
 
 @cache
-def key_scales_config(dim: int, itemsize: int, k_width: int) -> ReconstructionConfig:
+def key_scales_config(
+    dim: int, itemsize: int, k_width: int, bands: bool, target: Target
+) -> ReconstructionConfig:
     """Of a kernel that reconstructs keys for their scales alone."""
-    config = reconstruction_config(dim, itemsize, k_width)
+    config = reconstruction_config(dim, itemsize, k_width, bands, target)
     # 8 bytes spilled on sm_80 with three stages.
     return replace(config, stages=min(2, config.stages))
 

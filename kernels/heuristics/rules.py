@@ -98,6 +98,9 @@ RULES = (
 # fmt: on
 #: Most latent columns of a quantized tile of 64 tokens where accumulators are in registers.
 QUANTIZED_COLUMNS = 128
+#: Widest resident keys of so many bits, for several queries of a sequence, where operands are in
+#: registers: on sm_80, 8 to 48 bytes spilled with 128 columns of int3, 8 with 192 of int8 or fp8.
+CODED_KEYS = {3: 64, 8: 128}
 #: Most latent columns of any tile in bands: with 512, 80 to 672 bytes spilled.
 BAND_COLUMNS = 384
 
@@ -113,7 +116,7 @@ def spill_free(shape: AttentionShape, config: AttentionConfig, rule: Rule, targe
         _within_limits(shape, config, rule)
         and _fits_several_heads(shape, config, rule)
         and _fits_ragged_widths(shape, config, rule)
-        and _fits_quantized_latents(shape, config, rule)
+        and _fits_quantized_latents(shape, config, rule, target)
         and (rule.families != HOPPER or _fits_hopper(shape, config, rule))
         and _fits_wide_values(shape, config, target)
     )
@@ -180,7 +183,9 @@ def _nested(shape: AttentionShape, config: AttentionConfig) -> bool:
     return 0 < shape.shared_columns == shape.k_width < config.v_block
 
 
-def _fits_quantized_latents(shape: AttentionShape, config: AttentionConfig, rule: Rule) -> bool:
+def _fits_quantized_latents(
+    shape: AttentionShape, config: AttentionConfig, rule: Rule, target: Target
+) -> bool:
     """Codes and elements of a tile are live at once; int3 is put together from two planes."""
     if shape.code_bits is None or rule.stream:
         return True
@@ -190,6 +195,9 @@ def _fits_quantized_latents(shape: AttentionShape, config: AttentionConfig, rule
     if rule.families == BLACKWELL:
         return True
     if shape.bands and not _fits_bands(shape, config, rule):
+        return False
+    widest = UNLIMITED if shape.bands else CODED_KEYS.get(shape.code_bits, UNLIMITED)
+    if target.family in NARROW_MMA and config.query_block > 1 and shape.k_width > widest:
         return False
     if rule.tile == 64 and tile_columns(shape, config) > QUANTIZED_COLUMNS:
         return False
