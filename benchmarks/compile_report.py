@@ -48,7 +48,7 @@ from .sass import Loop, cuobjdump, loop_of, whole_of
 
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
 LATENT_DTYPES = ("bf16", *BITS, "bands")
-#: Whose decode kernels are also compiled for quantized latents: fewer bits instead of lower ranks.
+#: Whose kernels are also compiled for quantized latents: fewer bits instead of lower ranks.
 QUANTIZED = ("llama-3.1-8b",)
 QUANTIZED_COMPRESSIONS = (0.25, 0.5)
 #: Multiprocessors only decide pieces, which do not change the code.
@@ -190,11 +190,11 @@ def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launc
     slots, (latents, _) = torch.zeros(1, dtype=torch.int64), split_pages(cache, layer.key_scales)
     yield cache_update_launch(z[:1], latents, slots, latent_format)
     if layer.key_scales:
-        yield KeyScales(layer, attention.constants).launch(cache, slots)
+        yield KeyScales(layer, attention.constants, target).launch(cache, slots)
     if mode == "decode":  # as good a place as any, for it knows no queries
         dense = layer.v_up.new_empty(16, geometry.num_kv_heads, head_dim)
         pieces = Pieces(index[None], index[:1], index[:2], 16)
-        yield Reconstruction(layer, attention.constants).launch(cache, pieces, dense, dense)
+        yield Reconstruction(layer, attention.constants, target).launch(cache, pieces, dense, dense)
 
 
 @cache
@@ -252,8 +252,6 @@ def report(wanted: list[Case], arches: list[int], modes: list[str]) -> Iterator[
     for arch in arches:
         triton.runtime.driver.set_active(CompileOnlyDriver(arch))
         for case, mode in itertools.product(wanted, modes):
-            if case.latent_format is not None and mode != "decode":
-                continue
             for launch in launches(case, TARGETS[arch], mode):
                 yield compile_row(case, mode, arch, launch)
 
