@@ -121,6 +121,11 @@ def _prefetching(shape: AttentionShape, config: AttentionConfig, target: Target)
         return replace(config, stages=2)
     if config.rows == PREFILL_ROWS and shape.key_bias and target.family in HOPPER:
         return replace(config, stages=2)
+    # With three stages, or five on sm_80, ptxas makes room for one more program and spills 8 bytes.
+    narrow = config.v_block <= 48 and (config.tile, config.rows) == (32, 32)
+    uncoded = shape.code_bits is None
+    if narrow and shape.dim <= 64 and uncoded and target.family in NARROW_MMA:
+        return replace(config, stages=2)
     deeper = replace(config, stages=5)
     roomy = 2 * shared_memory(shape, deeper, target) <= target.shared_bytes
     # With more rows, heads or chunks the addresses of several tiles would spill, and with several
@@ -130,14 +135,9 @@ def _prefetching(shape: AttentionShape, config: AttentionConfig, target: Target)
         config.rows == 16
         and config.heads == 1
         and columns <= 256
-        and shape.code_bits is None
+        and uncoded
         and (config.warps == 8 or not ragged(config.v_block))
         and not (scaled and target.family in HOPPER)
     )
-    # With three stages, ptxas makes room for one more program and spills 8 bytes.
-    narrow = config.v_block <= 48 and (config.tile, config.rows) == (32, 32)
-    crowded = narrow and (
-        (target.family in HOPPER and config.warps == 4 and (shape.key_norm or shape.dim <= 64))
-        or (target.family in NARROW_MMA and shape.dim <= 64 and shape.code_bits is None)
-    )
-    return deeper if roomy and (light or crowded) else config
+    crowded = narrow and config.warps == 4 and (shape.key_norm or shape.dim <= 64)
+    return deeper if roomy and (light or (crowded and target.family in HOPPER)) else config
