@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention import attention as stock
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionType, max_decode_query_len
@@ -78,11 +79,15 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         """
         output = torch.empty_like(query)
         heads = (-1, self.num_heads, self.head_dim)
-        name = _encode_layer_name(self.layer_name)
+        # What is not traced needs no opaque op, and torch takes its time to dispatch one.
+        ops: Any = stock
+        name: Any = self.layer_name
+        if torch.compiler.is_compiling():
+            ops, name = torch.ops.vllm, _encode_layer_name(name)
         written = None
         if not self.attn_backend.forward_includes_kv_cache_update:
-            written = torch.ops.vllm.unified_kv_cache_update(latent, latent, name)
-        torch.ops.vllm.unified_attention_with_output(
+            written = ops.unified_kv_cache_update(latent, latent, name)
+        ops.unified_attention_with_output(
             query.view(heads),
             latent,
             latent,
