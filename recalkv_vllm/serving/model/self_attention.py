@@ -22,6 +22,7 @@ from recalkv_vllm.ops import LatentLayer
 from recalkv_vllm.serving.attention.layer import LatentAttention
 from recalkv_vllm.serving.attention.rotary import position_table, rotate_queries
 from recalkv_vllm.serving.model.factor_layers import LatentDown, PerHead
+from recalkv_vllm.serving.model.joint_projection import JointProjection, can_be_joined
 from recalkv_vllm.serving.model.stock_attention import StockParts
 from recalkv_vllm.serving.model.stock_layer import check_stock_layer
 from recalkv_vllm.serving.sharding import shard_latent
@@ -72,6 +73,9 @@ class LatentSelfAttention(nn.Module):
             prefix=f"{prefix}.q_proj",
         )
         self.down = LatentDown(hidden_size, shard.columns, f"{prefix}.down")
+        # Adapters take the place of `q_proj`.
+        joined = vllm_config.lora_config is None and can_be_joined([self.q_proj, self.down])
+        self.joint = JointProjection([self.q_proj, self.down]) if joined else None
         heads, num_heads = shard.kv_heads, geometry.num_kv_heads
         self.k_up = PerHead(heads, num_heads, head_dim, layout.k_width)
         self.v_up = PerHead(heads, num_heads, head_dim, layout.v_width)
@@ -108,6 +112,8 @@ class LatentSelfAttention(nn.Module):
 
     def bind_factors(self, act_dtype: torch.dtype) -> None:
         """Hand factors and biases to the kernels; vLLM calls it whenever weights were loaded."""
+        if self.joint is not None:
+            self.joint.pack()
         cos_sin_cache, is_neox = position_table(self.rotary_emb)
         k_groups = len(self.shard.k_spans)
         layer = LatentLayer(
@@ -150,8 +156,11 @@ class LatentSelfAttention(nn.Module):
         return {"k_norm_weight": weight, "k_norm_eps": self.k_norm.variance_epsilon}
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        q, _ = self.q_proj(hidden_states)
-        latent, _ = self.down(hidden_states)
+        if self.joint is not None:
+            q, latent = self.joint(hidden_states)
+        else:
+            q, _ = self.q_proj(hidden_states)
+            latent, _ = self.down(hidden_states)
         gate = None
         if self.gated:
             q, gate = q.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
