@@ -23,7 +23,7 @@ def replays():
     folders = [str(RUNNER_V2), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "tests.serving.graph_metadata"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders), "RECALKV_KERNEL": "triton"},
         capture_output=True,
         text=True,
         check=False,
@@ -72,6 +72,22 @@ def test_replayed_launches_attend_the_batch_and_clear_what_is_padded(replays):
 
 def test_one_batch_is_built_once_for_all_layers(replays):
     assert all(each["built once"] for each in replays)
+
+
+@pytest.mark.parametrize(
+    ("device", "forced", "threshold"),
+    [("cpu", None, None), ("cpu", "cpu", None), ("cpu", "triton", 1), ("cuda", None, 1)],
+)
+def test_decodes_come_first_where_kernels_take_them_apart(device, forced, threshold, monkeypatch):
+    monkeypatch.delenv("RECALKV_KERNEL", raising=False)
+    if forced:
+        monkeypatch.setenv("RECALKV_KERNEL", forced)
+    config = SimpleNamespace(
+        speculative_config=None,
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+    )
+    builder = LatentMetadataBuilder(None, ["layer"], config, device)
+    assert builder.reorder_batch_threshold == threshold
 
 
 def test_the_reference_is_never_captured(monkeypatch):

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -15,6 +16,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from recalkv_vllm.ops import Batch
+from recalkv_vllm.ops.dispatch import candidates
 from recalkv_vllm.serving.attention.prefills import Prefills
 
 
@@ -25,8 +27,8 @@ class LatentMetadata(AttentionMetadata):
     Args:
         batch: what the kernels are told of it.
         num_actual_tokens: its tokens without padding.
-        prefills: its sequences that are not decodes, if there are any and the host knows their
-            lengths.
+        prefills: its sequences that are not decodes, if there are any that kernels take apart, and
+            the host knows their lengths.
     """
 
     batch: Batch
@@ -43,8 +45,10 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # Decodes, verification of speculated tokens among them, come first in the batch.
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        # Decodes, verification of speculated tokens among them, come first in the batch. Kernels
+        # for a CPU ask for no order, and vLLM's search for one takes .1 ms a step.
+        ordered = candidates(torch.device(device).type) != ("cpu",)
+        self._init_reorder_batch_threshold(1 if ordered else None, supports_spec_as_decode=True)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -73,23 +77,24 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
             and built.batch.max_seq_len == common.max_seq_len
             and built.num_actual_tokens == common.num_actual_tokens
         ):
+            num_decodes = num_decode_tokens = 0
             threshold = self.reorder_batch_threshold
-            assert threshold is not None
-            num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, threshold)
+            if threshold is not None:
+                num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, threshold)
             batch = Batch(
                 block_table=common.block_table_tensor,
                 seq_lens=common.seq_lens,
                 query_start_loc=common.query_start_loc,
                 num_decodes=num_decodes,
                 num_decode_tokens=num_decode_tokens,
-                max_decode_query_len=threshold,
+                max_decode_query_len=threshold or 1,
                 max_seq_len=common.max_seq_len,
                 work_lists={},
             )
             prefills = None
-            if num_decodes < batch.num_seqs and common.seq_lens_cpu_upper_bound is not None:
+            lengths_cpu = common.seq_lens_cpu_upper_bound
+            if threshold is not None and num_decodes < batch.num_seqs and lengths_cpu is not None:
                 # vLLM's bound is exact but for decodes.
-                lengths_cpu = common.seq_lens_cpu_upper_bound
                 prefills = Prefills(batch, common.query_start_loc_cpu, lengths_cpu)
             built = LatentMetadata(batch, common.num_actual_tokens, prefills)
             common._recalkv_metadata = built
