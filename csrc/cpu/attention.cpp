@@ -115,8 +115,8 @@ Task make_task(const Layer& layer, const Batch& batch, const QueryBlock& block, 
   task.num_queries = block.num_queries;
   task.group_begin = layer.k_groups * piece / block.group_parts;
   task.group_end = layer.k_groups * (piece + 1) / block.group_parts;
-  task.kv_begin = block.kv_begin + split * block.tiles_per_split * kTile;
-  task.kv_end = std::min(block.kv_end, task.kv_begin + block.tiles_per_split * kTile);
+  task.kv_begin = block.split_begin(split);
+  task.kv_end = block.split_begin(split + 1);
   if (block.dense) {
     task.heads = outputs.heads + row * outputs.head_bytes;
     return task;

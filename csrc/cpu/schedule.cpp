@@ -63,6 +63,11 @@ bool is_dense(const Layer& layer, int64_t rows) {
 
 }  // namespace
 
+int64_t QueryBlock::split_begin(int split) const {
+  const int64_t least = tiles(*this) / splits, larger = tiles(*this) % splits;
+  return std::min(kv_end, kv_begin + (split * least + std::min<int64_t>(split, larger)) * kTile);
+}
+
 void make_schedule(const Layer& layer, const Batch& batch, int threads, bool to_heads,
                    Schedule& schedule) {
   schedule.blocks.clear();
@@ -90,26 +95,26 @@ void make_schedule(const Layer& layer, const Batch& batch, int threads, bool to_
     }
   }
 
-  const int64_t share = total / std::max(threads, 1);
-  const int64_t target =
-      std::max(kSmallestTask, std::min(share, std::max(kSmallestSpare, share / kTasksPerThread)));
+  // As many for each thread, or some would wait for the others.
+  const int64_t per_thread =
+      std::clamp<int64_t>(total / std::max(threads, 1) / kSmallestSpare, 1, kTasksPerThread);
   for (QueryBlock& block : schedule.blocks) {
-    const int64_t pieces =
-        threads > 1 ? std::max<int64_t>(1, cost(layer, batch, block) / target) : 1;
+    const int64_t work = cost(layer, batch, block);
+    const int64_t pieces = threads > 1 && work > 0
+                               ? std::clamp<int64_t>(work * threads * per_thread / total, 1,
+                                                     std::max<int64_t>(1, work / kSmallestTask))
+                               : 1;
     if (rows(batch, block) >= kManyRows) {
       block.group_parts = layer.k_groups;
-      block.tiles_per_split = std::max<int64_t>(1, tiles(block));
+      block.splits = 1;
     } else {
       const int64_t parts = least_group_parts(layer);
       const int64_t least_splits = parts > 1 ? tiles(block) / kPartTiles : 1;
-      const int64_t splits = std::clamp<int64_t>(std::max(pieces / parts, least_splits), 1,
-                                                 std::max<int64_t>(1, tiles(block)));
-      block.tiles_per_split = std::max<int64_t>(1, ceil_div(tiles(block), splits));
+      block.splits = static_cast<int>(std::clamp<int64_t>(std::max(pieces / parts, least_splits), 1,
+                                                          std::max<int64_t>(1, tiles(block))));
       block.group_parts =
-          static_cast<int>(std::clamp<int64_t>(pieces / splits, parts, layer.k_groups));
+          static_cast<int>(std::clamp<int64_t>(pieces / block.splits, parts, layer.k_groups));
     }
-    block.splits =
-        static_cast<int>(std::max<int64_t>(1, ceil_div(tiles(block), block.tiles_per_split)));
     if (block.splits > 1) {
       block.partial_row = schedule.partial_rows;
       schedule.partial_rows += int64_t{block.splits} * block.num_queries * batch.num_heads;

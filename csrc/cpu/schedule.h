@@ -18,12 +18,13 @@ struct QueryBlock {
   int num_queries;
   int64_t kv_begin, kv_end;
   int splits;
-  int64_t tiles_per_split;
   int group_parts;
   int64_t partial_row;
   bool dense;  // values are reconstructed, too; never split
 
   int num_tasks() const { return splits * group_parts; }
+  // The first token in the cache of `split`; of split `splits`, the end. Sizes differ by a tile.
+  int64_t split_begin(int split) const;
 };
 
 struct Schedule {

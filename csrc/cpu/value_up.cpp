@@ -13,8 +13,9 @@
 namespace recalkv {
 namespace {
 
-// Multiply-adds that are worth waking a thread.
-constexpr int64_t kWorkPerThread = 1 << 20;
+// Multiply-adds that are worth a thread, which after attention is still awake: factors come from
+// memory, and that takes longer than the arithmetic.
+constexpr int64_t kWorkPerThread = 1 << 14;
 
 }  // namespace
 
