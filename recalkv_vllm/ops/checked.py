@@ -28,8 +28,11 @@ class CheckedLayer(BoundLayer):
     #: them.
     _batch: ClassVar[tuple[Batch, torch.device] | None] = None
     _slots: ClassVar[tuple[torch.Tensor, torch.device] | None] = None
-    #: The layer's cache that was checked last, and its rank.
+    #: The layer's cache that was checked last, and its rank; and, with that cache, how latents of
+    #: an update, and queries and where their heads go, lay in memory.
     _cache: tuple[torch.Tensor, int] | None = None
+    _latents: tuple[object, ...] | None = None
+    _queries: tuple[object, ...] | None = None
 
     def __init__(self, layer: LatentLayer):
         self._signature = validation.check_layer(layer)
@@ -57,7 +60,7 @@ class CheckedLayer(BoundLayer):
                 bound.reserve(self._limits)
             self._bound = bound
         self._signature = signature
-        self._cache = None
+        self._cache = self._latents = self._queries = None
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -67,7 +70,10 @@ class CheckedLayer(BoundLayer):
         if known is None or known[0] is not slot_mapping or known[1] != device:
             validation.check_slots(slot_mapping, device)
             CheckedLayer._slots = slot_mapping, device
-        validation.check_update(self._signature, z, kv_cache, rank, slot_mapping)
+        latents = *_layout(z), slot_mapping.shape
+        if latents != self._latents or self._signature.check_values:
+            validation.check_update(self._signature, z, kv_cache, rank, slot_mapping)
+            self._latents = latents
         self._bound.update_cache(z, kv_cache, slot_mapping)
 
     def attend(
@@ -83,21 +89,31 @@ class CheckedLayer(BoundLayer):
         batch: Batch,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        self._check(q, kv_cache, batch)
-        if out is not None:
-            validation.check_heads(q, out)
+        self._check(q, kv_cache, batch, out)
         return self._bound.attend_heads(q, kv_cache, batch, out)
 
-    def _check(self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch) -> None:
+    def _check(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        out: torch.Tensor | None = None,
+    ) -> None:
         self._rank_of(kv_cache)
         known, device = CheckedLayer._batch, self._signature.device
         if known is None or known[0] is not batch or known[1] != device:
             validation.check_batch(batch, device)
             CheckedLayer._batch = batch, device
-        validation.check_attend(self._signature, q, kv_cache, batch)
+        queries = *_layout(q), *(() if out is None else _layout(out))
+        if queries != self._queries or self._signature.check_values:
+            validation.check_attend(self._signature, q, kv_cache, batch)
+            if out is not None:
+                validation.check_heads(q, out)
+            self._queries = queries
 
     def _rank_of(self, kv_cache: torch.Tensor) -> int:
         if self._cache is None or self._cache[0] is not kv_cache:
+            self._latents = self._queries = None
             self._cache = kv_cache, validation.check_cache(self._signature, kv_cache)
         return self._cache[1]
 
@@ -121,6 +137,11 @@ class CheckedLayer(BoundLayer):
 
     def warm_up(self, kv_cache: torch.Tensor, limits: BatchLimits) -> int:
         return self._bound.warm_up(kv_cache, limits)
+
+
+def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
+    """All that is checked of a tensor, but for its values."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def bind(layer: LatentLayer) -> CheckedLayer:
