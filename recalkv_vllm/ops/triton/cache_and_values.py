@@ -30,8 +30,9 @@ class CacheAndValues(BoundLayer):
         self._latent_format = layer.latent_format
         packed = (None if x is None else x.contiguous() for x in (layer.v_bias, layer.sinks))
         self.values = Values(layer.v_up.contiguous(), *packed)
-        self._reconstruction = Reconstruction(layer, constants)
-        self._key_scales = KeyScales(layer, constants) if layer.key_scales else None
+        target = heuristics.target_of(layer.k_up.device)
+        self._reconstruction = Reconstruction(layer, constants, target)
+        self._key_scales = KeyScales(layer, constants, target) if layer.key_scales else None
 
     def update_cache(
         self, z: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor

@@ -28,15 +28,10 @@ class KeyScales:
 
     Args:
         constants: of the layer, as :func:`~.layout.kernel_constants` packs them.
-        target: device to choose launch parameters for, that of the factors if not given.
+        target: device to choose launch parameters for.
     """
 
-    def __init__(
-        self,
-        layer: LatentLayer,
-        constants: dict[str, Any],
-        target: heuristics.Target | None = None,
-    ):
+    def __init__(self, layer: LatentLayer, constants: dict[str, Any], target: heuristics.Target):
         dim = constants["DIM"]
         columns = pair_order(layer.head_dim, layer.rot_dim, layer.is_neox)
         bands = layer.latent_format if isinstance(layer.latent_format, BandFormat) else None
@@ -44,11 +39,7 @@ class KeyScales:
         factors = layer.k_up.reshape(layer.num_kv_heads, layer.head_dim, layer.k_width)
         self.latent_format, self.count = layer.latent_format, layer.key_scales
         self.config = heuristics.key_scales_config(
-            dim,
-            layer.k_up.element_size(),
-            layer.k_width,
-            bands is not None,
-            target or heuristics.target_of(layer.k_up.device),
+            dim, layer.k_up.element_size(), layer.k_width, bands is not None, target
         )
         self.constants = {name: constants[name] for name in CONSTANTS} | {
             "k_up": pack_heads(factors, columns, dim),

@@ -27,25 +27,16 @@ class Reconstruction:
 
     Args:
         constants: of the layer, as :func:`~.layout.kernel_constants` packs them.
-        target: device to choose launch parameters for, that of the factors if not given.
+        target: device to choose launch parameters for.
     """
 
-    def __init__(
-        self,
-        layer: LatentLayer,
-        constants: dict[str, Any],
-        target: heuristics.Target | None = None,
-    ):
+    def __init__(self, layer: LatentLayer, constants: dict[str, Any], target: heuristics.Target):
         dim, columns = constants["DIM"], torch.arange(layer.head_dim)
         self.latent_format = layer.latent_format
         self.num_kv_heads = layer.num_kv_heads
         bands = layer.latent_format if isinstance(layer.latent_format, BandFormat) else None
         self.config = heuristics.reconstruction_config(
-            dim,
-            layer.k_up.element_size(),
-            layer.k_width,
-            bands is not None,
-            target or heuristics.target_of(layer.k_up.device),
+            dim, layer.k_up.element_size(), layer.k_width, bands is not None, target
         )
         self.constants = {name: constants[name] for name in CONSTANTS} | {
             "v_up": pack_heads(layer.v_up, columns, dim),
