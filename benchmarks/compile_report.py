@@ -48,14 +48,15 @@ from .sass import Loop, cuobjdump, loop_of, whole_of
 
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
 LATENT_DTYPES = ("bf16", *BITS, "bands")
-#: Whose kernels are also compiled for quantized latents: fewer bits instead of lower ranks.
-QUANTIZED = ("llama-3.1-8b",)
+#: Of ranks, beside which quantized latents have fewer bits.
 QUANTIZED_COMPRESSIONS = (0.25, 0.5)
 #: Multiprocessors only decide pieces, which do not change the code.
 TARGETS = {80: heuristics.Target(80, 108), 90: heuristics.Target(90, 132),
            100: heuristics.Target(100, 148)}  # fmt: skip
 #: Enough for the rotation of a tile to be found in the table.
 POSITIONS = 1024
+#: Threads of a program.
+MOST_THREADS = 1024
 #: Tokens of a sequence that is cut into pieces.
 LONG = 32768
 MODES = {"decode": 1, "verify": 4, "prefill": 64}
@@ -134,11 +135,32 @@ class Row:
         return found
 
 
+class CompileOnlyUtils:
+    """Of such a driver: reads off a compiled kernel what it would tell of a loaded one."""
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        # What does not fit is for the report to say.
+        return {"max_shared_mem": 1 << 30}
+
+    def load_binary(
+        self, name: str, cubin: bytes, shared: int, device: int
+    ) -> tuple[str, str, int, int, int]:
+        registers, spilled = resources(cubin)
+        return name, name, registers, spilled // 4, MOST_THREADS
+
+    def unload_module(self, module: str) -> None:
+        pass
+
+
 class CompileOnlyDriver:
     """Stands in for Triton's GPU driver: names a target, launches nothing."""
 
     def __init__(self, arch: int):
         self.arch = arch
+        self.utils = CompileOnlyUtils()
+
+    def launcher_cls(self, *_: object) -> None:
+        return None
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
@@ -151,17 +173,14 @@ class CompileOnlyDriver:
 
 
 def cases(geometries: list[str]) -> Iterator[Case]:
-    for name in geometries:
-        for layout in itertools.product(COMPRESSIONS, group_sizes(GEOMETRIES[name]), SPANS):
-            yield Case(name, *layout)
-
-
-def quantized_cases(geometries: list[str]) -> Iterator[Case]:
-    dtypes = LATENT_DTYPES[1:]
-    for name, *layout in itertools.product(QUANTIZED, QUANTIZED_COMPRESSIONS, (1,), SPANS, dtypes):
-        case = Case(name, *layout)
-        if name in geometries and case.exists:
-            yield case
+    """Every layout that is looked at."""
+    kinds = ((COMPRESSIONS, LATENT_DTYPES[:1]), (QUANTIZED_COMPRESSIONS, LATENT_DTYPES[1:]))
+    for (compressions, dtypes), name in itertools.product(kinds, geometries):
+        groups = group_sizes(GEOMETRIES[name])
+        for layout in itertools.product(compressions, groups, SPANS, dtypes):
+            case = Case(name, *layout)
+            if case.exists:
+                yield case
 
 
 def launches(case: Case, target: heuristics.Target, mode: str) -> Iterator[Launch]:
@@ -283,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     wanted = [
         case
-        for case in (*cases(options.geometry), *quantized_cases(options.geometry))
+        for case in cases(options.geometry)
         if case.compression in options.compression
         and case.group_size in options.group_size
         and case.spans in options.spans

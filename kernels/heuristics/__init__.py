@@ -5,10 +5,11 @@ compiler reports by ``python -m recalkv_vllm.benchmarks.compile_report``.
 """
 
 from recalkv_vllm.kernels.heuristics.choice import attention_config, query_lengths
+from recalkv_vllm.kernels.heuristics.leaner import leaner_attention, leaner_reconstruction
 from recalkv_vllm.kernels.heuristics.pieces import piece_bounds
 from recalkv_vllm.kernels.heuristics.preference import prefers_cuda
 from recalkv_vllm.kernels.heuristics.reconstruction import (
-    key_scales_config,
+    ReconstructionConfig,
     prefers_dense,
     reconstruction_config,
 )
@@ -25,10 +26,12 @@ __all__ = [
     "WIDE_MMA",
     "AttentionConfig",
     "AttentionShape",
+    "ReconstructionConfig",
     "Target",
     "ValueUpConfig",
     "attention_config",
-    "key_scales_config",
+    "leaner_attention",
+    "leaner_reconstruction",
     "piece_bounds",
     "prefers_cuda",
     "prefers_dense",

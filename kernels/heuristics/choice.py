@@ -14,6 +14,7 @@ from recalkv_vllm.kernels.heuristics.shapes import (
     AttentionShape,
     head_counts,
     shared_memory,
+    streamed_columns,
     tile_columns,
     value_block,
 )
@@ -87,7 +88,6 @@ def _config(
     shape: AttentionShape, rule: Rule, heads: int, v_block: int, queries: int, most_rows: int
 ) -> AttentionConfig:
     per_query = heads * shape.queries_per_kv
-    widest = 32 if shape.bands else 64  # 24 and 48 bytes of addresses spilled with 64
     query_block = max(1, min(queries, most_rows // per_query))
     return AttentionConfig(
         heads=heads,
@@ -96,7 +96,7 @@ def _config(
         rows=max(16, next_power_of_2(query_block * per_query)),
         tile=rule.tile,
         local_rope=rule.local_rope and shape.local_rope,
-        stream=min(widest, shape.k_width & -shape.k_width) if rule.stream else 0,
+        stream=streamed_columns(shape) if rule.stream else 0,
         # Twice the registers, for codes, scales and elements of a tile while it is dequantized.
         warps=rule.warps if shape.code_bits is None else 8,
         stages=3,

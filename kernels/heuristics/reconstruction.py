@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from recalkv_vllm.kernels.heuristics.choice import attention_config
@@ -47,16 +47,6 @@ def reconstruction_config(
         stream=16 if k_width <= 32 and dim > 64 else widest,
         warps=4 if dim <= 64 else 8,
     )
-
-
-@cache
-def key_scales_config(
-    dim: int, itemsize: int, k_width: int, bands: bool, target: Target
-) -> ReconstructionConfig:
-    """Of a kernel that reconstructs keys for their scales alone."""
-    config = reconstruction_config(dim, itemsize, k_width, bands, target)
-    # 8 bytes spilled on sm_80 with three stages.
-    return replace(config, stages=min(2, config.stages))
 
 
 def prefers_dense(shape: AttentionShape, target: Target, queries: float) -> bool:

@@ -82,6 +82,12 @@ def value_block(v_width: int, largest: int) -> int:
     return 16 * max(n for n in range(1, units + 1) if units % n == 0 and 16 * n <= largest)
 
 
+def streamed_columns(shape: AttentionShape) -> int:
+    """Columns of a streamed factor that are read at a time."""
+    widest = 32 if shape.bands else 64  # 24 and 48 bytes of addresses spilled with 64
+    return min(widest, shape.k_width & -shape.k_width)
+
+
 def tile_columns(shape: AttentionShape, config: AttentionConfig) -> int:
     """Latent columns that a program loads per tile and keeps: its V block and its K spans."""
     groups = max(1, config.heads // shape.k_group_size)

@@ -54,6 +54,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
     recorded: list[Launch] = []
     monkeypatch.setattr(Launch, "run", lambda launch: recorded.append(launch))
+    monkeypatch.setattr(Launch, "spills", lambda launch: 0)  # fake tensors have no address
     for name in ("unified_kv_cache_update", "unified_attention_with_output"):
         # Under fake tensors, an op's fake implementation runs, and vLLM's does nothing.
         monkeypatch.setattr(torch.ops.vllm, name, getattr(attention, name))

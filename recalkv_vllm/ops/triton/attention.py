@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.attention import latent_attention
+from recalkv_vllm.kernels.columns import Columns
 from recalkv_vllm.ops.contract import Batch, BatchLimits, LatentLayer
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.layout import (
@@ -18,6 +20,7 @@ from recalkv_vllm.ops.triton.layout import (
 )
 from recalkv_vllm.ops.triton.merge import merge_launch
 from recalkv_vllm.ops.triton.plan import AttentionPlanner, LaunchPlan, Part
+from recalkv_vllm.ops.triton.spills import SpillFree
 from recalkv_vllm.ops.triton.value_up import Values, merged_value_up_launch, value_up_launch
 from recalkv_vllm.ops.triton.work_list import Partial, WorkList, work_list
 from recalkv_vllm.ops.workspace import clear_rows, reserve_workspace
@@ -48,6 +51,7 @@ class TritonAttention:
         self.planner = AttentionPlanner(
             attended, target, local_rope=self.local_rotation is not None
         )
+        self._spill_free: SpillFree[heuristics.AttentionConfig] = SpillFree()
 
     def attend(
         self, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
@@ -185,8 +189,8 @@ class TritonAttention:
     ) -> Iterator[Launch]:
         """Launches into the part's rows of ``out: [rows, h_q, v_width]`` and ``lse: [rows, h_q]``;
         of a work list into its partial results."""
-        planner, config, num_heads = self.planner, plan.config, q.shape[1]
-        head_blocks = planner.num_kv_heads // config.heads
+        planner, num_heads = self.planner, q.shape[1]
+        head_blocks = planner.num_kv_heads // plan.config.heads
         arguments = {
             **self._constants,
             **cache_arguments(kv_cache, self.latent_format, self._constants["KEY_SCALES"]),
@@ -195,7 +199,6 @@ class TritonAttention:
             "seq_lens": batch.seq_lens[part.first :],
             "query_start_loc": batch.query_start_loc[part.first :],
             "pieces": None if work is None else work.pieces,
-            "local_rotation": self.local_rotation if config.local_rope else None,
             "out": out,
             "lse": lse,
             "num_seqs": part.count,
@@ -206,6 +209,33 @@ class TritonAttention:
             "stride_table": batch.block_table.stride(0),
             "NUM_HEADS": num_heads,
             "QUERIES_PER_KV": num_heads // planner.num_kv_heads,
+            "SEARCH": plan.search and work is None,
+        }
+        blocks, pieces = (plan.blocks, 1) if work is None else (1, len(work.pieces))
+        kind = (plan.config, num_heads, kv_cache.shape[1], out.dtype, work is None, plan.search)
+        for v_blocks, columns in plan.columns:
+            grid = (blocks * head_blocks * len(v_blocks), pieces)
+            own = arguments | {"V_BLOCKS": len(v_blocks), "FIRST_V_BLOCK": v_blocks.start}
+
+            def launch(
+                config: heuristics.AttentionConfig,
+                grid: tuple[int, ...] = grid,
+                own: dict[str, Any] = own,
+                columns: Columns = columns,
+            ) -> Launch:
+                known = own | self._configured(config, columns)
+                return Launch(latent_attention, grid, known, config.warps, config.stages)
+
+            yield self._spill_free.launch(
+                (*kind, v_blocks.start),
+                heuristics.leaner_attention(planner.shape(num_heads), plan.config, planner.target),
+                launch,
+            )
+
+    def _configured(self, config: heuristics.AttentionConfig, columns: Columns) -> dict[str, Any]:
+        """Arguments that follow from launch parameters."""
+        return {
+            "local_rotation": self.local_rotation if config.local_rope else None,
             "HEADS": config.heads,
             "GROUP": min(config.heads, self.group_size),
             "V_BLOCK": config.v_block,
@@ -213,23 +243,9 @@ class TritonAttention:
             "ROWS": config.rows,
             "TILE": config.tile,
             "LOCAL_ROPE": config.local_rope,
-            "SEARCH": plan.search and work is None,
             "STREAM": config.stream,
             "STAGES": config.stages,
+            "K_CHUNKS": columns.k,
+            "K_STREAMS": columns.streams(config.stream),
+            "V_CHUNKS": columns.v,
         }
-        blocks, pieces = (plan.blocks, 1) if work is None else (1, len(work.pieces))
-        for v_blocks, columns in plan.columns:
-            yield Launch(
-                latent_attention,
-                (blocks * head_blocks * len(v_blocks), pieces),
-                arguments
-                | {
-                    "V_BLOCKS": len(v_blocks),
-                    "FIRST_V_BLOCK": v_blocks.start,
-                    "K_CHUNKS": columns.k,
-                    "K_STREAMS": columns.streams(config.stream),
-                    "V_CHUNKS": columns.v,
-                },
-                config.warps,
-                config.stages,
-            )

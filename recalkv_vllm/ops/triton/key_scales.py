@@ -15,6 +15,7 @@ from recalkv_vllm.ops.contract import LatentLayer
 from recalkv_vllm.ops.rotary import pair_order
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.layout import cache_arguments, pack_heads
+from recalkv_vllm.ops.triton.spills import SpillFree
 
 #: Of what a layer fixes, that which the kernel takes; its factors are without the norm's weight.
 CONSTANTS = (
@@ -38,7 +39,7 @@ class KeyScales:
         bias = layer.k_bias
         factors = layer.k_up.reshape(layer.num_kv_heads, layer.head_dim, layer.k_width)
         self.latent_format, self.count = layer.latent_format, layer.key_scales
-        self.config = heuristics.key_scales_config(
+        self.config = heuristics.reconstruction_config(
             dim, layer.k_up.element_size(), layer.k_width, bands is not None, target
         )
         self.constants = {name: constants[name] for name in CONSTANTS} | {
@@ -48,21 +49,23 @@ class KeyScales:
             "HEADS": layer.num_kv_heads // self.count,
             "K_STREAMS": streams_of(runs_of_span(layer.k_spans[0], bands), self.config.stream),
             "TILE": self.config.tile,
-            "STAGES": self.config.stages,
         }
+        self._spill_free: SpillFree[heuristics.ReconstructionConfig] = SpillFree()
 
     def launch(self, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> Launch:
         """Of one slot or more, with their latents in the cache."""
         num_slots = slot_mapping.shape[0]
-        return Launch(
-            write_key_scales,
-            (triton.cdiv(num_slots, self.config.tile), self.count),
-            {
-                **self.constants,
-                **cache_arguments(kv_cache, self.latent_format, self.count),
-                "slot_mapping": slot_mapping,
-                "num_slots": num_slots,
-            },
-            self.config.warps,
-            self.config.stages,
-        )
+        arguments = {
+            **self.constants,
+            **cache_arguments(kv_cache, self.latent_format, self.count),
+            "slot_mapping": slot_mapping,
+            "num_slots": num_slots,
+        }
+
+        def launch(config: heuristics.ReconstructionConfig) -> Launch:
+            grid = (triton.cdiv(num_slots, config.tile), self.count)
+            own = arguments | {"STAGES": config.stages}
+            return Launch(write_key_scales, grid, own, config.warps, config.stages)
+
+        configs = heuristics.leaner_reconstruction(self.config)
+        return self._spill_free.launch(kv_cache.shape[1], configs, launch)

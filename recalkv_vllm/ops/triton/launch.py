@@ -28,6 +28,12 @@ class Launch:
         """Triton's compiled kernel for the active driver's target; nothing is launched."""
         return self.kernel.warmup(grid=self.grid, **self.arguments, **self._options())
 
+    def spills(self) -> int:
+        """Registers of a thread that the compiler keeps in memory; loads the compiled kernel."""
+        compiled = self.compile()
+        compiled.run  # noqa: B018  # Triton learns it from the driver, when it is first asked to run.
+        return compiled.n_spills
+
     def _options(self) -> dict[str, Any]:
         options = {"num_warps": self.warps, "num_stages": self.stages}
         # Said outright because Triton 3.10 changes the default.

@@ -13,6 +13,7 @@ from recalkv_vllm.kernels.reconstruction import reconstruct_tokens
 from recalkv_vllm.ops.contract import LatentLayer, Pieces
 from recalkv_vllm.ops.triton.launch import Launch
 from recalkv_vllm.ops.triton.layout import cache_arguments, pack_heads
+from recalkv_vllm.ops.triton.spills import SpillFree
 
 #: Of what a layer fixes, that which the kernel takes.
 CONSTANTS = (
@@ -45,29 +46,31 @@ class Reconstruction:
             "K_STREAMS": streams_of(runs_of_span(layer.k_spans[0], bands), self.config.stream),
             "V_STREAMS": streams_of(runs_of_span(layer.v_spans[0], bands), self.config.stream),
             "TILE": self.config.tile,
-            "STAGES": self.config.stages,
         }
+        self._spill_free: SpillFree[heuristics.ReconstructionConfig] = SpillFree()
 
     def launch(
         self, kv_cache: torch.Tensor, pieces: Pieces, keys: torch.Tensor, values: torch.Tensor
     ) -> Launch:
         """See :meth:`BoundLayer.reconstruct`."""
         num_pieces = pieces.positions.shape[0]
-        tiles = pieces.num_tokens // self.config.tile + num_pieces
-        return Launch(
-            reconstruct_tokens,
-            (tiles * self.num_kv_heads,),
-            {
-                **self.constants,
-                **cache_arguments(kv_cache, self.latent_format, self.constants["KEY_SCALES"]),
-                "block_table": pieces.block_table,
-                "positions": pieces.positions,
-                "start_loc": pieces.start_loc,
-                "keys": keys,
-                "values": values,
-                "num_pieces": num_pieces,
-                "stride_table": pieces.block_table.stride(0),
-            },
-            self.config.warps,
-            self.config.stages,
-        )
+        arguments = {
+            **self.constants,
+            **cache_arguments(kv_cache, self.latent_format, self.constants["KEY_SCALES"]),
+            "block_table": pieces.block_table,
+            "positions": pieces.positions,
+            "start_loc": pieces.start_loc,
+            "keys": keys,
+            "values": values,
+            "num_pieces": num_pieces,
+            "stride_table": pieces.block_table.stride(0),
+        }
+
+        def launch(config: heuristics.ReconstructionConfig) -> Launch:
+            tiles = pieces.num_tokens // config.tile + num_pieces
+            own = arguments | {"STAGES": config.stages}
+            grid = (tiles * self.num_kv_heads,)
+            return Launch(reconstruct_tokens, grid, own, config.warps, config.stages)
+
+        configs = heuristics.leaner_reconstruction(self.config)
+        return self._spill_free.launch(kv_cache.shape[1], configs, launch)
