@@ -29,13 +29,20 @@ Config = TypeVar("Config", AttentionConfig, ReconstructionConfig)
 def leaner_attention(
     shape: AttentionShape, config: AttentionConfig, target: Target
 ) -> Iterator[AttentionConfig]:
-    """``config``, then fewer tiles at once, rotations per token, and a factor streamed from L2."""
+    """``config``, then fewer tiles at once, rotations per token, and a factor streamed from L2.
+
+    Of elements of 16 bits at least one tile is fetched ahead, and the factor stays where it is:
+    decode waits for memory then, and a few bytes spilled cost less. Codes take few bytes and many
+    instructions.
+    """
+    coded = shape.code_bits is not None
     streams = [config.stream]
-    if config.heads == 1:
+    if coded and config.heads == 1:
         streams += [streamed_columns(shape), LEAST_COLUMNS]
     rotations = [config.local_rope, False]
     for stream, local_rope in dict.fromkeys(product(streams, rotations)):
-        for leaner in _fewer_stages(replace(config, stream=stream, local_rope=local_rope)):
+        each = replace(config, stream=stream, local_rope=local_rope)
+        for leaner in _fewer_stages(each, 1 if coded else 2):
             fits = shared_memory(shape, leaner, target) <= target.shared_bytes
             if fits or leaner == config:
                 yield leaner
@@ -43,11 +50,11 @@ def leaner_attention(
 
 def leaner_reconstruction(config: ReconstructionConfig) -> Iterator[ReconstructionConfig]:
     """``config``, then fewer columns at once, and a tile's tokens on twice as many warps."""
-    yield from _fewer_stages(config)
+    yield from _fewer_stages(config, 1)
     if config.warps < 8:
-        yield from _fewer_stages(replace(config, warps=8))
+        yield from _fewer_stages(replace(config, warps=8), 1)
 
 
-def _fewer_stages(config: Config) -> Iterator[Config]:
+def _fewer_stages(config: Config, least: int) -> Iterator[Config]:
     yield config
-    yield from (replace(config, stages=n) for n in (2, 1) if n < config.stages)
+    yield from (replace(config, stages=n) for n in (3, 2, 1) if least <= n < config.stages)

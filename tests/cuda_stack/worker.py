@@ -162,7 +162,11 @@ class Worker:
     def bind_cache(self) -> None:
         """Give every layer its part of the cache; what warms up is not run."""
         layers, cache, sizes = self.layers, self.cache, self.attention[2]
-        with on_gpu(), mock.patch.object(Launch, "run"):
+        with (
+            on_gpu(),
+            mock.patch.object(Launch, "run"),
+            mock.patch.object(Launch, "spills", return_value=0),
+        ):
             init_kv_cache(layers, cache, DEVICE, sizes, self.config)
 
     def capture_inputs(self, num_reqs: int, queries: int, device: torch.device) -> Any:

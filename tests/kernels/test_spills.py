@@ -35,7 +35,8 @@ def test_leaner_attention_is_the_same_grid_and_fits(
         assert heuristics.shared_memory(shape, each, target) <= target.shared_bytes
         assert each.stages <= config.stages
         assert each.local_rope <= config.local_rope
-        assert each.stream == config.stream or config.heads == 1
+        assert each.stages > 1 or shape.code_bits is not None or config.stages == 1
+        assert each.stream == config.stream or (config.heads == 1 and shape.code_bits is not None)
         assert each.stream == 0 or shape.k_width % each.stream == 0
 
 
@@ -84,8 +85,10 @@ def test_kernels_are_compiled_for_their_spills_once(compiled: list[int]) -> None
 def test_the_least_spills_are_launched_and_told_of(
     compiled: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
+    spills._warn.cache_clear()
     with caplog.at_level(logging.WARNING, logger=spills.__name__):
-        assert SpillFree[int]().launch("kernel", (3, 2, 1), launch) == launch(2)
+        for _ in range(2):  # layers
+            assert SpillFree[int]().launch("kernel", (3, 2, 1), launch) == launch(2)
     assert [record.getMessage() for record in caplog.records] == ["2 registers spilled with 2"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable
+from functools import cache
 from typing import Generic, TypeVar
 
 from recalkv_vllm.ops.triton.launch import INTERPRETED, Launch
@@ -44,5 +45,11 @@ def _choose(configs: Iterable[Config], make: Callable[[Config], Launch]) -> Conf
             return config
         spilling.setdefault(spills, config)
     least = min(spilling)
-    LOGGER.warning("%d registers spilled with %s", least, spilling[least])
+    _warn(f"{least} registers spilled with {spilling[least]}")
     return spilling[least]
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once, not for every layer."""
+    LOGGER.warning(message)
