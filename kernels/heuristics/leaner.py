@@ -53,6 +53,8 @@ def leaner_reconstruction(config: ReconstructionConfig) -> Iterator[Reconstructi
     yield from _fewer_stages(config, 1)
     if config.warps < 8:
         yield from _fewer_stages(replace(config, warps=8), 1)
+    if config.stream > LEAST_COLUMNS:
+        yield from _fewer_stages(replace(config, stream=config.stream // 2), 1)
 
 
 def _fewer_stages(config: Config, least: int) -> Iterator[Config]:

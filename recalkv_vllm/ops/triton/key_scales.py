@@ -47,9 +47,9 @@ class KeyScales:
             "k_bias": None if bias is None else pack_heads(bias, columns, dim),
             "norm_eps": layer.k_norm_eps,
             "HEADS": layer.num_kv_heads // self.count,
-            "K_STREAMS": streams_of(runs_of_span(layer.k_spans[0], bands), self.config.stream),
             "TILE": self.config.tile,
         }
+        self._k_runs = runs_of_span(layer.k_spans[0], bands)
         self._spill_free: SpillFree[heuristics.ReconstructionConfig] = SpillFree()
 
     def launch(self, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> Launch:
@@ -64,7 +64,8 @@ class KeyScales:
 
         def launch(config: heuristics.ReconstructionConfig) -> Launch:
             grid = (triton.cdiv(num_slots, config.tile), self.count)
-            own = arguments | {"STAGES": config.stages}
+            streams = streams_of(self._k_runs, config.stream)
+            own = arguments | {"K_STREAMS": streams, "STAGES": config.stages}
             return Launch(write_key_scales, grid, own, config.warps, config.stages)
 
         configs = heuristics.leaner_reconstruction(self.config)

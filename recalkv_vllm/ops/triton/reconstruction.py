@@ -43,10 +43,10 @@ class Reconstruction:
             "v_up": pack_heads(layer.v_up, columns, dim),
             "v_bias": None if layer.v_bias is None else pack_heads(layer.v_bias, columns, dim),
             "NUM_KV_HEADS": layer.num_kv_heads,
-            "K_STREAMS": streams_of(runs_of_span(layer.k_spans[0], bands), self.config.stream),
-            "V_STREAMS": streams_of(runs_of_span(layer.v_spans[0], bands), self.config.stream),
             "TILE": self.config.tile,
         }
+        self._k_runs = runs_of_span(layer.k_spans[0], bands)
+        self._v_runs = runs_of_span(layer.v_spans[0], bands)
         self._spill_free: SpillFree[heuristics.ReconstructionConfig] = SpillFree()
 
     def launch(
@@ -68,7 +68,11 @@ class Reconstruction:
 
         def launch(config: heuristics.ReconstructionConfig) -> Launch:
             tiles = pieces.num_tokens // config.tile + num_pieces
-            own = arguments | {"STAGES": config.stages}
+            own = arguments | {
+                "K_STREAMS": streams_of(self._k_runs, config.stream),
+                "V_STREAMS": streams_of(self._v_runs, config.stream),
+                "STAGES": config.stages,
+            }
             grid = (tiles * self.num_kv_heads,)
             return Launch(reconstruct_tokens, grid, own, config.warps, config.stages)
 
