@@ -4,7 +4,7 @@
 it, for sm_80, sm_90 and sm_100 at the geometries of common models, and reads registers, spills,
 shared memory and tensor-core instructions off the result. It prints a table (or ``--json``) and
 exits with 1 if a kernel spills, does not fit, or lacks tensor-core instructions. Each of the
-different attention kernels, well over a thousand, takes two to five seconds of one core; Triton's
+different attention kernels, several thousand, takes two to five seconds of one core; Triton's
 cache keeps them.
 
 The compiler is the one of the Triton that is imported, which releases of torch differ in; another
@@ -136,7 +136,7 @@ class Row:
 
 
 class CompileOnlyUtils:
-    """Of such a driver: reads off a compiled kernel what it would tell of a loaded one."""
+    """Of the driver below: reads off a compiled kernel what it would tell of a loaded one."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         # What does not fit is for the report to say.

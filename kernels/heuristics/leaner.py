@@ -49,7 +49,7 @@ def leaner_attention(
 
 
 def leaner_reconstruction(config: ReconstructionConfig) -> Iterator[ReconstructionConfig]:
-    """``config``, then fewer columns at once, and a tile's tokens on twice as many warps."""
+    """``config``, then fewer columns ahead, twice as many warps, and half as many columns."""
     yield from _fewer_stages(config, 1)
     if config.warps < 8:
         yield from _fewer_stages(replace(config, warps=8), 1)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,22 +9,15 @@ import triton
 
 from recalkv_vllm.benchmarks.compile_report import Case, Row, summary
 from recalkv_vllm.benchmarks.sass import Loop, longest_loop
+from tests.kernels.reports import rows_of
 
 CASE = Case("llama-3.1-8b", 0.5, 1, "split")
 
 
 def report(*arguments: str) -> list[dict[str, Any]]:
     """Rows of decode with one head per group; asserts that none has faults."""
-    arguments += ("--group-size", "1", "--mode", "decode", "--json")
-    done = subprocess.run(
-        [sys.executable, "-m", "recalkv_vllm.benchmarks.compile_report", *arguments],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+    decode = ("--group-size", "1", "--mode", "decode")
+    rows = rows_of("compile_report", *arguments, *decode)
     assert not any(row["faults"] for row in rows)
     return rows
 

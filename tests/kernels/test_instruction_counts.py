@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import triton
 
@@ -14,6 +9,7 @@ from recalkv_vllm.benchmarks.compile_report import TARGETS, Case
 from recalkv_vllm.benchmarks.instruction_counts import Count, fitted, layer_cost
 from recalkv_vllm.benchmarks.sass import longest_loop
 from recalkv_vllm.cost.triton import COUNTED, TOLERANCE, TRITON, Instructions, triton_spends
+from tests.kernels.reports import rows_of
 
 
 @pytest.mark.skipif(
@@ -21,16 +17,7 @@ from recalkv_vllm.cost.triton import COUNTED, TOLERANCE, TRITON, Instructions, t
 )
 def test_counts_are_those_of_compiled_kernels() -> None:
     arguments = ["--arch", "90", "--geometry", "llama-3.1-8b", "--group-size", "1", "2"]
-    arguments += ["--compression", "0.5", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "recalkv_vllm.benchmarks.instruction_counts", *arguments],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
+    rows = rows_of("instruction_counts", *arguments, "--compression", "0.5")
     assert len(rows) == 2 * 3 * 2
     assert {tuple(row["kind"]) for row in rows} == {(9, 64, False), (9, 64, True), (9, 32, True)}
     for row in rows:

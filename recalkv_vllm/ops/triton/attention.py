@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,9 +140,9 @@ class TritonAttention:
             return
         work, cutting = work_list(batch, part.sequences, part.tokens, plan.cut)
         yield from cutting
-        partial = Partial.of(work, self.planner.num_kv_heads, self.planner.v_width)
-        yield from self._attention(plan, part, q, kv_cache, batch, partial.o_lat, partial.lse, work)
-        yield merge_launch(partial, o_lat[owned], lse[owned])
+        pieces = Partial.of(work, self.planner.num_kv_heads, self.planner.v_width)
+        yield from self._attention(plan, part, q, kv_cache, batch, pieces.o_lat, pieces.lse, work)
+        yield merge_launch(pieces, o_lat[owned], lse[owned])
 
     def head_launches(
         self,
@@ -167,9 +168,9 @@ class TritonAttention:
             return
         work, cutting = work_list(batch, part.sequences, part.tokens, plan.cut)
         yield from cutting
-        partial = Partial.of(work, self.planner.num_kv_heads, self.planner.v_width)
-        yield from self._attention(plan, part, q, kv_cache, batch, partial.o_lat, partial.lse, work)
-        yield merged_value_up_launch(partial, values, own_heads)
+        pieces = Partial.of(work, self.planner.num_kv_heads, self.planner.v_width)
+        yield from self._attention(plan, part, q, kv_cache, batch, pieces.o_lat, pieces.lse, work)
+        yield merged_value_up_launch(pieces, values, own_heads)
 
     def _plan(
         self, part: Part, q: torch.Tensor, kv_cache: torch.Tensor, batch: Batch
@@ -216,25 +217,21 @@ class TritonAttention:
         for v_blocks, columns in plan.columns:
             grid = (blocks * head_blocks * len(v_blocks), pieces)
             own = arguments | {"V_BLOCKS": len(v_blocks), "FIRST_V_BLOCK": v_blocks.start}
-
-            def launch(
-                config: heuristics.AttentionConfig,
-                grid: tuple[int, ...] = grid,
-                own: dict[str, Any] = own,
-                columns: Columns = columns,
-            ) -> Launch:
-                known = own | self._configured(config, columns)
-                return Launch(latent_attention, grid, known, config.warps, config.stages)
-
             yield self._spill_free.launch(
                 (*kind, v_blocks.start),
                 heuristics.leaner_attention(planner.shape(num_heads), plan.config, planner.target),
-                launch,
+                partial(self._launch, grid, own, columns),
             )
 
-    def _configured(self, config: heuristics.AttentionConfig, columns: Columns) -> dict[str, Any]:
-        """Arguments that follow from launch parameters."""
-        return {
+    def _launch(
+        self,
+        grid: tuple[int, ...],
+        arguments: dict[str, Any],
+        columns: Columns,
+        config: heuristics.AttentionConfig,
+    ) -> Launch:
+        """With what follows from launch parameters, besides ``arguments``."""
+        arguments = arguments | {
             "local_rotation": self.local_rotation if config.local_rope else None,
             "HEADS": config.heads,
             "GROUP": min(config.heads, self.group_size),
@@ -249,3 +246,4 @@ class TritonAttention:
             "K_STREAMS": columns.streams(config.stream),
             "V_CHUNKS": columns.v,
         }
+        return Launch(latent_attention, grid, arguments, config.warps, config.stages)
