@@ -56,6 +56,7 @@ from recalkv_vllm.kernels.partition import (
     locate_rows,
     piece_rows,
     select_head,
+    split_program,
     visible_tiles,
 )
 from recalkv_vllm.kernels.softmax import (
@@ -162,11 +163,9 @@ def latent_attention(
     HEAD_BLOCKS: tl.constexpr = NUM_HEADS // Q_HEADS
     DTYPE: tl.constexpr = q.dtype.element_ty
     FORMAT: tl.constexpr = Format(CODEC, RANK, SCALE_SHIFT, CODE_UNIT, DTYPE)
-    # Programs that read the same latents are neighbors, so that all but one hit L2.
-    program = tl.program_id(0)
-    v_block = FIRST_V_BLOCK + program % V_BLOCKS
-    first_head = program // V_BLOCKS % HEAD_BLOCKS * HEADS
-    block = program // (V_BLOCKS * HEAD_BLOCKS)
+    v_block, first_head, block = split_program(
+        tl.program_id(0), FIRST_V_BLOCK, V_BLOCKS, HEAD_BLOCKS, HEADS
+    )
     if pieces is None:
         seq, start, first_query = find_queries(
             query_start_loc, block, num_seqs, QUERY_BLOCK, SEARCH
@@ -197,8 +196,9 @@ def latent_attention(
         num_queries = tl.load(query_start_loc + seq + 1) - start
     length = tl.load(seq_lens + seq)
 
+    row = tl.arange(0, ROWS)
     rows = locate_rows(
-        start, first_query, num_queries, first_head, QUERY_BLOCK, Q_HEADS, QUERIES_PER_KV, ROWS
+        start, first_query, num_queries, first_head, row, QUERY_BLOCK, Q_HEADS, QUERIES_PER_KV
     )
     first_position = length - num_queries + first_query
     row_position = length - num_queries + rows.query
@@ -290,12 +290,24 @@ def latent_attention(
         acc = accumulate_values(acc, values, weights.to(DTYPE), decay)
 
     row_lse = log_sum_exp(row_max, row_sum)
+    # Where rows go is found again, from numbers times one, or it is held over the loop, in
+    # registers that are full. No batch is empty, which the compiler does not know.
+    one = 1 + tl.minimum(num_seqs, 0)
+    v_block, first_head, _ = split_program(
+        tl.program_id(0) * one, FIRST_V_BLOCK, V_BLOCKS, HEAD_BLOCKS, HEADS
+    )
+    piece = tl.program_id(1) * one
+    if pieces is not None:
+        seq, first_query, _, _ = load_piece(pieces, piece, QUERIES_PER_KV)
+    start = tl.load(query_start_loc + seq * one)
+    num_queries = tl.load(query_start_loc + seq * one + 1) - start
+    rows = locate_rows(
+        start, first_query, num_queries, first_head, row * one, QUERY_BLOCK, Q_HEADS, QUERIES_PER_KV
+    )
     if pieces is None:
         out_row = (rows.token - first_token) * NUM_HEADS + rows.head
     else:
-        out_row = piece_rows(
-            tl.program_id(1), first_query, rows, NUM_HEADS, QUERY_BLOCK, QUERIES_PER_KV
-        )
+        out_row = piece_rows(piece, first_query, rows, NUM_HEADS, QUERY_BLOCK, QUERIES_PER_KV)
     if v_block == 0:
         tl.store(lse + out_row, row_lse, mask=rows.live)
     # As in log_sum_exp: nothing seen gives zero, a NaN stays a NaN.

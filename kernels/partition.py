@@ -64,6 +64,23 @@ def find_queries(query_start_loc, block, num_seqs, QUERY_BLOCK: tl.constexpr, SE
 
 
 @triton.jit
+def split_program(
+    program,
+    FIRST_V_BLOCK: tl.constexpr,
+    V_BLOCKS: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """``(block of value columns, first KV head, block of queries)`` of a program.
+
+    Programs that read the same latents are neighbors, so that all but one hit L2.
+    """
+    v_block = FIRST_V_BLOCK + program % V_BLOCKS
+    first_head = program // V_BLOCKS % HEAD_BLOCKS * HEADS
+    return v_block, first_head, program // (V_BLOCKS * HEAD_BLOCKS)
+
+
+@triton.jit
 def load_piece(pieces, piece, QUERIES_PER_KV: tl.constexpr):
     """``(sequence, first query, first tile, end tile)`` of a piece of the work list."""
     entry = pieces + piece * 4
@@ -89,17 +106,17 @@ def locate_rows(
     first_query,
     num_queries,
     first_head,
+    row,
     QUERY_BLOCK: tl.constexpr,
     Q_HEADS: tl.constexpr,
     QUERIES_PER_KV: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """:class:`Rows` of ``QUERY_BLOCK`` queries from ``first_query`` on, times ``Q_HEADS`` heads.
 
     The heads of one query are neighbors; they begin with those of KV head ``first_head``. The
-    sequence has ``num_queries`` queries, which start at row ``start`` of ``q``.
+    sequence has ``num_queries`` queries, which start at row ``start`` of ``q``. ``row: [ROWS]``
+    counts rows.
     """
-    row = tl.arange(0, ROWS)
     query = first_query + row // Q_HEADS
     return Rows(
         query=query,
