@@ -31,18 +31,16 @@ def leaner_attention(
 ) -> Iterator[AttentionConfig]:
     """``config``, then fewer tiles at once, rotations per token, and a factor streamed from L2.
 
-    Of elements of 16 bits at least one tile is fetched ahead, and the factor stays where it is:
-    decode waits for memory then, and a few bytes spilled cost less. Codes take few bytes and many
-    instructions.
+    With one tile at once none is fetched ahead. Then less shared memory is taken, so that another
+    program of the multiprocessor can compute meanwhile.
     """
-    coded = shape.code_bits is not None
     streams = [config.stream]
-    if coded and config.heads == 1:
+    if config.heads == 1:
         streams += [streamed_columns(shape), LEAST_COLUMNS]
     rotations = [config.local_rope, False]
     for stream, local_rope in dict.fromkeys(product(streams, rotations)):
         each = replace(config, stream=stream, local_rope=local_rope)
-        for leaner in _fewer_stages(each, 1 if coded else 2):
+        for leaner in _fewer_stages(each):
             fits = shared_memory(shape, leaner, target) <= target.shared_bytes
             if fits or leaner == config:
                 yield leaner
@@ -50,13 +48,13 @@ def leaner_attention(
 
 def leaner_reconstruction(config: ReconstructionConfig) -> Iterator[ReconstructionConfig]:
     """``config``, then fewer columns ahead, twice as many warps, and half as many columns."""
-    yield from _fewer_stages(config, 1)
+    yield from _fewer_stages(config)
     if config.warps < 8:
-        yield from _fewer_stages(replace(config, warps=8), 1)
+        yield from _fewer_stages(replace(config, warps=8))
     if config.stream > LEAST_COLUMNS:
-        yield from _fewer_stages(replace(config, stream=config.stream // 2), 1)
+        yield from _fewer_stages(replace(config, stream=config.stream // 2))
 
 
-def _fewer_stages(config: Config, least: int) -> Iterator[Config]:
+def _fewer_stages(config: Config) -> Iterator[Config]:
     yield config
-    yield from (replace(config, stages=n) for n in (3, 2, 1) if least <= n < config.stages)
+    yield from (replace(config, stages=n) for n in (3, 2, 1) if n < config.stages)

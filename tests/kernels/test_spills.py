@@ -35,8 +35,7 @@ def test_leaner_attention_is_the_same_grid_and_fits(
         assert heuristics.shared_memory(shape, each, target) <= target.shared_bytes
         assert each.stages <= config.stages
         assert each.local_rope <= config.local_rope
-        assert each.stages > 1 or shape.code_bits is not None or config.stages == 1
-        assert each.stream == config.stream or (config.heads == 1 and shape.code_bits is not None)
+        assert each.stream == config.stream or config.heads == 1
         assert each.stream == 0 or shape.k_width % each.stream == 0
 
 
