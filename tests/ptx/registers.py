@@ -106,8 +106,8 @@ class Registers:
             values = np.where(lanes, values, old)
         self.values[name] = values
 
-    def put_loaded(self, name: str, values: np.ndarray, lanes: np.ndarray) -> None:
-        """The same of a load, which may be narrower than the register: with its sign, if any."""
+    def put_extended(self, name: str, values: np.ndarray, lanes: np.ndarray) -> None:
+        """The same of what may be narrower than the register, a load or ``cvt``: with its sign."""
         width = WIDTHS.get(name[:3], 4)
         if values.dtype.itemsize < width:
             kind = "s" if values.dtype.kind == "i" else "u"
@@ -189,4 +189,4 @@ class Registers:
             result = self.get(operands[1], source).astype(TYPES[to])
         else:
             raise MachineError("not known here")
-        self.put(operands[0], result, lanes)
+        self.put_extended(operands[0], result, lanes)

@@ -69,6 +69,7 @@ LANES = np.arange(32)
         ("cvt.rn.f32.s32 %r3, %r1;\ncvt.rn.bf16x2.f32 %r2, %r3, 0f00000000;",
          [torch.tensor(float(i)).bfloat16().view(torch.int16).item() << 16 for i in LANES]),
         ("setp.lt.u32 %p1, %r1, 7;\nselp.b32 %r2, 1, 2, %p1;", np.where(LANES < 7, 1, 2)),
+        ("cvt.s8.s32 %rs1, -3;\nshr.u16 %rs2, %rs1, 13;\ncvt.u32.u16 %r2, %rs2;", np.full(32, 7)),
         ("cvt.s64.s32 %rd3, -1;\nmov.b64 {%r3, %r2}, %rd3;", np.full(32, -1)),
     ],
 )  # fmt: skip

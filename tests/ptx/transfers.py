@@ -69,7 +69,7 @@ class Transfers:
             data = self.memory.load(addresses, size, lanes)
         values = np.ascontiguousarray(data).view(dtype)
         for i, name in enumerate(names):
-            self.registers.put_loaded(name, values[:, i], lanes)
+            self.registers.put_extended(name, values[:, i], lanes)
 
     def store(self, parts: Parts, operands: Parts, lanes: np.ndarray) -> None:
         size = np.dtype(TYPES[parts[-1]]).itemsize
