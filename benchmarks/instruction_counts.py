@@ -51,7 +51,7 @@ class Count:
 
     Args:
         counted: instructions per cached token, all warps of a program together.
-        flop: of matrix products, the same; 0 where machine code does not tell.
+        flop: of matrix products, the same; 0 where machine code does not tell, as of inner loops.
         modelled: instructions by the cost model.
         modelled_flop: FLOP by the cost model.
         features: heads times head size, and columns that are multiplied.
@@ -115,15 +115,16 @@ def count(case: Case, arch: int) -> Count:
             raise ValueError(f"{case}: {name} {launch.arguments[name]}, expected of {config}")
     loop = loop_of(launch.compile().asm["cubin"])
     per_token = launch.warps / (config.tile * tiles_per_round(loop, launch.arguments))
-    # The inner loop over a streamed factor is counted once.
-    once = replace(shape, k_width=config.stream or shape.k_width)
+    # Inner loops over a streamed factor, one for each of its bands, are counted once.
+    streams = launch.arguments["K_STREAMS"] if launch.arguments["STREAM"] else ()
+    once = replace(shape, k_width=sum(step for _, step, *_ in streams) or shape.k_width)
     kind = (target.family, config.tile, case.latent_format is not None)
     return Count(
         case,
         arch,
         kind,
         loop.instructions * per_token,
-        loop.warp_flop * per_token,
+        0.0 if streams else loop.warp_flop * per_token,
         instructions(COUNTED[kind], once, config),
         tensor_flop(once, config, arch),
         (config.heads * shape.dim, config.heads * once.k_width + config.v_block),
