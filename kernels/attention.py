@@ -55,6 +55,7 @@ from recalkv_vllm.kernels.partition import (
     load_queries,
     locate_rows,
     piece_rows,
+    query_range,
     select_head,
     split_program,
     visible_tiles,
@@ -192,8 +193,7 @@ def latent_attention(
         seq, first_query, tile_from, tile_to = load_piece(pieces, tl.program_id(1), QUERIES_PER_KV)
         if tile_from >= tile_to:
             return
-        start = tl.load(query_start_loc + seq)
-        num_queries = tl.load(query_start_loc + seq + 1) - start
+        start, num_queries = query_range(query_start_loc, seq)
     length = tl.load(seq_lens + seq)
 
     row = tl.arange(0, ROWS)
@@ -299,8 +299,7 @@ def latent_attention(
     piece = tl.program_id(1) * one
     if pieces is not None:
         seq, first_query, _, _ = load_piece(pieces, piece, QUERIES_PER_KV)
-    start = tl.load(query_start_loc + seq * one)
-    num_queries = tl.load(query_start_loc + seq * one + 1) - start
+    start, num_queries = query_range(query_start_loc, seq * one)
     rows = locate_rows(
         start, first_query, num_queries, first_head, row * one, QUERY_BLOCK, Q_HEADS, QUERIES_PER_KV
     )

@@ -64,6 +64,13 @@ def find_queries(query_start_loc, block, num_seqs, QUERY_BLOCK: tl.constexpr, SE
 
 
 @triton.jit
+def query_range(query_start_loc, seq):
+    """``(first row of q, number of queries)`` of a sequence."""
+    start = tl.load(query_start_loc + seq)
+    return start, tl.load(query_start_loc + seq + 1) - start
+
+
+@triton.jit
 def split_program(
     program,
     FIRST_V_BLOCK: tl.constexpr,

@@ -49,13 +49,13 @@ def test_kernels_compile_without_spills(
             assert f"tile=64 local_rope={rotated:d}" in row["config"]
 
 
-@pytest.mark.skipif(not triton.__version__.startswith("3.7"), reason="spills with Triton 3.7")
 def test_what_spills_by_the_rules_is_compiled_leaner() -> None:
     layout = ("--geometry", CASE.geometry, "--compression", "0.25", "--spans", "split")
     rows = report(*layout, "--latent-dtype", "int4", "--arch", "90")
     attention = [row["config"] for row in rows if row["kernel"] == "latent_attention"]
     assert len(attention) == 2
-    assert all("stages=1" in config for config in attention)  # three, by the rules
+    if triton.__version__.startswith("3.7"):  # which spills with three, those of the rules
+        assert all("stages=1" in config for config in attention)
 
 
 #: Two loops, one in the other, and an access to spilled registers before them.
