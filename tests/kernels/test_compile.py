@@ -58,6 +58,15 @@ def test_what_spills_by_the_rules_is_compiled_leaner() -> None:
         assert all("stages=1" in config for config in attention)
 
 
+def test_bands_compile_without_spills_for_many_queries() -> None:
+    """On sm_100, where eight warps hold 64 rows of other latents."""
+    layout = ("--geometry", "llama-2-7b", "--compression", "0.5", "--spans", "joint")
+    launched = ("--group-size", "1", "--latent-dtype", "bands", "--mode", "prefill")
+    rows = rows_of("compile_report", *layout, *launched, "--arch", "100")
+    assert [row["kernel"] for row in rows] == ["latent_attention", "project_values"]
+    assert not any(row["faults"] for row in rows)
+
+
 #: Two loops, one in the other, and an access to spilled registers before them.
 SASS = """
         /*0000*/                   STL [R1], R5 ;                 /* 0x0000000501007387 */
