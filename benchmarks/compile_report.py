@@ -27,7 +27,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from recalkv_vllm.band_format import BLOCK_COLUMNS, Band, BandFormat, CacheFormat, bands_of
+from recalkv_vllm.band_format import (
+    BLOCK_COLUMNS,
+    PLANES,
+    Band,
+    BandFormat,
+    CacheFormat,
+    bands_of,
+)
 from recalkv_vllm.kernels import heuristics
 from recalkv_vllm.kernels.key_scales import write_key_scales
 from recalkv_vllm.kernels.reconstruction import reconstruct_tokens
@@ -48,6 +55,8 @@ from .sass import Loop, cuobjdump, loop_of, whole_of
 
 COMPRESSIONS = (0.5, 0.6, 0.7, 0.8)
 LATENT_DTYPES = ("bf16", *BITS, "bands")
+#: Of the bands of a region: both kinds with two planes, and many chunks.
+BAND_BITS = (6, 4, 3, 2)
 #: Of ranks, beside which quantized latents have fewer bits.
 QUANTIZED_COMPRESSIONS = (0.25, 0.5)
 #: Multiprocessors only decide pieces, which do not change the code.
@@ -66,13 +75,18 @@ USES_TENSOR_CORES = ("latent_attention", "project_values", "reconstruct_tokens")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One layer's layout, as :func:`.geometries.latent_of` makes it; in ``bands`` or not."""
+    """One layer's layout, as :func:`.geometries.latent_of` makes it; in ``bands`` or not.
+
+    Args:
+        band_bits: of the bands of every region, which are equally wide as far as blocks allow.
+    """
 
     geometry: str
     compression: float
     group_size: int
     spans: str
     latent_dtype: str = "bf16"
+    band_bits: tuple[int, ...] = BAND_BITS
 
     @property
     def latent(self) -> Latent:
@@ -88,16 +102,16 @@ class Case:
     @property
     def latent_format(self) -> CacheFormat | None:
         if self.latent_dtype == "bands":
-            return falling_bands(self.latent)
+            return equal_bands(self.latent, self.band_bits)
         return None if self.latent_dtype == "bf16" else LatentFormat(self.latent_dtype)
 
 
-def falling_bands(latent: Latent) -> BandFormat:
-    """Bands of 6, 4, 3 and 2 bits in every region: both kinds with two planes, and many chunks."""
+def equal_bands(latent: Latent, bits: tuple[int, ...]) -> BandFormat:
+    """A band of each of ``bits`` in every region; some are left out if it has too few blocks."""
     bands: list[Band] = []
     for region in latent.regions:
         blocks = region.width // BLOCK_COLUMNS
-        bands += bands_of([(6, 4, 3, 2)[4 * i // blocks] for i in range(blocks)])
+        bands += bands_of([bits[len(bits) * i // blocks] for i in range(blocks)])
     return BandFormat(tuple(bands))
 
 
@@ -298,10 +312,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--group-size", nargs="*", type=int, default=(1, 2, 3, 4))
     parser.add_argument("--spans", nargs="*", choices=SPANS, default=SPANS)
     parser.add_argument("--latent-dtype", nargs="*", choices=LATENT_DTYPES, default=LATENT_DTYPES)
+    parser.add_argument(
+        "--band-bits", nargs="+", type=int, choices=PLANES, default=BAND_BITS, metavar="BITS",
+        help="of the bands of every region (default: 6 4 3 2)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(arguments)
     wanted = [
-        case
+        replace(case, band_bits=tuple(options.band_bits))
         for case in cases(options.geometry)
         if case.compression in options.compression
         and case.group_size in options.group_size
