@@ -262,7 +262,8 @@ def compile_row(case: Case, mode: str, arch: int, launch: Launch) -> Row:
         loop = loop_of(cubin)
         tiles = tiles_per_round(loop, launch.arguments)
     ptx = compiled.asm["ptx"]
-    keys = ("HEADS", "V_BLOCK", "ROWS", "TILE", "LOCAL_ROPE", "STREAM", "COLUMNS", "DEPTH")
+    keys = ("HEADS", "V_BLOCK", "ROWS", "TILE", "LOCAL_ROPE", "STREAM", "LATE_VALUES", "COLUMNS",
+            "DEPTH")  # fmt: skip
     config = {k.lower(): int(v) for k, v in launch.arguments.items() if k in keys}
     config |= {"warps": launch.warps, "stages": launch.stages}
     return Row(

@@ -11,7 +11,8 @@ tokens or a piece of them) and walks over tiles of ``TILE`` tokens:
 * latents: block table → slots → asynchronous copies into shared memory, several tiles ahead. The
   columns are cut into power-of-two chunks; a chunk that K and V both read is loaded once.
 * ``k_up``: loaded once and kept in shared memory; where it does not fit, an inner loop streams it
-  and the K columns from L2, ``STREAM`` columns at a time (such spans are bound by arithmetic).
+  and the K columns from L2, ``STREAM`` columns at a time (such spans are bound by arithmetic). With
+  ``LATE_VALUES``, values are loaded after it and need no registers meanwhile.
 * RoPE: ``LOCAL_ROPE`` turns the queries back by the tile's first position and keys by their offset
   in the tile, whose table stays in registers; otherwise cosines and sines are read per token.
   Either way the two members of a rotated pair are neighbors (the factor's rows are permuted
@@ -140,6 +141,7 @@ def latent_attention(
     LOCAL_ROPE: tl.constexpr,
     SEARCH: tl.constexpr,
     STREAM: tl.constexpr,
+    LATE_VALUES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Write normalized ``o_lat`` and natural ``lse``, float32.
@@ -240,10 +242,13 @@ def latent_attention(
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = zero_chunks(V_CHUNKS, ROWS)
-    for tile in tl.range(tile_from, tile_to, num_stages=STAGES if RESIDENT else 1):
+    stages: tl.constexpr = STAGES if RESIDENT else 1
+    # What is hoisted out of the loop takes registers, too.
+    for tile in tl.range(tile_from, tile_to, num_stages=stages, disable_licm=LATE_VALUES):
         base = tile * TILE
         tokens = locate_tokens(cache, seq, base + offset, end, BLOCK_SIZE)
-        values = load_value_chunks(tokens, v_start, V_CHUNKS, FORMAT)
+        if not LATE_VALUES:
+            values = load_value_chunks(tokens, v_start, V_CHUNKS, FORMAT)
 
         turned = queries
         if LOCAL_ROPE:
@@ -287,6 +292,8 @@ def latent_attention(
 
         scores = mask_scores(scores, tokens, row_position, scale, soft_cap, WINDOW)
         weights, decay, row_max, row_sum = weigh_tokens(scores, row_max, row_sum)
+        if LATE_VALUES:
+            values = load_value_chunks(tokens, v_start, V_CHUNKS, FORMAT)
         acc = accumulate_values(acc, values, weights.to(DTYPE), decay)
 
     row_lse = log_sum_exp(row_max, row_sum)

@@ -97,6 +97,7 @@ def _config(
         tile=rule.tile,
         local_rope=rule.local_rope and shape.local_rope,
         stream=streamed_columns(shape) if rule.stream else 0,
+        late_values=False,
         # Twice the registers, for codes, scales and elements of a tile while it is dequantized.
         warps=rule.warps if shape.code_bits is None else 8,
         stages=3,

@@ -29,7 +29,8 @@ Config = TypeVar("Config", AttentionConfig, ReconstructionConfig)
 def leaner_attention(
     shape: AttentionShape, config: AttentionConfig, target: Target
 ) -> Iterator[AttentionConfig]:
-    """``config``, then fewer tiles at once, rotations per token, and a factor streamed from L2.
+    """``config``, then fewer tiles at once, rotations per token, a factor streamed from L2, and
+    values loaded after it.
 
     With one tile at once none is fetched ahead. Then less shared memory is taken, so that another
     program of the multiprocessor can compute meanwhile.
@@ -37,13 +38,17 @@ def leaner_attention(
     streams = [config.stream]
     if config.heads == 1:
         streams += [streamed_columns(shape), LEAST_COLUMNS]
-    rotations = [config.local_rope, False]
-    for stream, local_rope in dict.fromkeys(product(streams, rotations)):
-        each = replace(config, stream=stream, local_rope=local_rope)
-        for leaner in _fewer_stages(each):
-            fits = shared_memory(shape, leaner, target) <= target.shared_bytes
-            if fits or leaner == config:
-                yield leaner
+    for leaner in _leaner(config, list(dict.fromkeys(streams))):
+        if leaner == config or shared_memory(shape, leaner, target) <= target.shared_bytes:
+            yield leaner
+
+
+def _leaner(config: AttentionConfig, streams: list[int]) -> Iterator[AttentionConfig]:
+    rotations = dict.fromkeys((config.local_rope, False))
+    for stream, local_rope in product(streams, rotations):
+        yield from _fewer_stages(replace(config, stream=stream, local_rope=local_rope))
+    for stream in filter(None, streams):
+        yield replace(config, stream=stream, local_rope=False, late_values=True, stages=1)
 
 
 def leaner_reconstruction(config: ReconstructionConfig) -> Iterator[ReconstructionConfig]:

@@ -55,6 +55,7 @@ class AttentionConfig:
         tile: cached tokens per step.
         local_rope: keys are turned by their offset in the tile.
         stream: columns of a factor read at a time; 0 keeps it in shared memory.
+        late_values: values are loaded after keys are reconstructed, from a streamed factor.
     """
 
     heads: int
@@ -64,6 +65,7 @@ class AttentionConfig:
     tile: int
     local_rope: bool
     stream: int
+    late_values: bool
     warps: int
     stages: int
 

@@ -121,9 +121,10 @@ def test_more_verified_queries_than_rows() -> None:
     check(case, num_decodes=2, num_decode_tokens=25, max_decode_query_len=16)
 
 
+@pytest.mark.parametrize("late_values", [False, True])
 @pytest.mark.parametrize("name", ["gqa3-smollm2", "overlapping", "d80", "odd-joint-int3-16"])
-def test_streamed_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    change_config(monkeypatch, stream=16)
+def test_streamed_factors(name: str, late_values: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_config(monkeypatch, stream=16, late_values=late_values)
     check(BY_NAME[name])
 
 

@@ -187,8 +187,11 @@ def test_decodes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "stream"),
     [("bands-joint-all-heads", 64), ("bands-unsorted-with-gaps", 16), ("bands-v-inside-k", 32)],
 )
-def test_streamed_factors(name: str, stream: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    change_config(monkeypatch, stream=stream)
+@pytest.mark.parametrize("late_values", [False, True])
+def test_streamed_factors(
+    name: str, stream: int, late_values: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_config(monkeypatch, stream=stream, late_values=late_values)
     check(BY_NAME[name])
 
 

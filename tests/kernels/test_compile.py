@@ -67,6 +67,18 @@ def test_bands_compile_without_spills_for_many_queries() -> None:
     assert not any(row["faults"] for row in rows)
 
 
+def test_many_bands_beside_streamed_keys_compile_without_spills() -> None:
+    """On sm_80, where 512 value columns leave the fewest registers to the streamed factor."""
+    layout = ("--geometry", "qwen2.5-7b", "--compression", "0.5", "--group-size", "4")
+    bands = ("--spans", "nested", "--latent-dtype", "bands", "--band-bits", "8", "6", "4", "3", "2")
+    rows = rows_of("compile_report", *layout, *bands, "--mode", "verify", "--arch", "80")
+    attention = [row for row in rows if row["kernel"] == "latent_attention"]
+    assert attention
+    for row in attention:
+        assert "v_block=512" in row["config"]
+        assert "late_values=1" in row["config"]
+
+
 #: Two loops, one in the other, and an access to spilled registers before them.
 SASS = """
         /*0000*/                   STL [R1], R5 ;                 /* 0x0000000501007387 */

@@ -30,8 +30,9 @@ def test_leaner_attention_is_the_same_grid_and_fits(
     assert leaner[0] == config
     assert len(set(leaner)) == len(leaner)
     for each in leaner:
-        free = {"stages": each.stages, "stream": each.stream, "local_rope": each.local_rope}
-        assert replace(config, **free) == each
+        free = ("stages", "stream", "local_rope", "late_values")
+        assert replace(config, **{name: getattr(each, name) for name in free}) == each
+        assert each.stream or not each.late_values
         assert heuristics.shared_memory(shape, each, target) <= target.shared_bytes
         assert each.stages <= config.stages
         assert each.local_rope <= config.local_rope

@@ -241,6 +241,7 @@ class TritonAttention:
             "TILE": config.tile,
             "LOCAL_ROPE": config.local_rope,
             "STREAM": config.stream,
+            "LATE_VALUES": config.late_values,
             "STAGES": config.stages,
             "K_CHUNKS": columns.k,
             "K_STREAMS": columns.streams(config.stream),
