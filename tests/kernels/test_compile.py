@@ -76,7 +76,8 @@ def test_many_bands_beside_streamed_keys_compile_without_spills() -> None:
     assert attention
     for row in attention:
         assert "v_block=512" in row["config"]
-        assert "late_values=1" in row["config"]
+        if triton.__version__.startswith("3.7"):  # which spills with all parameters before
+            assert "late_values=1" in row["config"]
 
 
 #: Two loops, one in the other, and an access to spilled registers before them.
