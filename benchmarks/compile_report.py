@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--latent-dtype", nargs="*", choices=LATENT_DTYPES, default=LATENT_DTYPES)
     parser.add_argument(
         "--band-bits", nargs="+", type=int, choices=PLANES, default=BAND_BITS, metavar="BITS",
-        help="of the bands of every region (default: 6 4 3 2)",
+        help="of the bands of every region (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(arguments)
